@@ -1,0 +1,105 @@
+# `make` alone lists what there is. Needs make and Python 3.11 or 3.12; PYTHON=... picks one.
+# Everything is installed into .venv; made files go to data/, runs/ and out/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The newest of the supported Pythons that runs and can make an environment.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
+
+comma := ,
+VENV := .venv
+# An environment whose Python went away does not start: away with it, so that it is made anew.
+$(shell test ! -d $(VENV) || $(VENV)/bin/python -c '' 2>/dev/null || rm -rf $(VENV))
+PY := $(VENV)/bin/python
+DEMO_OUT := out/demo
+EMOJI := data/emoji
+EMOJI_SIZE ?= 64
+TINY := runs/tiny
+TINY_STAGES := clip prior decoder upsampler_256 upsampler_1024
+TEST_JOBS ?= 2
+PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
+PARITY := torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
+
+# $(call install,what,says): the project itself (editable) with extras, at the versions of .ci/.
+define install
+	@echo "installing $(2) into $(VENV) (minutes the first time) ..."
+	@v=$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	c=.ci/constraints-$$v.txt; test -f $$c || { echo "no $$c: installing the newest versions"; c=/dev/null; }; \
+	$(PY) -m pip install -qq --disable-pip-version-check -c $$c $(1)
+	@touch $@
+endef
+
+.PHONY: help demo test test-slow test-parity data train-tiny evals lint format typecheck clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few sentences
+	$(PY) sample.py --weights tiny --n 4 --seed 0 --out $(DEMO_OUT) \
+		--prompt "a glossy 3d emoji of a red apple" \
+		--prompt "a flat emoji of a cat face" \
+		--prompt "a yellow smiling face, noto style" \
+		--prompt "a black and white icon of a tree"
+	@echo "Open $(DEMO_OUT)/grid.png"
+
+test: $(VENV)/.train ## the default tests: no network, no accelerator, no torch
+	$(PYTEST)
+
+test-slow: $(VENV)/.train ## the tests that take longer
+	$(PYTEST) -m "slow and not tpu_aot and not parity"
+
+test-parity: $(VENV)/.parity ## against torch, diffusers and transformers
+	$(PY) -m pytest -m parity
+
+data: $(EMOJI) ## the emoji data set, drawn from npm packages (needs npm)
+
+train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to go on
+	@for stage in $(TINY_STAGES); do \
+		echo "== $$stage"; \
+		$(PY) train.py --config=configs/$$stage.py:tiny --workdir=$(TINY)/$$stage \
+			--config.clip_from=$(TINY)/model --config.export_to=$(TINY)/model; \
+	done
+	@echo "Draw with it: $(PY) sample.py --weights $(TINY)/model --prompt '...'"
+
+evals: $(VENV)/.train ## judge the packaged weights
+	$(PY) -m dalle2_jax.evals --weights tiny --out out/evals
+
+lint: $(VENV)/.dev ## ruff's rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.dev ## rewrite the code in ruff's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+typecheck: $(VENV)/.dev $(VENV)/.train ## pyright
+	$(VENV)/bin/pyright
+
+clean: ## remove the environment and what tests and demos made; data/ and runs/ stay
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(EMOJI): | $(VENV)/.train
+	$(PY) -m dalle2_jax.data.emoji --out $@ --size $(EMOJI_SIZE)
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv found;" \
+		"install one (Debian: apt install python3-venv) or give PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(PY)
+	$(call install,-e .,what drawing needs)
+
+$(VENV)/.train: pyproject.toml | $(PY)
+	$(call install,-e '.[train$(comma)test]',what training and the tests need)
+
+$(VENV)/.dev: pyproject.toml | $(PY)
+	$(call install,-e '.[dev]',the tools)
+
+$(VENV)/.parity: $(VENV)/.train
+	$(call install,$(PARITY),the references)

@@ -1,0 +1,176 @@
+"""Names in a config -> objects. An unknown key is an error that names the near miss.
+
+A config (configs/*.py) lists what differs from `defaults()`; `complete` fills in the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from ml_collections import ConfigDict, config_flags
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.options import check_keys
+from dalle2_jax.types import Task
+
+Config = Any  # a ConfigDict: its attributes have no types
+
+# stage family -> "module:function"; the function takes the whole config and returns a Task
+TASKS = {
+    "clip": "dalle2_jax.tasks.clip:from_config",
+    "prior": "dalle2_jax.tasks.prior:from_config",
+    "decoder": "dalle2_jax.tasks.decoder:from_config",
+    "upsampler": "dalle2_jax.tasks.upsampler:from_config",
+}
+
+# Sections whose keys belong to the stage or the data source: checked by what reads them.
+FREE_SECTIONS = ("model", "diffusion", "task", "data")
+
+
+def defaults() -> Config:
+    """The trainer's own settings; the sections of `FREE_SECTIONS` come from the config alone."""
+    return ConfigDict(
+        dict(
+            task={},  # `name` is one of TASKS, the rest the task's settings; or the name alone
+            model={},
+            diffusion={},
+            data={},
+            optimizer=dict(
+                learning_rate=1e-4,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+                warmup_steps=0,  # updates
+                schedule="constant",  # or "cosine", to 0 at the end of the run
+                clip_norm=0.0,  # global gradient norm; 0: off
+                accumulate=1,  # batches an update
+            ),
+            batch_size=64,  # of all devices together
+            num_steps=1000,  # batches
+            max_minutes=0.0,  # of wall time; 0: no limit. The same command goes on
+            seed=0,
+            ema_decay=0.9999,
+            ema_warmup=True,  # the n-th update decays by min(ema_decay, (1 + n) / (10 + n))
+            log_every=50,
+            checkpoint_every=1000,
+            keep=2,  # newest checkpoints
+            best_metric="",  # e.g. "eval/loss": keep the one with the lowest as well
+            preview_every=0,
+            preview_size=16,  # examples
+            eval_every=0,
+            eval_batches=4,
+            export_every=0,
+            watchdog_seconds=0.0,  # a step that takes longer ends the process; 0: off
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            sharding_rules=((".*", "fsdp"),),
+            clip_from="",  # model folder of the frozen CLIP
+            init_from="",  # model folder to start from
+            export_to="",  # model folder to write; "": WORKDIR/model
+            export_dtype="float32",
+        )
+    )
+
+
+def _paths(config: Config, prefix: str = "") -> list[str]:
+    paths = []
+    for key, value in config.items():
+        paths.append(prefix + key)
+        if isinstance(value, ConfigDict):
+            paths += _paths(value, f"{prefix}{key}.")
+    return paths
+
+
+def check_overrides(argv: Iterable[str], config: Config) -> None:
+    """Raises UserError for a `--config.x` on the command line that a complete config lacks."""
+    known = _paths(config)
+    for argument in argv:
+        if found := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            check_keys([found[1]], known, "--config.*")
+
+
+class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Reads FILE:VARIANT of a --config flag and completes it before the --config.x are applied,
+    so that each of them has a type and may name a setting that the file leaves at its default."""
+
+    def parse(self, path: str) -> Config:
+        file = path.partition(":")[0]
+        if not Path(file).is_file():
+            raise UserError(f"there is no file {file}")
+        config = complete(cast(Any, super().parse(path)))
+        check_overrides(sys.argv[1:], config)
+        return config
+
+
+def complete(config: Mapping[str, Any]) -> Config:
+    """`config` over the defaults, checked and frozen.
+
+    Raises UserError for unknown keys outside the free sections and for values of the wrong type.
+    """
+    given: Config = ConfigDict(config)
+    if isinstance(given.get("task"), str):
+        with given.ignore_type():
+            given.task = {"name": given.task}
+    full = defaults()
+    _merge(full, given, "")
+    for name in ("batch_size", "num_steps"):
+        if full[name] < 1:
+            raise UserError(f"config.{name}={full[name]} must be 1 or more")
+    return ConfigDict(full).lock()
+
+
+def _merge(full: Config, given: Config, prefix: str) -> None:
+    check_keys(given, full, f"config{prefix}")
+    for key, value in given.items():
+        where, old = f"{prefix}.{key}", full[key]
+        if isinstance(old, ConfigDict) and not isinstance(value, ConfigDict):
+            raise UserError(f"config{where}={value!r} must be a section of settings")
+        if not prefix and key in FREE_SECTIONS:
+            full[key] = value
+        elif isinstance(old, ConfigDict):
+            _merge(old, value, where)
+        else:
+            with full.ignore_type():
+                full[key] = _as_type(value, old, f"config{where}")
+
+
+def _as_type(value: Any, default: Any, where: str) -> Any:
+    kind = type(default)
+    if value is None and kind is float:
+        return 0.0  # "off", as 0 is for every such setting
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(rule) for rule in value)
+    if type(value) is not kind:
+        raise UserError(f"{where}={value!r} must be a {kind.__name__}, like {default!r}")
+    return value
+
+
+def task(config: Config) -> Task:
+    """The Task of a complete config. Raises UserError for an unknown one."""
+    name = config.task.get("name", "")
+    check_keys([name], TASKS, "config.task.name")
+    module, _, function = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), function)(config)
+
+
+def dataset(config: Config, split: str) -> Callable[[int], Iterator[Mapping[str, Any]]]:
+    """start step -> numpy batches of this host's share of config.batch_size, from that step on."""
+    from dalle2_jax.data import pipeline  # late: TensorFlow
+
+    return pipeline.make_dataset(
+        config.data,
+        split=split,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

@@ -1,0 +1,120 @@
+"""Captioned pictures with random access, in RAM or in files.
+
+What every finite source is turned into. Pictures are decoded when first asked for and kept while a
+budget of bytes lasts, so a small set is decoded once and a large one on the fly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+
+from dalle2_jax.data import decode
+from dalle2_jax.errors import UserError
+from dalle2_jax.tokenizer import Tokenizer
+
+CENTRE = (1.0, 0.5, 0.5)
+_MAX_DAMAGED_IN_A_ROW = 100
+_MAX_WARNINGS = 10
+
+
+@dataclasses.dataclass
+class Damage:
+    """Pictures that could not be used: name -> why. The first few are logged as they are met."""
+
+    found: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, why: Exception) -> None:
+        if name in self.found:
+            return
+        self.found[name] = str(why)
+        if len(self.found) <= _MAX_WARNINGS:
+            logging.warning("%s: %s; the next picture takes its place", name, why)
+        if len(self.found) == _MAX_WARNINGS:
+            logging.warning("%d damaged pictures so far; no more are named", len(self.found))
+
+
+@dataclasses.dataclass
+class Examples:
+    """n pictures (`bytes`, or a path to read) and for each at least one caption."""
+
+    name: str
+    pictures: Sequence[bytes | pathlib.Path]
+    captions: Sequence[Sequence[str]]
+    damage: Damage = dataclasses.field(default_factory=Damage)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def picture_name(self, index: int) -> str:
+        picture = self.pictures[index]
+        return str(picture) if isinstance(picture, pathlib.Path) else f"{self.name}, record {index}"
+
+    def decode(self, index: int, size: int | None) -> np.ndarray:
+        """Picture `index`, or the next that is whole: uint8 [size, size, 3], or its own size.
+
+        Raises:
+          UserError: a file is gone, or 100 pictures in a row are damaged.
+        """
+        for offset in range(min(len(self), _MAX_DAMAGED_IN_A_ROW)):
+            i = (index + offset) % len(self)
+            picture = self.pictures[i]
+            try:
+                data = picture if isinstance(picture, bytes) else picture.read_bytes()
+                return decode.decode(data, size)
+            except decode.DamagedImage as e:
+                self.damage.add(self.picture_name(i), e)
+            except OSError as e:
+                raise UserError(f"{self.picture_name(i)}: cannot be read ({e.strerror})") from e
+        raise UserError(
+            f"{self.name}: {offset + 1} pictures in a row are damaged, the last one "
+            f"{self.picture_name(i)} ({self.damage.found[self.picture_name(i)]})"
+        )
+
+
+class PictureCache:
+    """Pictures of `examples` at `size`, decoded once while `budget` bytes last."""
+
+    def __init__(self, examples: Examples, size: int, crops: bool, budget: int):
+        self._examples, self._size, self._crops = examples, size, crops
+        self._kept: list[np.ndarray | None] = [None] * len(examples)
+        self._budget, self._lock = budget, threading.Lock()
+
+    def holds(self, indices: Sequence[int]) -> bool:
+        """Whether `get` need decode none of these."""
+        return all(self._kept[i] is not None for i in indices)
+
+    def get(self, index: int, crop: tuple[float, float, float] = CENTRE) -> np.ndarray:
+        """uint8 [size, size, 3]; `crop` as in `decode.decode`, used where the cache was told."""
+        base = self._kept[index]
+        if base is None:
+            base = self._examples.decode(index, None if self._crops else self._size)
+            with self._lock:
+                if self._kept[index] is None and self._budget >= base.nbytes:
+                    self._kept[index] = base
+                    self._budget -= base.nbytes
+        return decode.crop_resize(base, self._size, crop) if self._crops else base
+
+
+class TokenTable:
+    """Every caption of `examples` as tokens, made once: 4 bytes a token."""
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer):
+        texts: dict[str, int] = {}
+        rows = [texts.setdefault(t, len(texts)) for c in examples.captions for t in c]
+        self._tokens = tokenizer(list(texts))
+        self._rows = np.array(rows, np.int64)
+        self._counts = np.array([len(c) for c in examples.captions], np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+
+    def get(self, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """int32 [b, context]: for each index [b] the caption that its draw [b] in [0, 1) picks."""
+        choice = np.minimum(
+            (draws * self._counts[indices]).astype(np.int64), self._counts[indices] - 1
+        )
+        return self._tokens[self._rows[self._starts[indices] + choice]]

@@ -1,0 +1,103 @@
+"""A folder of pictures with captions: `cat.png` beside `cat.txt`, or one table for all.
+
+The table is `metadata.jsonl` (lines such as {"file_name": "a.png", "text": "a cat"}) or
+`captions.csv` (columns file_name, text). In a `.txt` every line is one caption.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from dalle2_jax.data.decode import SUFFIXES
+from dalle2_jax.data.examples import Examples
+from dalle2_jax.errors import UserError
+
+TABLES = ("metadata.jsonl", "captions.csv")
+
+
+def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
+    """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
+
+    Raises:
+      UserError: the folder is missing or holds no pictures, a picture lacks its caption, or a table
+        is malformed or names a file that is not there.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if (path / split).is_dir():
+        path = path / split
+    elif split != "train":
+        raise UserError(f"{path}: no folder {split!r} in it for the split {split!r}")
+    table = next((path / name for name in TABLES if (path / name).is_file()), None)
+    captions = _beside(path) if table is None else _from_table(table)
+    if not captions:
+        raise UserError(f"{path}: no pictures in it; known endings: {' '.join(SUFFIXES)}")
+    pictures = sorted(captions)
+    return Examples(str(path), pictures, [captions[p] for p in pictures])
+
+
+def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
+    found: dict[pathlib.Path, list[str]] = {}
+    lacking = []
+    for picture in path.rglob("*"):
+        if picture.suffix.lower() not in SUFFIXES or picture.name.startswith("."):
+            continue
+        text = picture.with_suffix(".txt")
+        lines = text.read_text("utf-8", "replace").splitlines() if text.is_file() else []
+        found[picture] = [line.strip() for line in lines if line.strip()]
+        if not found[picture]:
+            lacking.append(picture)
+    if lacking:
+        first = min(lacking)
+        raise UserError(
+            f"{first}: no caption ({len(lacking)} of {len(found)} pictures lack one); write it to "
+            f"{first.with_suffix('.txt').name} beside it, or list all in {path / TABLES[0]}"
+        )
+    return found
+
+
+def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
+    captions: dict[pathlib.Path, list[str]] = {}
+    rows = _jsonl(table) if table.suffix == ".jsonl" else _csv(table)
+    root = table.parent.resolve()
+    for where, row in rows:
+        name, text = row.get("file_name"), row.get("text")
+        given = text if isinstance(text, list) else [text]
+        texts = [t.strip() for t in given if isinstance(t, str) and t.strip()]
+        if not isinstance(name, str) or not texts:
+            raise UserError(f"{where}: needs a file_name and a text that is not empty")
+        picture = table.parent / name
+        if not picture.resolve().is_relative_to(root):
+            raise UserError(f"{where}: {name} lies outside of {table.parent}")
+        if not picture.is_file():
+            raise UserError(f"{where}: there is no file {picture}")
+        captions.setdefault(picture, []).extend(texts)
+    return captions
+
+
+def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(table.read_text("utf-8", "replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{table}, line {number}: not JSON ({e.msg})") from e
+        if not isinstance(row, dict):
+            raise UserError(f"{table}, line {number}: not a JSON object")
+        yield f"{table}, line {number}", row
+
+
+def _csv(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"file_name", "text"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{table}: the first line must name the columns file_name and text")
+        for row in reader:
+            yield f"{table}, line {reader.line_num}", row

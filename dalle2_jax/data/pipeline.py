@@ -1,0 +1,242 @@
+"""Batches {"image": uint8 [b, h, w, 3], "tokens": int32 [b, context]} by step, for every source.
+
+The example at place g = step * batch_size + i of a run is a pure function of (seed, g), its caption
+and crop of (seed, step, i): a run goes on at any step without a saved iterator, and the batches of
+several hosts together are those of one host.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dalle2_jax import options
+from dalle2_jax.data import folder_source, stream, tfds_source
+from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
+from dalle2_jax.errors import UserError
+from dalle2_jax.tokenizer import Tokenizer
+
+SOURCES = ("emoji", "tfds", "folder")
+_PREFETCH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The section `data` of a config.
+
+    Attributes:
+      source: "emoji" or "tfds" (a prepared TFDS directory), or "folder" (see folder_source).
+      path: the directory.
+      split, eval_split: what training and evaluation read; eval_split "" turns evaluation off.
+      subset: which records to keep, e.g. "concrete" or "style=noto|twemoji"; TFDS only.
+      image_size: side of the pictures in a batch.
+      context_length, vocab_size: of the tokenizer.
+      shuffle: a new order every epoch, by shuffle_seed; else file order.
+      flip: mirror half of the pictures.
+      crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
+      ram_gb: encoded TFDS splits above this are streamed through a shuffle buffer.
+      decoded_gb: how much of the decoded pictures to keep in memory.
+      shuffle_buffer: records in that buffer.
+    """
+
+    source: str = "emoji"
+    path: str = "data/emoji"
+    split: str = "train"
+    eval_split: str = ""
+    subset: str = ""
+    image_size: int = 64
+    context_length: int = 77
+    vocab_size: int = 49408
+    shuffle: bool = True
+    shuffle_seed: int = 0
+    flip: bool = False
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    ram_gb: float = 2.0
+    decoded_gb: float = 1.0
+    shuffle_buffer: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UserError(
+                f"data: unknown source {self.source!r}{options.near_miss(self.source, SOURCES)}"
+            )
+        if self.image_size < 1:
+            raise UserError(f"data: image_size={self.image_size}: 1 at least")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"data: crop_scale={self.crop_scale}: needs 0 < low <= high <= 1")
+        if self.subset and self.source == "folder":
+            raise UserError("data: subset is for TFDS directories; use a folder of its own instead")
+
+
+class Batches:
+    """start step -> an endless iterator of this host's share of each batch, from that step on.
+
+    Attributes:
+      num_examples: in an epoch.
+      damaged: picture -> why it was replaced by another.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ):
+        if batch_size % process_count:
+            raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} hosts")
+        self._config, self._batch_size = config, batch_size
+        local = batch_size // process_count
+        self._share = slice(process_index * local, (process_index + 1) * local)
+        self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
+        self._random_crops = tuple(config.crop_scale) != (1.0, 1.0)
+        self._damage, self._error = Damage(), None
+        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        source = _open(config, split)
+        self._stream = source if isinstance(source, stream.Stream) else None
+        self.num_examples = len(source)
+        if isinstance(source, stream.Stream):
+            return
+        source.damage = self._damage
+        self._tokens = TokenTable(source, self._tokenizer)
+        self._cache = PictureCache(
+            source, config.image_size, self._random_crops, int(config.decoded_gb * 2**30)
+        )
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        return self._damage.found
+
+    def __call__(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Numpy batches from `start_step` on, made ahead in a thread.
+
+        Raises:
+          UserError: while reading: a file is gone, a shard is damaged, too many damaged pictures.
+        """
+        self._error = None
+        plan = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
+        if self._stream is None:
+            batches = plan.map(self._from_examples)
+        else:
+            records = self._stream.batches(start_step, self._batch_size)
+            batches = tf.data.Dataset.zip(plan, records).map(self._from_stream)
+        settings = tf.data.Options()
+        settings.deterministic = True
+        settings.threading.private_threadpool_size = 2
+        batches = batches.prefetch(_PREFETCH).with_options(settings)
+        tf_error = tf.errors.OpError  # by a name that outlives the module at exit
+        try:
+            for image, tokens in batches.as_numpy_iterator():
+                yield {"image": image, "tokens": tokens}
+        except tf_error as e:
+            if self._error is not None:
+                raise self._error from None
+            said = " ".join(e.message.split())[:200]
+            raise UserError(f"{self._config.path}: cannot be read on ({said})") from e
+
+    @tf.autograph.experimental.do_not_convert
+    def _plan(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What this host draws at `step`: example, caption, mirror and crop for each place."""
+        config, n = self._config, self.num_examples
+        place = step * self._batch_size + tf.range(self._batch_size, dtype=tf.int64)
+        epoch, index = place // n, place % n
+        if config.shuffle and self._stream is None:
+            # the op itself: tf.random.experimental.index_shuffle takes one seed for all only
+            seed = tf.fill(tf.shape(epoch), tf.constant(config.shuffle_seed, tf.int64))
+            index = tf.raw_ops.RandomIndexShuffle(
+                index=index,
+                seed=tf.stack([seed, epoch, tf.zeros_like(seed)], 1),
+                max_index=tf.fill(tf.shape(index), tf.constant(n - 1, tf.int64)),
+            )
+        draws = tf.random.stateless_uniform(
+            [self._batch_size, 5], tf.stack([tf.cast(config.shuffle_seed, tf.int64), step])
+        )
+        return {"index": index[self._share], "draws": draws[self._share]}
+
+    def _gather(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            crops = self._crops(draws)
+            places = indices.tolist()
+            run = map if self._cache.holds(places) else self._threads.map  # threads cost when idle
+            images = list(run(self._cache.get, places, crops))
+            return self._finish(images, draws), self._tokens.get(indices, draws[:, 0])
+        except Exception as e:  # TensorFlow would turn it into a text with a traceback
+            self._error = e
+            raise
+
+    @tf.autograph.experimental.do_not_convert
+    def _from_examples(self, plan: dict) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.numpy_function(self._gather, [plan["index"], plan["draws"]], (tf.uint8, tf.int32))
+
+    @tf.autograph.experimental.do_not_convert
+    def _from_stream(self, plan: dict, records: dict) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.numpy_function(
+            self._decode_records,
+            [records["image"], records["caption"], plan["draws"]],
+            (tf.uint8, tf.int32),
+        )
+
+    def _decode_records(
+        self, encoded: np.ndarray, captions: np.ndarray, draws: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            places = range(self._batch_size)[self._share]
+            read = stream.Window(encoded, self._config.image_size, self._damage)
+            images = list(self._threads.map(read.get, places, self._crops(draws)))
+            texts = [c.decode("utf-8", "replace") for c in captions[self._share]]
+            return self._finish(images, draws), self._tokenizer(texts)
+        except Exception as e:
+            self._error = e
+            raise
+
+    def _crops(self, draws: np.ndarray) -> list[tuple[float, float, float]]:
+        if not self._random_crops:
+            return [CENTRE] * len(draws)
+        low, high = self._config.crop_scale
+        return [(low + (high - low) * float(s), float(y), float(x)) for s, y, x in draws[:, 1:4]]
+
+    def _finish(self, images: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
+        batch = np.stack(images)
+        if self._config.flip:
+            mirrored = draws[:, 4] < 0.5
+            batch[mirrored] = batch[mirrored, :, ::-1]
+        return batch
+
+
+def make_dataset(
+    config: Mapping[str, Any],
+    *,
+    batch_size: int,
+    split: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """The section `data` of a config -> `Batches`: call it with the step to start from.
+
+    `batch_size` is that of all hosts together; `split` defaults to the config's.
+
+    Raises:
+      UserError: an unknown key or source, a missing or empty path, see the sources.
+    """
+    data = options.construct(DataConfig, config, "config.data")
+    return Batches(data, split or data.split, batch_size, process_index, process_count)
+
+
+def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
+    if config.source == "folder":
+        return folder_source.open_folder(config.path, split)
+    source = tfds_source.open_split(config.path, split, config.subset)
+    if source.num_bytes > config.ram_gb * 2**30:
+        return stream.Stream(source, config.shuffle, config.shuffle_seed, config.shuffle_buffer)
+    records = tfds_source.read_records(source)
+    captions = [tfds_source.captions_of(r, source.caption_feature) for r in records]
+    name = f"{config.path} ({split})"
+    return Examples(name, [r["image"] for r in records], captions)

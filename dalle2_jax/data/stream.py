@@ -1,0 +1,79 @@
+"""TFDS splits too large for memory, in a shuffled order that depends on seed and epoch alone.
+
+To go on at a step, the records before it are read again and dropped, still encoded. Every host
+reads every record and decodes only its own share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dalle2_jax.data import decode
+from dalle2_jax.data.examples import Damage
+from dalle2_jax.data.tfds_source import Prepared
+from dalle2_jax.errors import UserError
+
+
+class Stream:
+    """Endless batches of encoded records of `source`; one caption a record, drawn by place."""
+
+    def __init__(self, source: Prepared, shuffle: bool, seed: int, buffer: int):
+        self._source, self._shuffle, self._seed, self._buffer = source, shuffle, seed, buffer
+        self._count = source.num_records
+        if source.subset:  # how many the filter keeps is known after reading them
+            self._count = int(source.dataset().reduce(np.int64(0), lambda n, _: n + 1))
+        if not self._count:
+            raise UserError(
+                f"{source.path}: split {source.split!r}, subset {source.subset!r}: empty"
+            )
+
+    def __len__(self) -> int:
+        """Records in an epoch."""
+        return self._count
+
+    def batches(self, start_step: int, batch_size: int) -> tf.data.Dataset:
+        """{"image": bytes [b], "caption": bytes [b]} from `start_step` on; b the global batch."""
+        first_epoch, skipped = divmod(start_step * batch_size, self._count)
+
+        @tf.autograph.experimental.do_not_convert
+        def epoch(number: tf.Tensor) -> tf.data.Dataset:
+            records = self._source.dataset()
+            if self._shuffle:
+                seed: Any = self._seed + 1_000_003 * number  # a tensor will do
+                records = records.shuffle(self._buffer, seed, reshuffle_each_iteration=False)
+            places = tf.data.Dataset.range(number * self._count, np.iinfo(np.int64).max)
+            return tf.data.Dataset.zip(places, records)
+
+        epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+        return epochs.flat_map(epoch).skip(skipped).map(self._pick).batch(batch_size)
+
+    @tf.autograph.experimental.do_not_convert
+    def _pick(self, place: tf.Tensor, record: dict) -> dict[str, tf.Tensor]:
+        captions = tf.reshape(record[self._source.caption_feature], [-1])
+        seed = tf.stack([tf.cast(self._seed, tf.int64), place])
+        which = tf.random.stateless_uniform([], seed, 0, tf.size(captions), tf.int32)
+        return {"image": record["image"], "caption": captions[which]}
+
+
+class Window:
+    """The pictures of one global batch; a damaged one gives way to the next that is whole."""
+
+    def __init__(self, encoded: np.ndarray, size: int, damage: Damage):
+        self._encoded, self._size, self._damage = encoded, size, damage
+
+    def get(self, place: int, crop: tuple[float, float, float]) -> np.ndarray:
+        """uint8 [size, size, 3] for `place` in the batch.
+
+        Raises:
+          UserError: no picture of the batch is whole.
+        """
+        for offset in range(len(self._encoded)):
+            data = self._encoded[(place + offset) % len(self._encoded)]
+            try:
+                return decode.decode(data, self._size, crop)
+            except decode.DamagedImage as e:
+                self._damage.add(f"picture of {len(data)} bytes, {data[:8].hex()}...", e)
+        raise UserError(f"all {len(self._encoded)} pictures of a batch are damaged")

@@ -1,0 +1,189 @@
+"""Prepared TFDS directories: opened by path, filtered, read whole into RAM or as a stream.
+
+Any dataset with an `image` feature and a `captions` (several) or `caption` / `text` (one) feature
+will do. Records are read in file order and their pictures stay encoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from dalle2_jax.data import decode
+from dalle2_jax.errors import UserError
+
+CAPTION_FEATURES = ("captions", "caption", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A split of a TFDS directory. `caption_feature` is one of CAPTION_FEATURES."""
+
+    path: pathlib.Path
+    split: str
+    builder: Any
+    caption_feature: str
+    subset: str
+
+    @property
+    def num_records(self) -> int:
+        """Records in the split before `subset` is applied."""
+        return int(self.builder.info.splits[self.split].num_examples)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.builder.info.splits[self.split].num_bytes)
+
+    def dataset(self, shuffle_files_seed: int | None = None) -> tf.data.Dataset:
+        """Records as dicts in a fixed order, pictures encoded, `subset` applied."""
+        dataset = self.builder.as_dataset(
+            split=self.split,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            shuffle_files=shuffle_files_seed is not None,
+            read_config=tfds.ReadConfig(
+                shuffle_seed=shuffle_files_seed,
+                interleave_cycle_length=1,
+                skip_prefetch=True,
+                try_autocache=False,
+            ),
+        )
+        for feature, values in parse_subset(self.subset).items():
+            dataset = dataset.filter(_keeps(feature, values))
+        return dataset
+
+
+def open_split(path: str | os.PathLike[str], split: str = "train", subset: str = "") -> Prepared:
+    """Opens one split of the TFDS directory `path`.
+
+    `subset` keeps the records where each comma-separated term holds: `concrete` (a boolean feature
+    is true), `style=noto|twemoji` (a text feature is one of these).
+
+    Raises:
+      UserError: no such folder, no TFDS dataset in it, no such split, no picture or caption
+        feature, or `subset` names a feature that is not there.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; `make data` writes the emoji set to data/emoji")
+    if not (path / "dataset_info.json").is_file():
+        raise UserError(
+            f"{path}: not a TFDS directory (no dataset_info.json); name the folder that holds it, "
+            "or use source='folder' for pictures with captions"
+        )
+    try:
+        builder = tfds.builder_from_directory(str(path))
+    except Exception as e:  # TFDS raises as it pleases on damaged metadata
+        raise UserError(f"{path}: cannot be opened as TFDS ({_line(e)}); prepare it again") from e
+    if split not in builder.info.splits:
+        raise UserError(f"{path}: no split {split!r}; there are {sorted(builder.info.splits)}")
+    features = cast(Mapping[str, Any], builder.info.features)
+    caption = next((f for f in CAPTION_FEATURES if f in features), None)
+    if "image" not in features or caption is None:
+        raise UserError(
+            f"{path}: needs a feature `image` and one of {CAPTION_FEATURES}; "
+            f"it has {sorted(features)}"
+        )
+    for feature in parse_subset(subset):
+        if feature not in features:
+            near = difflib.get_close_matches(feature, list(features), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(features)}"
+            raise UserError(f"{path}: subset {subset!r}: no feature {feature!r}{hint}")
+    return Prepared(path, split, builder, caption, subset)
+
+
+def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:
+    """`"concrete,style=noto|twemoji"` -> {"concrete": None, "style": ("noto", "twemoji")}."""
+    terms: dict[str, tuple[str, ...] | None] = {}
+    for term in filter(None, (t.strip() for t in (subset or "").split(","))):
+        feature, equals, values = term.partition("=")
+        terms[feature.strip()] = tuple(v.strip() for v in values.split("|")) if equals else None
+    return terms
+
+
+def read_records(source: Prepared) -> list[Mapping[str, Any]]:
+    """Every record as numpy (text as bytes), pictures encoded.
+
+    Raises:
+      UserError: `subset` keeps nothing, or a shard is damaged.
+    """
+    try:
+        records: list[Any] = list(source.dataset().as_numpy_iterator())
+    except tf.errors.OpError as e:
+        raise UserError(
+            f"{source.path}: split {source.split!r} is damaged ({_line(e)}); prepare it again"
+        ) from e
+    if not records:
+        raise UserError(f"{source.path}: split {source.split!r}, subset {source.subset!r}: empty")
+    return records
+
+
+def captions_of(record: Mapping[str, Any], feature: str) -> list[str]:
+    """The record's captions as text; a single caption becomes a list of one."""
+    found = np.atleast_1d(record[feature])
+    return [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in found]
+
+
+def load_arrays(
+    path: str | os.PathLike[str],
+    split: str = "train",
+    subset: str = "",
+    image_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """A whole split in memory, in file order, for evaluation.
+
+    Returns:
+      `image` uint8 [n, h, w, 3] (at the stored size, or `image_size`), `captions` object [n] of
+      lists of text, and every other text or scalar feature as an array [n] (`concept`, ...);
+      sequences such as `tags` are object arrays of lists.
+
+    Raises:
+      UserError: see `open_split`, or a picture is damaged.
+    """
+    source = open_split(path, split, subset)
+    records = read_records(source)
+    images = []
+    for i, record in enumerate(records):
+        try:
+            images.append(decode.decode(record["image"], image_size))
+        except decode.DamagedImage as e:
+            raise UserError(f"{path}: split {split!r}, record {i}: {e}; prepare it again") from e
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{path}: pictures differ in size; pass image_size")
+    out: dict[str, np.ndarray] = {"image": np.stack(images)}
+    out["captions"] = _objects([captions_of(r, source.caption_feature) for r in records])
+    for name in records[0]:
+        if name not in ("image", source.caption_feature):
+            out[name] = _column([r[name] for r in records])
+    return out
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    if isinstance(values[0], bytes):
+        return np.array([v.decode("utf-8", "replace") for v in values])
+    if np.ndim(values[0]) == 0:
+        return np.array(values)
+    return _objects([[x.decode() if isinstance(x, bytes) else x for x in v] for v in values])
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+
+def _keeps(feature: str, values: tuple[str, ...] | None) -> Any:
+    if values is None:
+        return lambda record: tf.cast(record[feature], tf.bool)
+    return lambda record: tf.reduce_any(tf.equal(tf.constant(values), record[feature]))
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())[:160]

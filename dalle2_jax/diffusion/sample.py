@@ -1,0 +1,124 @@
+"""The one loop that every solver shares.
+
+Noise belongs to an example, not to a batch: that of step t of example i is a function of
+fold_in(keys[i], t) alone, so that a picture is the same drawn alone, in any batch, and on any
+number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion.gaussian import Clip, to_prediction
+from dalle2_jax.diffusion.guidance import Apply
+from dalle2_jax.diffusion.schedules import Schedule
+from dalle2_jax.types import Array, Denoiser, Prediction, PyTree, Solver
+
+_INIT = 2**31 - 1  # folded in for x_T: no step's index
+
+
+def denoiser_from(
+    schedule: Schedule,
+    apply: Apply,
+    kind: str = "eps",
+    clip: Clip = None,
+    learned_variance: bool = False,
+) -> Denoiser:
+    """The network as the solvers see it.
+
+    Args:
+        schedule: the schedule that is sampled, respaced or not. Its `timesteps` tell the
+            network the time it was trained with.
+        apply: (x_t [b, ...], t [b] int32 of the training schedule) -> raw output.
+        kind, clip, learned_variance: see `gaussian.to_prediction`.
+    """
+    timesteps = jnp.asarray(schedule.timesteps, jnp.int32)
+
+    def denoiser(x_t: Array, t: Array) -> Prediction:
+        return to_prediction(
+            schedule, kind, apply(x_t, timesteps[t]), x_t, t, clip, learned_variance
+        )
+
+    return denoiser
+
+
+def init_noise(keys: Array, shape: Sequence[int]) -> Array:
+    """x_T float32 [b, *shape], standard normal, from typed keys [b]; `shape` is one example's.
+
+    The same keys may be handed to `sample`: its noise is folded apart from this.
+    """
+    return _noise(keys, _INIT, tuple(shape))
+
+
+def step_noise(keys: Array, t: Array | int, shape: Sequence[int]) -> Array:
+    """The noise of step t, float32 [b, *shape]."""
+    return _noise(keys, t, tuple(shape))
+
+
+def _noise(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def advance(
+    solver: Solver,
+    denoiser: Denoiser,
+    state: tuple[Array, PyTree],
+    ts: Array,
+    keys: Array | None,
+    noise: Array | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> tuple[Array, PyTree]:
+    """The steps ts int32 [n], falling, from state = (x_t, memory) on.
+
+    A part of `sample`: jitted over a few steps at a time, it lets the host draw a progress bar
+    between calls without a callback in the program, which would keep the compiled program out
+    of JAX's persistent cache.
+    """
+
+    def body(
+        state: tuple[Array, PyTree], step: tuple[Array, Array | None]
+    ) -> tuple[tuple[Array, PyTree], None]:
+        x_t, memory = state
+        t, z = step
+        if z is None:
+            assert keys is not None, "sampling takes keys or noise"
+            z = step_noise(keys, t, x_t.shape[1:])
+        state = solver.step(denoiser, x_t, t, z, memory)
+        if progress is not None:
+            jax.debug.callback(progress, t)
+        return state, None
+
+    state, _ = jax.lax.scan(body, state, (jnp.asarray(ts, jnp.int32), noise))
+    return state
+
+
+def sample(
+    solver: Solver,
+    denoiser: Denoiser,
+    x_T: Array,
+    keys: Array | None,
+    steps: Schedule | int,
+    *,
+    noise: Array | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> Array:
+    """x_0 [b, ...] from x_T [b, ...]: every step of the schedule, T-1 down to 0.
+
+    Args:
+        solver: one of `solvers`, made for the schedule that is sampled.
+        denoiser: (x_t, t [b]) -> Prediction, see `denoiser_from`.
+        x_T: float32, see `init_noise`.
+        keys: typed keys [b], one an example; unused where `noise` is given.
+        steps: the sampled schedule, or its length.
+        noise: [T, b, ...], noise[i] for step T-1-i in the order of sampling; instead of keys.
+        progress: called on the host with t as each step ends.
+    """
+    total = steps.num_timesteps if isinstance(steps, Schedule) else steps
+    x_T = x_T.astype(jnp.float32)
+    state = (x_T, solver.init(x_T))
+    ts = jnp.arange(total - 1, -1, -1)
+    return advance(solver, denoiser, state, ts, keys, noise, progress)[0]

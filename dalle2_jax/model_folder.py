@@ -1,0 +1,228 @@
+"""A model folder: `config.json` and one `<stage>.safetensors` a stage.
+
+Training exports it, sampling loads it, and nothing in it can run code. Tensors are named by their
+path in the nested parameters with dots between ("blocks.attn.kernel"), on disk in float32, float16
+or bfloat16, in memory always in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.files import replacing
+from dalle2_jax.version import __version__
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+PACKAGED = Path(__file__).parent / "weights"
+StorageDtype = Literal["float32", "float16", "bfloat16"]
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_STAGE = re.compile(r"[a-z][a-z0-9_]*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """A model's name -> its folder: "tiny" (in the package), a folder, or a hub id "owner/name".
+
+    Raises UserError, in one line, for a name that is none of them or a hub out of reach.
+    """
+    text = os.fspath(name)
+    path = Path(name).expanduser()
+    if text and path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{name} is a file: give the model folder that holds {CONFIG_NAME}")
+    packaged = PACKAGED / text
+    if text and packaged.parent == PACKAGED and packaged.is_dir():
+        return packaged
+    if not _HUB_ID.fullmatch(text):
+        known = ", ".join(repr(p) for p in packaged_names()) or "none in this package"
+        raise UserError(
+            f"no model {text!r}: give a folder that holds {CONFIG_NAME}, a packaged model "
+            f"({known}) or a hub id 'owner/name'"
+        )
+    return _download(text)
+
+
+def packaged_names() -> list[str]:
+    """The models inside the package, by name."""
+    return sorted(p.parent.name for p in PACKAGED.glob(f"*/{CONFIG_NAME}"))
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f"no folder {hub_id!r} here; to look for it on the hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=[CONFIG_NAME, "*.safetensors", "*.md"]
+            )
+        )
+    except Exception as error:  # the hub's client lets through errors of many libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"no folder {hub_id!r} here, and the hub does not give it ({reason})"
+        ) from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The folder's `config.json`: {"format": 1, "version": ..., "stages": {stage: entry}}."""
+    path = Path(folder) / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"has no {CONFIG_NAME}" if Path(folder).is_dir() else "does not exist"
+        raise UserError(f"model folder {folder} {what}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # broken JSON or UTF-8
+        raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
+        raise UserError(f"{path} is not a model folder's config: it has no 'stages'")
+    if not all(isinstance(entry, dict) for entry in config["stages"].values()):
+        raise UserError(f"{path} is not a model folder's config: a stage is not an object")
+    number = config.get("format")
+    if not isinstance(number, int) or number < 1:
+        raise UserError(f"{path}: 'format' is {number!r}, not a whole number from 1")
+    if number > FORMAT:
+        raise UserError(
+            f"{path} has format {number}, written by dalle2-jax {config.get('version', '?')}; "
+            f"this is {__version__}, which reads up to {FORMAT}: upgrade dalle2-jax"
+        )
+    return config
+
+
+def read_stage(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
+    """A stage's entry in the folder's `config.json`; UserError if there is no such stage."""
+    stages = read_config(folder)["stages"]
+    if stage not in stages:
+        there = ", ".join(sorted(stages)) or "none"
+        raise UserError(f"model folder {folder} has no stage {stage!r}; there is: {there}")
+    return stages[stage]
+
+
+def read_params(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
+    """A stage's tensors as a nested dict of numpy arrays, floating ones in float32.
+
+    Raises UserError for a folder or stage that is not there and a file that is cut short.
+    """
+    read_stage(folder, stage)
+    path = stage_path(folder, stage)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, though {CONFIG_NAME} names the stage") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged or cut short ({error}): copy or export it again"
+        ) from error
+    flat = {name: _to_memory(tensor) for name, tensor in tensors.items()}
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def write_stage(
+    folder: str | os.PathLike[str],
+    stage: str,
+    entry: Mapping[str, Any],
+    params: Mapping[str, Any],
+    dtype: StorageDtype = "float32",
+) -> None:
+    """Writes a stage into a model folder, made where it is not, other stages left as they are.
+
+    Each file appears whole or not at all. `entry` (plain JSON values) goes to
+    config["stages"][stage]; `params` is a nested mapping of arrays, floating ones stored as
+    `dtype`. Raises UserError for a folder that cannot be written and for values that are not
+    finite, or not so in `dtype`.
+    """
+    if not _STAGE.fullmatch(stage):
+        raise ValueError(f"stage name {stage!r}: use lower-case letters, digits and _")
+    if dtype not in _DTYPES:
+        raise UserError(f"storage dtype {dtype!r}: know {', '.join(_DTYPES)}")
+    folder = Path(folder)
+    if (folder / CONFIG_NAME).exists():
+        config = read_config(folder)
+    else:
+        config = {"stages": {}}
+    stages = config["stages"] | {stage: dict(entry)}
+    config |= {"format": FORMAT, "version": __version__, "stages": stages}
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    tensors = {
+        name: _to_storage(name, tensor, _DTYPES[dtype]) for name, tensor in _flatten(params).items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The tensors first: a stage that config.json names is always there.
+        with replacing(stage_path(folder, stage)) as temporary:
+            # One entry of metadata: the order of several would differ from run to run.
+            save_file(tensors, temporary, metadata={"stage": stage})
+        with replacing(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write model folder {folder}: {reason}") from error
+
+
+def weights_hash(folder: str | os.PathLike[str]) -> str:
+    """16 hex digits that name the folder's weights: sha256 over the stages' names and files."""
+    digest = hashlib.sha256()
+    for stage in sorted(read_config(folder)["stages"]):
+        path = stage_path(folder, stage)
+        try:
+            with path.open("rb") as file:
+                digest.update(
+                    f"{stage}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+                )
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()[:16]
+
+
+def stage_path(folder: str | os.PathLike[str], stage: str) -> Path:
+    """Where a stage's tensors lie."""
+    return Path(folder) / f"{stage}.safetensors"
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping -> {"a.b": leaf}; a name with a dot in it could not be read back."""
+    flat = traverse_util.flatten_dict(params)
+    for path in flat:
+        if any("." in part for part in path):
+            raise ValueError(f"parameter {path}: a name with a dot cannot be stored")
+    return {".".join(path): leaf for path, leaf in flat.items()}
+
+
+def _to_storage(name: str, tensor: Any, dtype: Any) -> np.ndarray:
+    array = np.asarray(jax.device_get(tensor))
+    if jnp.issubdtype(array.dtype, np.floating):
+        with np.errstate(over="ignore"):  # told below, by name
+            array = array.astype(dtype)
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"tensor {name} is not finite in {np.dtype(dtype).name}: "
+                "train again, or store bfloat16 if it was float16"
+            )
+    return np.ascontiguousarray(array).reshape(array.shape)  # safetensors writes raw memory
+
+
+def _to_memory(array: np.ndarray) -> np.ndarray:
+    floating = jnp.issubdtype(array.dtype, np.floating)
+    return array.astype(np.float32) if floating else array

@@ -1,0 +1,1 @@
+"""Flax Linen modules, sized by their configs alone: no diffusion maths, no data, no mesh."""

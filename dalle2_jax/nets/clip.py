@@ -1,0 +1,137 @@
+"""CLIP: an image tower and a text tower that share an embedding space (2103.00020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dalle2_jax.nets.layers import LayerNorm
+from dalle2_jax.nets.transformer import Transformer, causal_mask
+from dalle2_jax.types import Array
+
+MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5: the temperature is clipped at 100
+
+
+def normalise(z: Array) -> Array:
+    """z [..., d] to unit length, in float32."""
+    z = z.astype(jnp.float32)
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-8)
+
+
+class TextEncoding(NamedTuple):
+    z_txt: Array  # b d, unit length
+    txt_enc: Array  # b n width, hidden states after the last norm
+    txt_mask: Array  # b n, True up to and with the end-of-text token
+
+
+def text_mask(tokens: Array, eot_id: int) -> Array:
+    """bool [b, n], True up to and with the first end-of-text token."""
+    seen = jnp.cumsum((tokens == eot_id).astype(jnp.int32), axis=1)
+    return (seen - (tokens == eot_id)) == 0
+
+
+class TextTower(nn.Module):
+    """tokens [b, n] -> projection of the end token [b, dim] and all hidden states."""
+
+    dim: int
+    context_length: int
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> tuple[Array, Array, Array]:
+        n = tokens.shape[1]
+        embed = nn.Embed(
+            self.vocab_size,
+            self.width,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+            name="token",
+        )
+        shape = (self.context_length, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.01), shape, jnp.float32)
+        x = embed(tokens) + positions[None, :n].astype(self.dtype)
+        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(
+            x, causal_mask(n)
+        )
+        x = LayerNorm(name="norm")(x)
+        mask = text_mask(tokens, self.vocab_size - 1)
+        last = jnp.sum(mask, axis=1) - 1
+        end = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]  # b width
+        z = nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(end)
+        return z, x, mask
+
+
+class ImageTower(nn.Module):
+    """images [b, s, s, 3] in [-1, 1] -> projection of the class token [b, dim] (ViT)."""
+
+    dim: int
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        b, p = images.shape[0], self.patch_size
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(f"CLIP sees {self.image_size} px, not {images.shape[1:3]}: resize")
+        patches = nn.Conv(
+            self.width, (p, p), (p, p), "VALID", use_bias=False, dtype=self.dtype, name="patch"
+        )
+        x = patches(images.astype(self.dtype)).reshape(b, -1, self.width)  # b h w d -> b n d
+        init = nn.initializers.normal(self.width**-0.5)
+        cls = self.param("cls", init, (1, 1, self.width), jnp.float32).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.width)), x], axis=1)
+        positions = self.param("positions", init, x.shape[1:], jnp.float32)
+        x = LayerNorm(name="norm_in")(x + positions[None].astype(self.dtype))
+        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(x)
+        x = LayerNorm(name="norm")(x[:, 0])
+        return nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(x)
+
+
+class CLIP(nn.Module):
+    """Both towers and the learned temperature.
+
+    `image` and `text` are the towers' own arguments (`ImageTower`, `TextTower`) without `dim`
+    and `activation`, which they share.
+    """
+
+    dim: int
+    image: Mapping[str, int]
+    text: Mapping[str, int]
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        shared = {"dim": self.dim, "activation": self.activation, "dtype": self.dtype}
+        self.image_tower = ImageTower(**shared, **self.image)
+        self.text_tower = TextTower(**shared, **self.text)
+        init = nn.initializers.constant(math.log(1 / 0.07))
+        self.log_scale = self.param("logit_scale", init, (), jnp.float32)
+
+    def encode_image(self, images: Array) -> Array:
+        """images [b, s, s, 3] in [-1, 1] -> z_img float32 [b, dim], unit length."""
+        return normalise(self.image_tower(images))
+
+    def encode_text(self, tokens: Array) -> TextEncoding:
+        z, txt_enc, txt_mask = self.text_tower(tokens)
+        return TextEncoding(normalise(z), txt_enc, txt_mask)
+
+    def logit_scale(self) -> Array:
+        return jnp.exp(jnp.minimum(self.log_scale, MAX_LOGIT_SCALE))
+
+    def __call__(self, images: Array, tokens: Array) -> tuple[Array, Array, Array]:
+        """(z_img, z_txt, the scale of their dot products)."""
+        return self.encode_image(images), self.encode_text(tokens).z_txt, self.logit_scale()

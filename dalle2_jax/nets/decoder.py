@@ -1,0 +1,105 @@
+"""The decoder: GLIDE's text-conditional U-Net that also sees z_img (unCLIP section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dalle2_jax.nets.clip import text_mask
+from dalle2_jax.nets.layers import LayerNorm, TimestepMLP
+from dalle2_jax.nets.transformer import Transformer
+from dalle2_jax.nets.unet import UNet
+from dalle2_jax.types import Array
+
+
+class TextEncoder(nn.Module):
+    """GLIDE's text transformer: no mask; past the end stand learned embeddings, one a place.
+
+    The empty caption is therefore nothing but these: the learned null of classifier-free
+    guidance. (tokens [b, n], mask bool [b, n]) -> [b, n, width].
+    """
+
+    context_length: int
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array) -> Array:
+        n = tokens.shape[1]
+        shape = (self.context_length, self.width)
+        init = nn.initializers.normal(0.02)
+        padding = self.param("padding", init, shape, jnp.float32)[None, :n]
+        positions = self.param("positions", init, shape, jnp.float32)[None, :n]
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token")
+        x = jnp.where(mask[..., None], embed(tokens) + positions, padding)
+        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(x)
+        return LayerNorm(name="norm")(x)
+
+
+class Decoder(nn.Module):
+    """x_t [b, h, w, 3], t [b] and the condition -> raw output float32 [b, h, w, 3 or 6].
+
+    z_img enters twice: added to the timestep embedding, and as `extra_tokens` tokens after the
+    caption's. `text` holds `TextEncoder`'s arguments; None means that the caption comes encoded
+    (CLIP's hidden states), which small models share.
+    """
+
+    unet: Mapping[str, Any]
+    dim: int
+    context_length: int
+    text: Mapping[str, Any] | None = None
+    extra_tokens: int = 4
+    learned_variance: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t: Array, t: Array, cond: Mapping[str, Array], train: bool) -> Array:
+        """`cond`: z_img [b, dim] (unit length), z_mask bool [b]; and txt_mask bool [b, n] with
+        either tokens [b, n] or txt_enc [b, n, w]. False in a mask is the learned null."""
+        b, n = cond["txt_mask"].shape
+        channels = self.unet["channels"]
+        emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
+        null = self.param("null_z_img", nn.initializers.normal(0.02), (self.dim,), jnp.float32)
+        # Unit length puts a coordinate at dim**-0.5: bring it to one, as the layers expect.
+        z_img = jnp.where(cond["z_mask"][:, None], cond["z_img"] * self.dim**0.5, null[None])
+
+        if self.text is None:
+            txt_enc = cond["txt_enc"]
+            shape = (self.context_length, txt_enc.shape[-1])
+            padding = self.param("padding", nn.initializers.normal(0.02), shape, jnp.float32)
+            txt_enc = jnp.where(cond["txt_mask"][..., None], txt_enc, padding[None, :n])
+        else:
+            encoder = TextEncoder(**self.text, dtype=self.dtype, name="text")
+            txt_enc = encoder(cond["tokens"], cond["txt_mask"])
+        width = txt_enc.shape[-1]
+        # GLIDE's last token joins the time. Where it is padding it still has read the caption,
+        # but not in a causal tower such as CLIP's: there the caption's own last token serves.
+        if self.text is None:
+            at = jnp.maximum(cond["txt_mask"].sum(axis=1) - 1, 0)
+            last = jnp.take_along_axis(txt_enc, at[:, None, None], axis=1)[:, 0]
+        else:
+            last = txt_enc[:, -1]
+        emb = emb + dense(4 * channels, "emb_txt")(last) + dense(4 * channels, "emb_z_img")(z_img)
+        extra = dense(self.extra_tokens * width, "tokens_z_img")(z_img)
+        extra = extra.reshape(b, self.extra_tokens, width)
+        context = jnp.concatenate([txt_enc.astype(self.dtype), extra], axis=1)
+
+        out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
+        unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
+        return unet(x_t.astype(self.dtype), emb, context, train)
+
+
+def caption_mask(tokens: Array, vocab_size: int) -> Array:
+    """bool [b, n], True up to and with the end-of-text token, the vocabulary's last."""
+    return text_mask(tokens, vocab_size - 1)

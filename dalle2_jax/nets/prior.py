@@ -1,0 +1,66 @@
+"""The diffusion prior: a causal transformer that un-noises z_img (unCLIP section 2.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dalle2_jax.nets.layers import LayerNorm, TimestepMLP
+from dalle2_jax.nets.transformer import Transformer, causal_mask
+from dalle2_jax.types import Array
+
+
+class DiffusionPrior(nn.Module):
+    """The sequence [txt_enc, z_txt, t, x_t, query]; the output at the query predicts z_img.
+
+    Padding is masked from attention. A caption whose `txt_mask` is empty is "no caption": with
+    `learned_null` its z_txt is replaced by a learned vector, else by whatever the caller passed
+    (Karlo encodes the empty string).
+    """
+
+    dim: int
+    context_length: int
+    width: int
+    depth: int
+    heads: int
+    learned_null: bool = True
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x_t: Array, t: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
+    ) -> Array:
+        """x_t [b, dim] (scaled z_img with noise), t [b], z_txt [b, dim], txt_enc [b, n, w],
+        txt_mask bool [b, n] -> float32 [b, dim]."""
+        b, n = txt_mask.shape
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(self.width, dtype=self.dtype, name=name)
+
+        if self.learned_null:
+            null = self.param("null_z_txt", nn.initializers.zeros, (self.dim,), jnp.float32)
+            z_txt = jnp.where(txt_mask.any(axis=1)[:, None], z_txt, null[None])
+        query = self.param("query", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
+        sequence = [
+            dense("txt_enc")(txt_enc),
+            dense("z_txt")(z_txt)[:, None],
+            TimestepMLP(self.width, self.width, self.dtype, name="time")(t)[:, None],
+            dense("x_t")(x_t)[:, None],
+            jnp.broadcast_to(query, (b, 1, self.width)).astype(self.dtype),
+        ]
+        x = jnp.concatenate(sequence, axis=1)  # b n+4 width
+        shape = (self.context_length + 4, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.01), shape, jnp.float32)
+        # The four last tokens keep their places, however short the caption is.
+        places = jnp.concatenate([positions[:n], positions[-4:]])
+        x = x + places[None].astype(self.dtype)
+        keys = jnp.pad(txt_mask, ((0, 0), (0, 4)), constant_values=True)
+        mask = causal_mask(n + 4) & keys[:, None, None, :]
+        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(
+            x, mask
+        )
+        x = LayerNorm(name="norm")(x[:, -1])
+        return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)

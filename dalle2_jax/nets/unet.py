@@ -1,0 +1,169 @@
+"""The ADM U-Net (2105.05233) with GLIDE's text attention (2112.10741, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.nets.attention import attention, merge_heads, split_heads
+from dalle2_jax.nets.layers import Conv3x3, GroupNorm
+from dalle2_jax.types import Array
+
+
+def halve(x: Array) -> Array:
+    """Mean over 2x2: [b, h, w, c] -> [b, h/2, w/2, c]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def double(x: Array) -> Array:
+    """Nearest neighbour: [b, h, w, c] -> [b, 2h, 2w, c]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+RESAMPLE = {"": lambda x: x, "down": halve, "up": double}
+
+
+class ResBlock(nn.Module):
+    """BigGAN's residual block, told the time by a scale and shift of its second norm.
+
+    `resample` ("", "down", "up") acts between the first activation and the first convolution,
+    and on the skip path.
+    """
+
+    features: int
+    resample: str = ""
+    dropout: float = 0.0
+    scale_shift: bool = True
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, train: bool) -> Array:
+        resample = RESAMPLE[self.resample]
+        h = resample(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
+        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
+        out = self.features * (2 if self.scale_shift else 1)
+        emb = nn.Dense(out, dtype=self.dtype, name="emb")(nn.silu(emb))[:, None, None]
+        norm2 = GroupNorm(self.groups, name="norm2")
+        if self.scale_shift:
+            scale, shift = jnp.split(emb, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + emb)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = Conv3x3(self.features, zero=True, dtype=self.dtype, name="conv2")(h)
+        x = resample(x)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Every pixel attends to the context's tokens and to all pixels, in one softmax (GLIDE)."""
+
+    head_channels: int = 64
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None) -> Array:
+        b, h, w, c = x.shape
+        heads = max(1, c // self.head_channels)
+        y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
+
+        def project(tokens: Array, names: Sequence[str]) -> list[Array]:
+            return [
+                split_heads(nn.Dense(c, dtype=self.dtype, name=name)(tokens), heads)
+                for name in names
+            ]
+
+        q, k, v = project(y, ["q", "k", "v"])
+        if context is not None:
+            context_k, context_v = project(context, ["context_k", "context_v"])
+            k = jnp.concatenate([context_k, k], axis=1)
+            v = jnp.concatenate([context_v, v], axis=1)
+        out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")
+        return x + out(merge_heads(attention(q, k, v))).reshape(b, h, w, c)
+
+
+class UNet(nn.Module):
+    """x [b, h, w, c], emb [b, e], context [b, n, d] or None -> float32 [b, h, w, out_channels].
+
+    Level i has channels * channel_mults[i] channels at h / 2**i pixels; attention stands at the
+    levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
+    """
+
+    out_channels: int
+    channels: int
+    channel_mults: Sequence[int]
+    num_blocks: int
+    attention_levels: Sequence[int] = ()
+    head_channels: int = 64
+    dropout: float = 0.0
+    scale_shift: bool = True
+    groups: int = 32
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, emb: Array, context: Array | None = None, train: bool = False
+    ) -> Array:
+        block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_class = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        def block(x: Array, level: int, name: str, resample: str = "") -> Array:
+            features = self.channels * self.channel_mults[level]
+            return block_class(
+                features,
+                resample,
+                self.dropout,
+                self.scale_shift,
+                self.groups,
+                self.dtype,
+                name=name,
+            )(x, emb, train)
+
+        def attend(x: Array, name: str) -> Array:
+            return attention_class(self.head_channels, self.groups, self.dtype, name=name)(
+                x, context
+            )
+
+        levels = len(self.channel_mults)
+        factor = 2 ** (levels - 1)
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, not {x.shape[1:3]}")
+        x = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(x)
+        skips = [x]
+        for level in range(levels):
+            for i in range(self.num_blocks):
+                x = block(x, level, f"down{level}_block{i}")
+                if level in self.attention_levels:
+                    x = attend(x, f"down{level}_attention{i}")
+                skips.append(x)
+            if level < levels - 1:
+                x = block(x, level, f"down{level}_halve", "down")
+                skips.append(x)
+
+        x = block(x, levels - 1, "middle_block0")
+        if self.attention_levels:
+            x = attend(x, "middle_attention")
+        x = block(x, levels - 1, "middle_block1")
+
+        for level in reversed(range(levels)):
+            for i in range(self.num_blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block(x, level, f"up{level}_block{i}")
+                if level in self.attention_levels:
+                    x = attend(x, f"up{level}_attention{i}")
+            if level > 0:
+                x = block(x, level, f"up{level}_double", "up")
+
+        x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
+        x = Conv3x3(self.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x)
+        return jax.numpy.asarray(x, jnp.float32)

@@ -1,0 +1,30 @@
+"""The upsampler: an ADM U-Net that sees the low-resolution picture (unCLIP section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dalle2_jax.nets.layers import TimestepMLP
+from dalle2_jax.nets.unet import UNet
+from dalle2_jax.types import Array
+
+
+class Upsampler(nn.Module):
+    """x_t [b, h, w, 3], t [b], low_res [b, h, w, 3] (already resized) -> [b, h, w, 3 or 6]."""
+
+    unet: Mapping[str, Any]
+    learned_variance: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t: Array, t: Array, low_res: Array, train: bool = False) -> Array:
+        channels = self.unet["channels"]
+        emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)
+        out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
+        unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
+        x = jnp.concatenate([x_t, low_res], axis=-1).astype(self.dtype)
+        return unet(x, emb, None, train)

@@ -1,0 +1,63 @@
+"""Sections of a config -> objects, with an error that names the near miss of an unknown key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from dalle2_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def near_miss(key: str, known: Iterable[str]) -> str:
+    """`; did you mean 'batch_size'?`, or the known keys where nothing is near."""
+    known = sorted(known)
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not found:  # a dotted path: the last part alone may be near
+        last = {k.rpartition(".")[2]: k for k in known}
+        found = [last[k] for k in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(known)}"
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError for the first of `given` that is not in `known`."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{near_miss(key, known)}")
+
+
+def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any) -> T:
+    """An instance of the dataclass or Flax module `cls` from a section of a config.
+
+    Lists become tuples, so that the result is hashable; `given` are arguments from elsewhere.
+    Raises UserError for an unknown or a missing key, naming it and `where`.
+    """
+    fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
+    check_keys(section, [f.name for f in fields if f.name not in given], where)
+    arguments = {key: _frozen(value) for key, value in section.items()} | given
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in arguments:
+            raise UserError(f"{where}: the key {f.name!r} is missing")
+    return cls(**arguments)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return value
+
+
+def plain(section: Any) -> Any:
+    """A config's section as dicts, lists and scalars, ready for JSON."""
+    if isinstance(section, Mapping):
+        return {key: plain(value) for key, value in section.items()}
+    if isinstance(section, list | tuple):
+        return [plain(value) for value in section]
+    return section

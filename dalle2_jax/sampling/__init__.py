@@ -1,0 +1,1 @@
+"""A stage's sampler: its network and the diffusion maths, as a jitted function."""

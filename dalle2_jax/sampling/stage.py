@@ -1,0 +1,140 @@
+"""What the samplers of all stages share: settings, guidance, and the loop with its progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion import guidance, schedules
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
+from dalle2_jax.diffusion.solvers import make_solver
+from dalle2_jax.errors import UserError
+from dalle2_jax.types import Array, Params, PyTree
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+_STEPS_A_CALL = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a stage is sampled; the defaults of a model stand in its folder's `config.json`."""
+
+    steps: int = 50
+    solver: str = "ddim"
+    cfg_scale: float = 1.0
+    clip: tuple[str, float] | None = ("static", 1.0)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps must be 1 or more, not {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSampler:
+    """Draws x_0 [b, ...] from a stage's network.
+
+    A subclass says how the network is called (`apply`) and what "no condition" is (`null`).
+    Hashable, so that a jitted function takes it as a static argument.
+    """
+
+    network: nn.Module
+    process: Process
+    settings: Settings
+
+    def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
+        """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""
+        raise NotImplementedError
+
+    def null(self, cond: PyTree) -> PyTree:
+        """The condition that guidance moves away from."""
+        raise NotImplementedError
+
+    def draw(
+        self,
+        params: Params,
+        cond: PyTree,
+        keys: Array,
+        shape: Sequence[int],
+        noise: Array | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """x_0 float32 [b, *shape].
+
+        Args:
+            params: the network's.
+            cond: what `apply` takes, arrays [b, ...].
+            keys: typed keys [b]; row i of the result depends on row i of its inputs alone.
+            shape: one example's.
+            noise: [1 + steps, b, *shape] standard normal: x_T, then each step's, in the order of
+                sampling; in place of that drawn from `keys`.
+            progress: called as steps are done.
+        """
+        steps = self.settings.steps
+        if steps > self.process.num_timesteps:
+            raise UserError(f"steps must be at most {self.process.num_timesteps}, not {steps}")
+        if noise is not None and noise.shape[:2] != (steps + 1, keys.shape[0]):
+            raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
+        state, chunk = _start(self, keys, tuple(shape), noise), _chunk(steps)
+        for done in range(0, steps, chunk):
+            ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
+            given = None if noise is None else noise[1 + done : 1 + done + chunk]
+            state = _advance(self, params, cond, state, ts, keys, given)
+            if progress is not None:
+                jax.block_until_ready(state)
+                progress(done + chunk, steps)
+        return state[0]
+
+
+def _chunk(steps: int) -> int:
+    """How many steps a call runs: a divisor of all, so that one program serves every call."""
+    return max(n for n in range(1, _STEPS_A_CALL + 1) if steps % n == 0)
+
+
+def _schedule(stage: StageSampler) -> schedules.Schedule:
+    return schedules.respace(stage.process.training_schedule(), stage.settings.steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _start(
+    stage: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
+) -> tuple[Array, PyTree]:
+    x_T = init_noise(keys, shape) if noise is None else noise[0]
+    return x_T, make_solver(stage.settings.solver, _schedule(stage)).init(x_T)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(
+    stage: StageSampler,
+    params: Params,
+    cond: PyTree,
+    state: tuple[Array, PyTree],
+    ts: Array,
+    keys: Array,
+    noise: Array | None,
+) -> tuple[Array, PyTree]:
+    process, settings, schedule = stage.process, stage.settings, _schedule(stage)
+    guided = guidance.guide(
+        functools.partial(_apply, stage, params),
+        cond,
+        stage.null(cond),
+        settings.cfg_scale,
+        process.learned_variance,
+    )
+    denoiser = denoiser_from(
+        schedule, guided, process.prediction, settings.clip, process.learned_variance
+    )
+    solver = make_solver(settings.solver, schedule)
+    return advance(solver, denoiser, state, ts, keys, noise)
+
+
+def _apply(stage: StageSampler, params: Params, x_t: Array, t: Array, cond: Any) -> Array:
+    return stage.apply(params, x_t, t, cond)

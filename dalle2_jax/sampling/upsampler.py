@@ -1,0 +1,31 @@
+"""Drawing a large picture from a small one (unCLIP section 2.1): no text, no guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from dalle2_jax import images
+from dalle2_jax.sampling.stage import Progress, StageSampler
+from dalle2_jax.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsamplerSampler(StageSampler):
+    image_size: int = 256
+
+    def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
+        return self.network.apply({"params": params}, x_t, t, cond["low_res"], False)
+
+    def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
+        return cond
+
+    def __call__(
+        self, params: Params, low_res: Array, keys: Array, progress: Progress | None = None
+    ) -> Array:
+        """low_res [b, s, s, 3] in [-1, 1], keys [b] -> [b, image_size, image_size, 3]."""
+        cond = {"low_res": images.resize(low_res, self.image_size, "bicubic")}
+        shape = (self.image_size, self.image_size, 3)
+        return jnp.clip(self.draw(params, cond, keys, shape, progress=progress), -1, 1)

@@ -1,0 +1,153 @@
+"""From rules in a config to a `NamedSharding` for every parameter.
+
+The mesh has the three axes of `AXES`: a batch is split over the first two, parameters over
+"fsdp" (each device keeps a slice and gathers before use) and "tensor" (a matrix product split
+along one of its own axes). Rules are ordered pairs (regex, tactic); a path such as
+`blocks/attn/qkv/kernel` takes the tactic of the first rule whose regex is found in it.
+
+Tactics:
+  "replicate"      every device holds the whole array
+  "fsdp"           the largest axis that "fsdp" divides is split (none: replicated)
+  "tensor:A"       axis A (may be negative) is split over "tensor"
+  "tensor:A+fsdp"  the same, and the largest other axis over "fsdp"
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, str]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or `devices`); one size may be -1 and takes the rest.
+
+    Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    told = f"mesh {dict(zip(AXES, shape, strict=True))}"
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise UserError(f"{told}: sizes are positive, and at most one may be -1 (the rest)")
+    if -1 in shape:
+        shape[shape.index(-1)] = max(len(devices) // math.prod(s for s in shape if s > 0), 1)
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"{told} does not fit {len(devices)} device(s): the sizes must multiply to that number"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 of a batch over "data" and "fsdp"; the "tensor" axis sees it whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A JAX key path as `blocks/attn/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, in the tree's own order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _spec(shape: tuple[int, ...], tactic: str, mesh: Mesh, path: str) -> PartitionSpec:
+    axes: list[str | None] = [None] * len(shape)
+    for part in tactic.split("+"):
+        kind, _, argument = part.partition(":")
+        if kind == "replicate" and not argument:
+            continue
+        if kind == "tensor" and re.fullmatch(r"-?\d+", argument):
+            axis = int(argument)
+            if not -len(shape) <= axis < len(shape) or shape[axis] % mesh.shape["tensor"]:
+                raise UserError(
+                    f"sharding tactic {tactic!r}: {path} {shape} has no axis {axis} that "
+                    f"{mesh.shape['tensor']} tensor shards divide"
+                )
+            axes[axis] = "tensor"
+        elif kind == "fsdp" and not argument:
+            size = mesh.shape["fsdp"]
+            free = [
+                i for i, n in enumerate(shape) if axes[i] is None and n % size == 0 and n >= size
+            ]
+            if free and size > 1:
+                axes[max(free, key=lambda i: shape[i])] = "fsdp"
+        else:
+            raise UserError(
+                f"unknown sharding tactic {tactic!r}; known: replicate, fsdp, tensor:AXIS, "
+                "tensor:AXIS+fsdp"
+            )
+    return PartitionSpec(*axes)
+
+
+def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """The tree of `params` (arrays or ShapeDtypeStructs) with a NamedSharding at every leaf.
+
+    Raises UserError for a path that no rule takes and for a rule that takes no path: either is
+    how a typing mistake in a regex would otherwise replicate a large model in silence.
+    """
+    used = [False] * len(rules)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for i, (regex, tactic) in enumerate(rules):
+            if re.search(regex, name):
+                used[i] = True
+                return NamedSharding(mesh, _spec(tuple(leaf.shape), tactic, mesh, name))
+        raise UserError(f"sharding_rules: no rule matches {name}; end with ('.*', 'replicate')")
+
+    placed = jax.tree_util.tree_map_with_path(place, params)
+    for rule, hit in zip(rules, used, strict=True):
+        if not hit:
+            raise UserError(
+                f"sharding_rules: {tuple(rule)} takes no parameter (a typing mistake, or an "
+                f"earlier rule takes all it matches); paths look like {next(iter(flatten(params)))}"
+            )
+    return placed
+
+
+def inherit_shardings(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings for a tree that holds copies of `params` somewhere inside (optimiser state).
+
+    A leaf whose path ends in a parameter's path and has its shape is placed as that parameter;
+    what remains (counters) is replicated.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    places = flatten(shardings)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            name = path_name(path[start:])
+            if shapes.get(name) == tuple(leaf.shape):
+                return places[name]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated_bytes_fraction(params: PyTree, shardings: PyTree) -> float:
+    """The share of the bytes of `params` that every device holds whole, in [0, 1]."""
+    whole = total = 0
+    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        total += size
+        whole += size * place.is_fully_replicated
+    return whole / total if total else 0.0

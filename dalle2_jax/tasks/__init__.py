@@ -1,0 +1,1 @@
+"""One file a stage: its loss, its frozen inputs, its preview."""

@@ -1,0 +1,54 @@
+"""What the tasks of all diffusion stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dalle2_jax import images
+from dalle2_jax.diffusion.guidance import Apply
+from dalle2_jax.diffusion.losses import sample_t
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.options import plain
+from dalle2_jax.types import Array, Metrics
+
+
+def denoising_loss(
+    process: Process, apply: Apply, x_0: Array, key: Array
+) -> tuple[Array, Metrics]:
+    """Mean loss at random t of x_0 [b, ...], and the metrics `mse` (and `vb`).
+
+    The t of a batch are stratified: each is uniform, together they cover time evenly, so that
+    the loss varies less from batch to batch.
+    """
+    key_t, key_noise = jax.random.split(key)
+    t = sample_t(key_t, x_0.shape[0], process.num_timesteps, stratified=True)
+    noise = jax.random.normal(key_noise, x_0.shape)
+    losses = process.losses(apply, x_0, t, noise)
+    metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}
+    return losses["loss"].mean(), metrics
+
+
+def grid(pictures: Array, columns: int) -> Array:
+    """float [b, h, w, 3] in [-1, 1] -> one uint8 picture, row by row; what is over is left out."""
+    b, h, w, c = pictures.shape
+    rows = b // columns
+    pictures = pictures[: rows * columns].reshape(rows, columns, h, w, c)
+    return images.to_uint8(pictures.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c))
+
+
+def side_by_side(*columns: Array) -> Array:
+    """Pictures [b, h, w, 3] in [-1, 1] of one size -> uint8, example by example: a row each."""
+    stacked = jax.numpy.stack(columns, axis=1)
+    return grid(stacked.reshape(-1, *columns[0].shape[1:]), len(columns))
+
+
+def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
+    """A diffusion stage's entry in `config.json`: what builds and samples it again."""
+    sections = ("model", "diffusion")
+    return {name: plain(config[name]) for name in sections} | {
+        "sampling": plain(config.task.sampling),
+        **plain(extra),
+    }

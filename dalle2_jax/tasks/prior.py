@@ -1,0 +1,78 @@
+"""The diffusion prior: mean squared error on z_img itself (unCLIP section 2.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax import images
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.nets.clip import TextEncoding
+from dalle2_jax.nets.prior import DiffusionPrior
+from dalle2_jax.options import construct
+from dalle2_jax.tasks.denoising import denoising_loss, stage_entry
+from dalle2_jax.tasks.frozen_clip import FrozenCLIP
+from dalle2_jax.types import Array, Batch, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorTask:
+    """x_0 is z_img * embedding_scale, which brings a coordinate to a deviation of about 0.54,
+    as pixels in [-1, 1] have it: 17.2 at 1,024 dimensions (section 2.2), 0.54 sqrt(dim) at others.
+    """
+
+    network: DiffusionPrior
+    process: Process
+    clip: FrozenCLIP
+    entry: Mapping[str, Any]
+    embedding_scale: float
+    drop_caption: float = 0.1
+    stage: str = "prior"
+
+    def init(self, key: Array) -> Params:
+        z = jnp.zeros((1, self.network.dim))
+        n, width = self.clip.context_length, self.clip.network.text["width"]
+        txt_enc, mask = jnp.zeros((1, n, width)), jnp.ones((1, n), bool)
+        return self.network.init(key, z, jnp.zeros((1,), jnp.int32), z, txt_enc, mask)["params"]
+
+    def frozen(self) -> Params:
+        return {"clip": self.clip.params()}
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        text: TextEncoding = self.clip.encode_text(frozen["clip"], batch["tokens"])
+        key_drop, key_loss = jax.random.split(key)
+        keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
+        txt_mask = text.txt_mask & keep[:, None] if train else text.txt_mask
+
+        def apply(x_t: Array, t: Array) -> Array:
+            return self.network.apply({"params": params}, x_t, t, text.z_txt, text.txt_enc, txt_mask)
+
+        return denoising_loss(self.process, apply, z_img * self.embedding_scale, key_loss)
+
+    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+        return {}
+
+    def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
+        return self.entry, params
+
+
+def from_config(config: Any) -> PriorTask:
+    options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    task = construct(
+        PriorTask,
+        options,
+        "config.task",
+        network=construct(DiffusionPrior, config.model, "config.model"),
+        process=construct(Process, config.diffusion, "config.diffusion"),
+        clip=FrozenCLIP.load(config),
+        entry={},
+    )
+    entry = stage_entry(config, embedding_scale=task.embedding_scale)
+    return dataclasses.replace(task, entry=entry)

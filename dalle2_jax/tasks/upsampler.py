@@ -1,0 +1,98 @@
+"""An upsampler: un-noising crops of large pictures given the small one (unCLIP section 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax import images
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.nets.upsampler import Upsampler
+from dalle2_jax.options import construct
+from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.upsampler import UpsamplerSampler
+from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
+from dalle2_jax.types import Array, Batch, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsamplerTask:
+    """The small picture is corrupted in training, so that the decoder's faults do not matter:
+    by a gaussian blur and, in this project's tiny cascade, by noise as well."""
+
+    network: Upsampler
+    process: Process
+    sampling: Settings
+    entry: Mapping[str, Any]
+    low_size: int
+    image_size: int
+    crop_fraction: float = 0.25
+    blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
+    noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
+    stage: str = ""
+
+    def init(self, key: Array) -> Params:
+        crop = self.crop_size
+        x = jnp.zeros((1, crop, crop, 3))
+        return self.network.init(key, x, jnp.zeros((1,), jnp.int32), x)["params"]
+
+    @property
+    def crop_size(self) -> int:
+        return int(self.image_size * self.crop_fraction)
+
+    def frozen(self) -> Params:
+        return {}
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        key_crop, key_blur, key_noise, key_loss, key_dropout = jax.random.split(key, 5)
+        high = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        low = images.resize(high, self.low_size, "area")
+        if self.blur_sigma:
+            # From next to none up to the full blur: the true small picture is then a case of it.
+            sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
+            low = images.gaussian_blur(low, 3, sigma * self.blur_sigma)
+        if self.noise_std:
+            key_std, key_noise = jax.random.split(key_noise)
+            std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
+            low = low + std * jax.random.normal(key_noise, low.shape)
+        low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
+        low_res = images.resize(low, self.crop_size, "bicubic")
+
+        def apply(x_t: Array, t: Array) -> Array:
+            rngs = {"dropout": key_dropout}
+            return self.network.apply({"params": params}, x_t, t, low_res, train, rngs=rngs)
+
+        return denoising_loss(self.process, apply, x_0, key_loss)
+
+    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+        """The small picture, the one drawn from it, the true one: a row an example."""
+        true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        low = images.resize(true, self.low_size, "area")
+        sampler = UpsamplerSampler(self.network, self.process, self.sampling, self.image_size)
+        drawn = sampler(params, low, jax.random.split(key, low.shape[0]))
+        shown = images.resize(low, self.image_size, "nearest")
+        return {self.stage: side_by_side(shown, drawn, true)}
+
+    def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
+        return self.entry, params
+
+
+def from_config(config: Any) -> UpsamplerTask:
+    options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    task = construct(
+        UpsamplerTask,
+        options,
+        "config.task",
+        network=construct(Upsampler, config.model, "config.model"),
+        process=construct(Process, config.diffusion, "config.diffusion"),
+        sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
+        entry={},
+    )
+    entry = stage_entry(config, image_size=task.image_size, low_size=task.low_size)
+    return dataclasses.replace(task, stage=f"upsampler_{task.image_size}", entry=entry)

@@ -1,0 +1,1 @@
+"""One trainer for every stage: it knows the `Task` protocol and no stage by name."""

@@ -1,0 +1,110 @@
+"""The train loop: mesh -> shardings -> state -> {batch, step, metrics, checkpoint} -> export."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from dalle2_jax import model_folder, sharding
+from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
+from dalle2_jax.train.metrics import Diverged, Reporter, Window
+from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.side import Dataset, SideWork
+from dalle2_jax.train.state import TrainState, abstract_state, init_state, warm_start
+from dalle2_jax.train.step import (
+    check_batch_size,
+    global_batch,
+    make_train_step,
+    place_frozen,
+)
+from dalle2_jax.train.stop import Stopper
+from dalle2_jax.types import Task
+
+
+class Result(NamedTuple):
+    step: int
+    stopped_by: str | None  # None: num_steps reached; else SIGTERM, SIGINT or max_minutes
+    state: TrainState
+
+
+def train(
+    config: Any,
+    task: Task,
+    dataset: Dataset,
+    workdir: str | Path,
+    eval_dataset: Dataset | None = None,
+    tensorboard: bool = False,
+) -> Result:
+    """Trains `task` to config.num_steps, going on from the newest checkpoint in `workdir`.
+
+    `config` is a complete one (build.complete). Raises UserError for mistakes, Diverged where the
+    loss or gradient is no longer finite (the last good checkpoint stays).
+    """
+    workdir = Path(workdir).absolute()
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    with (
+        WorkdirLock(workdir),
+        Checkpoints(workdir, config.keep, config.best_metric) as checkpoints,
+        Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
+    ):
+        state = checkpoints.restore_latest(template)
+        if state is not None:
+            logging.info("going on from step %d of %s", int(state.step), workdir)
+        else:
+            state = init_state(task, optimizer, config.seed, template)
+            if config.init_from:
+                tensors = model_folder.read_params(config.init_from, task.stage)
+                state = warm_start(state, tensors, config.init_from)
+        start = int(state.step)
+        train_step = make_train_step(task, optimizer, config, template, mesh)
+        frozen = place_frozen(task.frozen(), mesh)
+        side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, workdir)
+        data, window, stopped_by = dataset(start), Window(), None
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        with Reporter(workdir, start, tensorboard) as report:
+            report.parameters(template.params)
+            for step in range(start + 1, config.num_steps + 1):
+                state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
+                window.add(step, metrics)
+                scores = {}
+                stopper.alive()
+                if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
+                    jax.block_until_ready(metrics)
+                    window.check(newest_only=True)
+                if step == start + 1:
+                    report.restart_clock(step)  # compiling is not speed
+                if _due(config.log_every, step, config.num_steps):
+                    report.log(step, config.num_steps, config.batch_size, window.mean())
+                since = time.perf_counter()
+                if _due(config.eval_every, step):
+                    scores = side.evaluate(state.ema_params)
+                    report.scalars(step, scores)
+                if _due(config.preview_every, step):
+                    report.images(step, side.preview(state.ema_params))
+                if _due(config.export_every, step):
+                    side.export(state.ema_params)
+                stopped_by = stopper.reason(step)
+                if _due(config.checkpoint_every, step, config.num_steps) or stopped_by:
+                    window.check()  # a state that is not finite must not be kept
+                    checkpoints.save(state, scores)
+                report.pause(time.perf_counter() - since)
+                if stopped_by:
+                    break
+        checkpoints.wait()
+        if stopped_by in (None, "max_minutes"):
+            side.export(state.ema_params)
+        return Result(int(state.step), stopped_by, state)
+
+
+def _due(every: int, step: int, last: int | None = None) -> bool:
+    return (every > 0 and step % every == 0) or step == last
+
+
+__all__ = ["Dataset", "Diverged", "Result", "train"]

@@ -1,0 +1,165 @@
+"""What a run says of itself: numbers to the terminal, TensorBoard and metrics.jsonl; pictures.
+
+The one module that imports clu, and with it TensorFlow, and only where TensorBoard is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from absl import logging
+
+from dalle2_jax.types import Metrics, Params
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer a finite number."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(
+            f"{what} at step {step}; the last good checkpoint is kept. Lower "
+            "optimizer.learning_rate or set optimizer.clip_norm and run the command again"
+        )
+        self.step = step
+
+
+class Window:
+    """Metrics since the last log, left on the devices until they are asked for."""
+
+    def __init__(self):
+        self._steps: list[tuple[int, Metrics]] = []
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self._steps.append((step, metrics))
+
+    def check(self, newest_only: bool = False) -> None:
+        """Raises Diverged naming the first step whose loss or gradient norm is not finite."""
+        for step, metrics in self._steps[-1:] if newest_only else self._steps:
+            for name in ("loss", "grad_norm"):
+                value = float(metrics[name])
+                if not math.isfinite(value):
+                    raise Diverged(step, f"{name} is {value}")
+
+    def mean(self) -> dict[str, float]:
+        """Averages over the window, which is emptied."""
+        self.check()
+        values = jax.device_get([metrics for _, metrics in self._steps])
+        self._steps = []
+        if not values:
+            return {}
+        return {k: float(np.mean([np.float64(v[k]) for v in values])) for k in values[0]}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Reporter:
+    """Writes for process 0 only; on the others every method does nothing."""
+
+    def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
+        self._active = jax.process_index() == 0
+        self._folder, self._clu = workdir, None
+        self._last_step, self._last_time = start_step, time.perf_counter()
+        if not self._active:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lines = _reopen(workdir / "metrics.jsonl", start_step)
+        if tensorboard:
+            from clu import metric_writers
+
+            self._clu = metric_writers.AsyncMultiWriter(
+                [
+                    metric_writers.LoggingWriter(),
+                    metric_writers.SummaryWriter(str(workdir)),
+                ]
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._active:
+            self._lines.close()
+            if self._clu:
+                self._clu.close()
+
+    def parameters(self, params: Params) -> None:
+        """A table of the parameters on the terminal, and their number."""
+        total = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        logging.info("%s parameters", f"{total:,}")
+        if self._clu:
+            from clu import parameter_overview
+
+            table = parameter_overview.get_parameter_overview(params, include_stats=False)
+            logging.info("\n%s", table)
+
+    def log(self, step: int, num_steps: int, batch_size: int, values: Mapping[str, float]) -> None:
+        """Scalars of the window that ends at `step`, with its speed and the time that is left."""
+        now = time.perf_counter()
+        rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
+        self.restart_clock(step)
+        speed = {"steps_per_second": rate, "images_per_second": rate * batch_size}
+        self.scalars(step, {**values, **speed})
+        if self._active:
+            left = _duration((num_steps - step) / rate) if rate else "?"
+            print(
+                f"step {step}/{num_steps} ({100 * step / num_steps:.1f} %)  "
+                f"loss {values['loss']:.5f}  {rate:.2f} steps/s  {rate * batch_size:.1f} images/s  "
+                f"{left} left",
+                flush=True,
+            )
+
+    def restart_clock(self, step: int) -> None:
+        self._last_step, self._last_time = step, time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on previews, evaluation and saving out of the speed."""
+        self._last_time += seconds
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        if self._clu:
+            self._clu.write_scalars(step, dict(values))
+
+    def images(self, step: int, pictures: Mapping[str, Any]) -> None:
+        """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
+        if not self._active:
+            return
+        from PIL import Image
+
+        folder = self._folder / "previews"
+        folder.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            picture = np.asarray(picture)
+            file = f"step_{step:06d}_{name.replace('/', '_')}.png"
+            Image.fromarray(picture).save(folder / file)
+            if self._clu:
+                self._clu.write_images(step, {name: picture[None]})
+
+
+def _reopen(path: Path, start_step: int):
+    """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                print(f"{path}: a broken line is dropped", file=sys.stderr)
+    path.write_text("".join(kept))
+    return path.open("a")

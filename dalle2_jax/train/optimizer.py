@@ -1,0 +1,106 @@
+"""The optimiser of a config, from optax: AdamW, schedule, clipping, accumulation, EMA.
+
+A *step* of the trainer is one batch. With `accumulate` = k an *update* happens every k-th step on
+the mean gradient of k batches; schedules, warm-up and the EMA count updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.types import Array, Params, PyTree
+
+
+class Optimizer(NamedTuple):
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    """update count -> learning rate"""
+    accumulate: int
+    """batches an update"""
+
+    def num_updates(self, step: Array | int) -> Array | int:
+        """Updates made after `step` batches."""
+        return step // self.accumulate
+
+
+def decay_mask(params: Params) -> PyTree:
+    """True where decoupled weight decay applies: matrices and kernels.
+
+    Biases, norm scales and other vectors are left alone, and so are parameters named `bias` or
+    `scale` of any rank (a stack of blocks gives them a leading axis).
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.ndim >= 2 and name not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_schedule(settings: Mapping[str, Any], num_updates: int) -> optax.Schedule:
+    """Linear warm-up from 0 over `warmup_steps` updates, then constant or a cosine down to 0."""
+    peak, warmup = float(settings["learning_rate"]), int(settings["warmup_steps"])
+    if settings["schedule"] == "constant":
+        after = optax.constant_schedule(peak)
+    elif settings["schedule"] == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(num_updates - warmup, 1))
+    else:
+        raise UserError(
+            f"optimizer.schedule={settings['schedule']!r} is unknown; use 'constant' or 'cosine'"
+        )
+    if not warmup:
+        return after
+    # the first update already moves: (n + 1) / (warmup + 1) of the peak
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
+    """`settings` is config.optimizer; `num_steps` the batches of the whole run."""
+    accumulate = int(settings["accumulate"])
+    if accumulate < 1:
+        raise UserError(f"optimizer.accumulate={accumulate} must be 1 or more")
+    schedule = make_schedule(settings, num_steps // accumulate)
+    parts = []
+    if settings["clip_norm"]:
+        parts.append(optax.clip_by_global_norm(settings["clip_norm"]))
+    parts.append(
+        optax.adamw(
+            schedule,
+            b1=settings["b1"],
+            b2=settings["b2"],
+            eps=settings["eps"],
+            weight_decay=settings["weight_decay"],
+            mask=decay_mask,
+        )
+    )
+    tx = optax.chain(*parts)
+    if accumulate > 1:
+        tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+    return Optimizer(tx, schedule, accumulate)
+
+
+def ema_update(
+    ema_params: Params,
+    params: Params,
+    decay: float,
+    warmup: bool,
+    step: Array,
+    opt: Optimizer,
+) -> Params:
+    """The moving average after `step` batches: unchanged where this batch made no update.
+
+    With `warmup` the n-th update decays by min(decay, (1 + n) / (10 + n)), so that a short run's
+    average does not remember the random start.
+    """
+    n = jnp.asarray(opt.num_updates(step), jnp.float32)
+    rate = jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.float32(decay)
+    rate = jnp.where(step % opt.accumulate == 0, rate, 1.0)
+    average: Any = optax.incremental_update(params, ema_params, 1 - rate)
+    return average

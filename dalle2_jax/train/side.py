@@ -1,0 +1,79 @@
+"""What is done with the averaged weights now and then: scores, pictures, a model folder."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dalle2_jax import model_folder
+from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
+from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
+from dalle2_jax.types import Params, Task
+
+Dataset = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+"""start step -> this host's batches from that step on: the step number is the position."""
+
+
+class SideWork:
+    def __init__(
+        self,
+        config: Any,
+        task: Task,
+        frozen: Params,
+        mesh: Mesh,
+        dataset: Dataset,
+        workdir: Path,
+    ):
+        """`dataset` is the held-out one; `workdir` holds the model folder if config names none."""
+        self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
+        self._dataset = dataset
+        self._eval_step = make_eval_step(task, mesh)
+        self._preview = make_preview(task, mesh, config.preview_size)
+        self._folder = Path(config.export_to or workdir / "model")
+
+    @functools.cached_property
+    def _batches(self) -> list[Mapping[str, np.ndarray]]:
+        """The same first batches every time, read once."""
+        return list(itertools.islice(self._dataset(0), max(self._config.eval_batches, 1)))
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Mean metrics over the same first batches, with the same noise, every time."""
+        key = stream(self._config.seed, EVAL_STREAM)
+        total: dict[str, float] = {}
+        count = len(self._batches)
+        for i, batch in enumerate(self._batches):
+            batch = global_batch(batch, self._mesh)
+            metrics = self._eval_step(params, self._frozen, batch, jax.random.fold_in(key, i))
+            for name, value in jax.device_get(metrics).items():
+                total[f"eval/{name}"] = total.get(f"eval/{name}", 0.0) + float(value) / count
+        return total
+
+    def preview(self, params: Params) -> dict[str, np.ndarray]:
+        """Pictures of the same examples and noise every time, so that they can be compared."""
+        batch = global_batch(self._batches[0], self._mesh)
+        key = stream(self._config.seed, PREVIEW_STREAM)
+        return jax.device_get(self._preview(params, self._frozen, batch, key))
+
+    def export(self, params: Params) -> None:
+        entry, tensors = self._task.export(_gather(params))
+        if jax.process_index() == 0:
+            dtype = self._config.export_dtype
+            model_folder.write_stage(self._folder, self._task.stage, entry, tensors, dtype)
+            logging.info("wrote stage %s to %s", self._task.stage, self._folder)
+
+
+def _gather(params: Params) -> Params:
+    """Whole arrays on this host."""
+    if jax.process_count() == 1:
+        return jax.device_get(params)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(params, tiled=True)

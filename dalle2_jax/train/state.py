@@ -1,0 +1,105 @@
+"""What training carries from step to step, and how it comes into its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from dalle2_jax import sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.train.optimizer import Optimizer
+from dalle2_jax.types import Array, Params, PyTree, Task
+
+# Steps count up from 0 and feed `fold_in`; these streams count down from the top.
+INIT_STREAM = np.uint32(2**32 - 1)
+PREVIEW_STREAM = np.uint32(2**32 - 2)
+EVAL_STREAM = np.uint32(2**32 - 3)
+
+
+class TrainState(struct.PyTreeNode):
+    step: Array  # int32 scalar: batches seen, which is also the position in the data
+    params: Params
+    ema_params: Params
+    opt_state: PyTree
+
+
+def stream(seed: int, salt: np.uint32) -> Array:
+    """A key of its own for a use that is not a training step."""
+    return jax.random.fold_in(jax.random.key(seed), salt)
+
+
+def _create(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
+    params = task.init(stream(seed, INIT_STREAM))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated
+        opt_state=optimizer.tx.init(params),
+    )
+
+
+def abstract_state(
+    task: Task, optimizer: Optimizer, seed: int, mesh: Mesh, rules: sharding.Rules
+) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
+    places = sharding.param_shardings(shapes.params, rules, mesh)
+    placed = TrainState(
+        step=cast(Any, sharding.replicated(mesh)),
+        params=places,
+        ema_params=places,
+        opt_state=sharding.inherit_shardings(shapes.opt_state, shapes.params, places, mesh),
+    )
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        placed,
+    )
+
+
+def shardings_of(template: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, template)
+
+
+def init_state(task: Task, optimizer: Optimizer, seed: int, template: TrainState) -> TrainState:
+    """Fresh parameters, made straight in their shards."""
+    make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))
+    return make()
+
+
+def warm_start(state: TrainState, tensors: Mapping[str, Any], folder: str | Path) -> TrainState:
+    """`state` with params and EMA taken from `tensors`, read from the model folder `folder`.
+
+    Raises UserError that names the tensors which are missing or have another shape. Tensors the
+    network does not know (statistics of a stage) are left alone.
+    """
+    given, wanted = sharding.flatten(tensors), sharding.flatten(state.params)
+    missing = [name for name in wanted if name not in given]
+    other = [
+        f"{name} {tuple(np.shape(given[name]))} there, {tuple(leaf.shape)} here"
+        for name, leaf in wanted.items()
+        if name in given and tuple(np.shape(given[name])) != tuple(leaf.shape)
+    ]
+    if missing or other:
+        told = [f"{name} is missing" for name in missing] + other
+        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+        raise UserError(
+            f"init_from={folder} does not fit this config: {'; '.join(told[:5])}{more}. "
+            "Use the config it was trained with."
+        )
+
+    def load(path: tuple[Any, ...], leaf: Array) -> Array:
+        value = np.asarray(given[sharding.path_name(path)], leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    def load_all() -> Params:
+        return jax.tree_util.tree_map_with_path(load, state.params)
+
+    return state.replace(params=load_all(), ema_params=load_all())

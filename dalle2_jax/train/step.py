@@ -1,0 +1,104 @@
+"""The jitted steps: one of training, one of evaluation, and the way of a batch to the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dalle2_jax import sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.train.optimizer import Optimizer, ema_update
+from dalle2_jax.train.state import TrainState, shardings_of
+from dalle2_jax.types import Array, Batch, Metrics, Params, Task
+
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the mesh cannot split the global batch evenly."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
+
+
+def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This host's part of a batch, numpy [b / hosts, ...] -> global arrays [b, ...]."""
+    place = sharding.batch_sharding(mesh)
+    return {
+        k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in local.items()
+    }
+
+
+def place_frozen(frozen: Params, mesh: Mesh) -> Params:
+    """Frozen parameters on the devices, split over "fsdp" where an axis divides."""
+    if not jax.tree.leaves(frozen):
+        return frozen
+    return jax.device_put(frozen, sharding.param_shardings(frozen, ((".*", "fsdp"),), mesh))
+
+
+def make_train_step(
+    task: Task, optimizer: Optimizer, config: Any, template: TrainState, mesh: Mesh
+) -> TrainStep:
+    """(state, frozen, batch) -> (state, metrics); the given state's buffers are donated.
+
+    metrics are those of the task and loss, grad_norm (before clipping), param_norm and
+    learning_rate, float32 scalars.
+    """
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grad = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        ema_params = ema_update(
+            state.ema_params,
+            params,
+            config.ema_decay,
+            config.ema_warmup,
+            step,
+            optimizer,
+        )
+        metrics = {
+            **metrics,
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": optimizer.schedule(optimizer.num_updates(state.step)),
+        }
+        return TrainState(step, params, ema_params, opt_state), metrics
+
+    places = shardings_of(template)
+    return jax.jit(
+        train_step,
+        in_shardings=(places, None, sharding.batch_sharding(mesh)),
+        out_shardings=(places, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Params, Params, Batch, Array], Metrics]:
+    """(params, frozen, batch, key) -> the task's metrics and its loss, with train=False."""
+
+    def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
+        loss, metrics = task.loss(params, frozen, batch, key, False)
+        return {**metrics, "loss": loss}
+
+    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+
+
+def make_preview(
+    task: Task, mesh: Mesh, size: int
+) -> Callable[[Params, Params, Batch, Array], dict[str, Array]]:
+    """(params, frozen, batch, key) -> the task's pictures for the first `size` of the batch."""
+
+    def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+        return task.preview(params, frozen, jax.tree.map(lambda x: x[:size], batch), key)
+
+    return jax.jit(preview, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,281 @@
+"""The emoji set: fetching, joining, building, and the packaged fixture of real pictures."""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dalle2_jax.data import emoji, emoji_builder, emoji_source, emoji_words, npm, tfds_source
+from dalle2_jax.errors import UserError
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "emoji"
+SPLITS = emoji_builder.SPLITS
+
+
+def tarball(files):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        for name, value in files.items():
+            text = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return data.getvalue()
+
+
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+    """Puts an `npm` on the PATH that writes `content` as the tarball, or fails with `message`."""
+
+    def install(content=b"", message=""):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "content").write_bytes(content)
+        script = folder / "npm"
+        action = (
+            f"echo '{message}' >&2; exit 1" if message else f"cat {folder}/content > a-b-1.0.0.tgz"
+        )
+        script.write_text(f"#!/bin/sh\n{action}\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+
+    return install
+
+
+def package(content):
+    return npm.Package("@a/b", "1.0.0", hashlib.sha256(content).hexdigest())
+
+
+def test_fetch_verifies_and_caches(fake_npm, tmp_path):
+    content = tarball({"x.json": {"a": 1}})
+    fake_npm(content)
+    path = npm.fetch(package(content), tmp_path / "cache")
+    assert npm.read_json(path, "x.json") == {"a": 1}
+    fake_npm(message="offline")
+    assert npm.fetch(package(content), tmp_path / "cache") == path
+
+
+def test_fetch_replaces_a_damaged_cache(fake_npm, tmp_path):
+    content = tarball({"x.json": 1})
+    fake_npm(content)
+    path = npm.fetch(package(content), tmp_path / "cache")
+    path.write_bytes(content[:-5])
+    assert npm.read_json(npm.fetch(package(content), tmp_path / "cache"), "x.json") == 1
+
+
+def test_wrong_checksum_leaves_nothing(fake_npm, tmp_path):
+    fake_npm(b"something else")
+    with pytest.raises(UserError, match=r"^@a/b@1\.0\.0: sha256 .* expected [^\n]*$"):
+        npm.fetch(package(b"x"), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_npm_failure_and_absence_are_one_line(fake_npm, tmp_path, monkeypatch):
+    fake_npm(message="ENOTFOUND registry.npmjs.org")
+    with pytest.raises(UserError, match=r"^@a/b@1\.0\.0: npm pack failed[^\n]*ENOTFOUND[^\n]*$"):
+        npm.fetch(package(b"x"), tmp_path / "cache")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm is not installed"):
+        npm.fetch(package(b"x"), tmp_path / "cache")
+
+
+def test_disk_errors_are_named(tmp_path):
+    assert "disk is full" in npm.disk_error(OSError(28, "No space left"), tmp_path)
+    assert "no permission" in npm.disk_error(PermissionError(13, "denied"), tmp_path)
+
+
+def square(color):
+    return {"body": f'<rect width="16" height="16" fill="{color}"/>'}
+
+
+def small_sets():
+    """Two sets whose icons are squares, and emojibase entries for them, as `_join` takes them."""
+    chars = {"1f34e": "red-apple", "1f98a": "fox", "1f43a": "wolf", "1f3b8": "guitar"}
+    icons = {"red-apple": square("red"), "fox": square("orange"), "wolf": square("orange")}
+    icons["guitar"] = square("brown")  # a held-out concept: TFDS writes no empty split
+    one = {"icons": {"icons": icons, "width": 16, "height": 16}, "chars": chars, "license": "MIT"}
+    sets = dict.fromkeys(emoji_words.STYLES, one)
+    groups = {
+        "groups": {"7": "objects", "4": "food-drink", "3": "animals-nature", "9": "flags"},
+        "subgroups": {"42": "food-fruit", "34": "animal-mammal"},
+    }
+    fruit, animal = {"group": 4, "subgroup": 42}, {"group": 3, "subgroup": 34}
+    entries = [
+        {"label": "red apple", "hexcode": "1F34E", "order": 1, "tags": ["fruit", ":)"], **fruit},
+        {"label": "fox", "hexcode": "1F98A", "order": 2, **animal},
+        {"label": "wolf", "hexcode": "1F43A", "order": 3, **animal},
+        {"label": "orca", "hexcode": "1FACD", "order": 4, **animal},
+        {"label": "flag: X", "hexcode": "1F34E", "order": 5, "group": 9},
+        {"label": "guitar", "hexcode": "1F3B8", "order": 6, "group": 7},
+        {"label": "regional indicator A", "hexcode": "1F1E7"},
+    ]
+    return entries, groups, sets
+
+
+def test_join_drops_flags_unknown_icons_and_drawings_seen_before():
+    concepts = list(emoji_source._join(*small_sets()))
+    assert [c.name for c in concepts] == [
+        "red apple",
+        "fox",
+        "guitar",
+    ]  # the wolf is drawn as the fox is
+    apple = concepts[0]
+    assert (apple.group, apple.concrete, apple.tags) == ("food-drink", True, ("fruit",))
+    assert set(apple.pictures) == set(emoji_words.STYLES)
+    assert apple.pictures["noto"].source == "@iconify-json/noto@1.2.9:red-apple"
+
+
+def test_render_is_square_centred_and_on_white():
+    icons = {"icons": {"a": square("#ff0000") | {"height": 8}}, "width": 16, "height": 16}
+    icons["icons"]["a"]["body"] = '<rect width="16" height="8" fill="#ff0000"/>'
+    image = emoji_builder.render(emoji_source._svg(icons, "a"), 32)
+    assert image.shape == (32, 32, 3)
+    np.testing.assert_array_equal(image[12:20], np.broadcast_to([255, 0, 0], (8, 32, 3)))
+    np.testing.assert_array_equal(image[:7], 255)
+    np.testing.assert_array_equal(image[25:], 255)
+
+
+def test_a_mirrored_alias_is_mirrored():
+    body = '<rect width="8" height="16" fill="black"/>'
+    icons = {"icons": {"left": {"body": body}}, "aliases": {}, "width": 16, "height": 16}
+    icons["aliases"]["right"] = {"parent": "left", "hFlip": True}
+    left = emoji_builder.render(emoji_source._svg(icons, "left"), 16)
+    right = emoji_builder.render(emoji_source._svg(icons, "right"), 16)
+    assert left[8, 2].sum() == 0
+    np.testing.assert_array_equal(left[:, ::-1], right)
+
+
+def test_build_round_trip(tmp_path):
+    concepts = list(emoji_source._join(*small_sets()))
+    counts = emoji.build(tmp_path / "out", size=16, concepts=concepts)
+    assert sum(counts.values()) == 18
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary folder is left
+    builder = tfds.builder_from_directory(tmp_path / "out")
+    assert {s: builder.info.splits[s].num_examples for s in SPLITS} == counts
+    found = tfds_source.load_arrays(tmp_path / "out", "train")
+    apple = (found["concept"] == "red apple") & (found["style"] == "noto")
+    (row,) = np.flatnonzero(apple)
+    np.testing.assert_array_equal(found["image"][row], np.broadcast_to([255, 0, 0], (16, 16, 3)))
+    assert found["captions"][row] == emoji_words.captions("red apple", "noto", ["fruit"])
+    with pytest.raises(UserError, match="already there"):
+        emoji.build(tmp_path / "out", size=16, concepts=concepts)
+    emoji.build(tmp_path / "out", size=8, concepts=concepts, overwrite=True)
+    assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
+
+
+def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
+    concepts = list(emoji_source._join(*small_sets()))
+    emoji.build(tmp_path / "out", size=8, concepts=concepts)
+
+    def full(svg, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(emoji_builder, "render", full)
+    with pytest.raises(UserError, match="disk is full"):
+        emoji.build(tmp_path / "out", size=16, concepts=concepts, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
+
+
+def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji.shutil, "disk_usage", lambda _: type("U", (), {"free": 100}))
+    concepts = list(emoji_source._join(*small_sets()))
+    with pytest.raises(UserError, match="disk is full: about"):
+        emoji.build(tmp_path / "out", size=64, concepts=concepts)
+
+
+def test_command_prints_one_line_and_exits_2(tmp_path):
+    (tmp_path / "file").write_text("here")
+    command = [sys.executable, "-m", "dalle2_jax.data.emoji", "--out", str(tmp_path / "file")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture(scope="module")
+def fixture():
+    return {split: tfds_source.load_arrays(FIXTURE, split) for split in SPLITS}
+
+
+def test_fixture_is_small_and_whole(fixture):
+    assert sum(p.stat().st_size for p in FIXTURE.iterdir()) < 300_000
+    assert sum(len(f["image"]) for f in fixture.values()) <= 64
+    for split in ("train", "held_out_concepts"):
+        assert set(fixture[split]["style"]) == set(emoji_words.STYLES)
+    assert {False, True} <= set(fixture["train"]["concrete"].tolist())
+
+
+def test_fixture_does_not_leak(fixture):
+    pairs = {s: set(zip(f["concept_id"], f["style"], strict=True)) for s, f in fixture.items()}
+    trained = {concept for concept, _ in pairs["train"]}
+    assert not pairs["train"] & pairs["held_out_pairs"]
+    assert {concept for concept, _ in pairs["held_out_pairs"]} <= trained
+    assert not trained & {concept for concept, _ in pairs["held_out_concepts"]}
+    pixels = {s: {image.tobytes() for image in f["image"]} for s, f in fixture.items()}
+    assert not pixels["train"] & (pixels["held_out_pairs"] | pixels["held_out_concepts"])
+
+
+def test_fixture_captions_name_concept_and_style(fixture):
+    for found in fixture.values():
+        for concept, style, texts in zip(
+            found["concept"], found["style"], found["captions"], strict=True
+        ):
+            assert len(texts) == emoji_words.CAPTIONS_PER_PICTURE
+            for text in texts:
+                assert concept in text
+                assert emoji_words.STYLES[style].short in text
+
+
+def test_fixture_records_source_and_licence(fixture):
+    for source, style, spdx in zip(
+        *(fixture["train"][k] for k in ("source", "style", "license")), strict=True
+    ):
+        assert source.startswith(f"{emoji_source.PACKAGES[style].pin}:")
+        assert spdx in ("Apache-2.0", "CC-BY-4.0", "MIT")
+
+
+def test_high_contrast_is_grey(fixture):
+    train = fixture["train"]
+    image = train["image"][train["style"] == "fluent-emoji-high-contrast"].astype(int)
+    assert np.ptp(image, axis=-1).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(path="nowhere"), "no such folder"),
+        (dict(path=str(FIXTURE.parent)), "not a TFDS directory"),
+        (dict(split="test"), "no split 'test'; there are"),
+        (dict(subset="concret"), "did you mean 'concrete'"),
+        (dict(subset="style=gothic"), "empty"),
+    ],
+)
+def test_load_errors(change, match):
+    with pytest.raises(UserError, match=match):
+        tfds_source.load_arrays(**(dict(path=FIXTURE, split="train") | change))
+
+
+def test_subset_and_size():
+    found = tfds_source.load_arrays(FIXTURE, "train", "concrete,style=noto|twemoji", image_size=16)
+    assert found["image"].shape[1:] == (16, 16, 3)
+    assert found["concrete"].all()
+    assert set(found["style"]) == {"noto", "twemoji"}
+
+
+def test_damaged_shard_is_named(tmp_path):
+    for file in FIXTURE.iterdir():
+        data = file.read_bytes()
+        cut = data[: len(data) // 2] if "train" in file.name else data
+        (tmp_path / file.name).write_bytes(cut)
+    with pytest.raises(UserError, match="'train' is damaged"):
+        tfds_source.load_arrays(tmp_path, "train")

@@ -1,0 +1,137 @@
+"""A user's own folder of pictures and captions."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.data import folder_source, pipeline
+from dalle2_jax.errors import UserError
+
+COLORS = {"a": "red", "b": "lime", "c": "blue"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, color in COLORS.items():
+        Image.new("RGB", (10, 8), color).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def captioned(folder):
+    for name, color in COLORS.items():
+        (folder / f"{name}.txt").write_text(f"a {color} square\n\n{color}\n")
+    return folder
+
+
+def test_captions_beside_the_pictures(captioned):
+    found = folder_source.open_folder(captioned)
+    assert [p.name for p in found.pictures] == ["a.png", "b.png", "c.png"]
+    assert found.captions[2] == ["a blue square", "blue"]
+
+
+def test_metadata_jsonl(folder):
+    lines = [
+        '{"file_name": "b.png", "text": "green"}',
+        "",
+        '{"file_name": "a.png", "text": ["x", "y"]}',
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    found = folder_source.open_folder(folder)
+    assert [p.name for p in found.pictures] == ["a.png", "b.png"]
+    assert found.captions == [["x", "y"], ["green"]]
+
+
+def test_captions_csv(folder):
+    (folder / "captions.csv").write_text('file_name,text\na.png,"one, two"\na.png,three\n')
+    assert folder_source.open_folder(folder).captions == [["one, two", "three"]]
+
+
+def test_split_folder(captioned):
+    (captioned / "test").mkdir()
+    (captioned / "a.png").rename(captioned / "test" / "a.png")
+    (captioned / "a.txt").rename(captioned / "test" / "a.txt")
+    assert len(folder_source.open_folder(captioned, "test")) == 1
+    with pytest.raises(UserError, match="no folder 'validation'"):
+        folder_source.open_folder(captioned, "validation")
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "match"),
+    [
+        ("metadata.jsonl", "{nonsense", r"metadata.jsonl, line 1: not JSON"),
+        ("metadata.jsonl", "[1]", "line 1: not a JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png"}', "line 1: needs a file_name and a text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: needs a file_name and a"),
+        ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
+        ("metadata.jsonl", '{"file_name": "../d.png", "text": "x"}', "lies outside"),
+        ("captions.csv", "name,words\na.png,x\n", "must name the columns file_name and text"),
+        ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
+    ],
+)
+def test_malformed_tables(folder, table, text, match):
+    (folder / table).write_text(text)
+    with pytest.raises(UserError, match=match) as error:
+        folder_source.open_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_things_are_named(captioned, tmp_path):
+    (captioned / "b.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"b\.png: no caption \(1 of 3 .* b\.txt beside it"):
+        folder_source.open_folder(captioned)
+    with pytest.raises(UserError, match="no such folder"):
+        folder_source.open_folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures in it"):
+        folder_source.open_folder(tmp_path / "empty")
+
+
+def dataset(path, **changes):
+    config = dict(source="folder", path=str(path), image_size=4, context_length=8, vocab_size=600)
+    return pipeline.make_dataset(config | changes, batch_size=3)
+
+
+def test_batches_pair_pictures_with_their_captions(captioned):
+    batches = dataset(captioned)
+    tokenizer = pipeline.Tokenizer(8, 600)
+    captions = {
+        tuple(tokenizer([t])[0]): color
+        for color in ("red", "lime", "blue")
+        for t in (color, f"a {color} square")
+    }
+    rgb = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
+    seen = set()
+    for batch, _ in zip(batches(0), range(8), strict=False):
+        assert sorted(map(tuple, batch["image"][:, 0, 0].tolist())) == sorted(rgb.values())
+        for image, tokens in zip(batch["image"], batch["tokens"], strict=True):
+            color = captions[tuple(tokens)]
+            seen.add(tuple(tokens))
+            np.testing.assert_array_equal(image, np.broadcast_to(rgb[color], (4, 4, 3)))
+    assert seen == set(captions)  # every caption of every picture is drawn
+
+
+def test_a_damaged_picture_gives_way_to_the_next_and_is_reported(captioned):
+    whole = (captioned / "b.png").read_bytes()
+    (captioned / "b.png").write_bytes(whole[: len(whole) // 2])
+    batches = dataset(captioned, shuffle=False)
+    for _ in range(2):
+        batch = next(batches(0))
+        np.testing.assert_array_equal(batch["image"][1], batch["image"][2])
+        assert batch["image"][1, 0, 0].tolist() == [0, 0, 255]
+    assert list(batches.damaged) == [str(captioned / "b.png")]
+    assert "not a readable picture" in batches.damaged[str(captioned / "b.png")]
+
+
+def test_nothing_but_damaged_pictures(captioned):
+    for name in COLORS:
+        (captioned / f"{name}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="3 pictures in a row are damaged"):
+        next(dataset(captioned)(0))
+
+
+def test_a_picture_that_goes_away(captioned):
+    batches = dataset(captioned)
+    (captioned / "c.png").unlink()
+    with pytest.raises(UserError, match=r"c\.png: cannot be read"):
+        next(batches(0))

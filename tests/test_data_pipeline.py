@@ -1,0 +1,188 @@
+"""Order, resume, hosts and what a batch holds, on the fixture of real pictures."""
+
+import functools
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dalle2_jax.data import pipeline, tfds_source
+from dalle2_jax.errors import UserError
+from dalle2_jax.tokenizer import Tokenizer
+
+FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
+CONTEXT, VOCAB = 32, 2000
+BATCH = 8
+
+
+def dataset(batch_size=BATCH, process_index=0, process_count=1, **changes):
+    config = dict(path=FIXTURE, image_size=64, context_length=CONTEXT, vocab_size=VOCAB)
+    return pipeline.make_dataset(
+        config | changes,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+@functools.cache
+def _shared(items):
+    return dataset(**dict(items))
+
+
+def shared(**way):
+    """`dataset`, opened once for all tests that ask for the same."""
+    return _shared(tuple(way.items()))
+
+
+def take(batches, count, start=0):
+    return list(itertools.islice(batches(start), count))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert set(a) == set(b) == {"image", "tokens"}
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+STREAM = dict(ram_gb=0.0, shuffle_buffer=16)
+EVERY_WAY = [
+    {},
+    STREAM,
+    dict(flip=True),
+    dict(crop_scale=(0.3, 0.9), image_size=16),
+    dict(subset="concrete", shuffle_seed=3),
+    dict(STREAM, subset="concrete", crop_scale=(0.5, 0.5), image_size=32, flip=True),
+]
+
+
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_resume_is_exact(way):
+    whole = take(shared(**way), 14)  # more than two epochs
+    again = dataset(**way)
+    for start in (0, 6, 11):
+        assert_same(whole[start : start + 3], take(again, 3, start))
+
+
+@pytest.mark.parametrize("way", [{}, dict(STREAM, crop_scale=(0.5, 1.0))], ids=str)
+def test_hosts_share_each_batch(way):
+    whole = take(shared(**way), 7)
+    hosts = [take(dataset(process_index=i, process_count=2, **way), 7) for i in range(2)]
+    for step, batch in enumerate(whole):
+        for key, value in batch.items():
+            joined = np.concatenate([host[step][key] for host in hosts])
+            np.testing.assert_array_equal(joined, value)
+
+
+@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
+    n = tfds.builder_from_directory(FIXTURE).info.splits["train"].num_examples
+    batches = dataset(batch_size=n, **way)
+    assert batches.num_examples == n
+    source = tfds_source.load_arrays(FIXTURE, "train")
+    known = sorted(image.tobytes() for image in source["image"])
+    orders = [[image.tobytes() for image in b["image"]] for b in take(batches, 3)]
+    for order in orders:
+        assert sorted(order) == known
+    assert orders[0] != orders[1] != orders[2]
+    seeded = take(dataset(batch_size=n, shuffle_seed=1, **way), 1)[0]
+    assert [image.tobytes() for image in seeded["image"]] != orders[0]
+
+
+@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_pictures_keep_their_captions(way):
+    source = tfds_source.load_arrays(FIXTURE, "train")
+    tokenizer = Tokenizer(CONTEXT, VOCAB)
+    texts = {
+        image.tobytes(): {row.tobytes() for row in tokenizer(captions)}
+        for image, captions in zip(source["image"], source["captions"], strict=True)
+    }
+    drawn = {}
+    for batch in take(shared(**way), 60):
+        assert batch["image"].dtype == np.uint8
+        assert batch["tokens"].dtype == np.int32
+        for image, tokens in zip(batch["image"], batch["tokens"], strict=True):
+            drawn.setdefault(image.tobytes(), set()).add(tokens.tobytes())
+    assert set(drawn) == set(texts)
+    assert all(drawn[key] <= texts[key] for key in texts)
+    # ten draws of eight captions: nearly every picture is met with several
+    assert np.mean([len(found) for found in drawn.values()]) > 3
+
+
+def test_file_order_without_shuffle():
+    source = tfds_source.load_arrays(FIXTURE, "train")["image"]
+    for way in ({}, STREAM):
+        first, second = take(shared(shuffle=False, **way), 2)
+        np.testing.assert_array_equal(
+            np.concatenate([first["image"], second["image"]]), source[:16]
+        )
+
+
+def test_flip_mirrors_about_half_and_nothing_else():
+    plain, flipped = take(shared(), 20), take(shared(flip=True), 20)
+    mirrored = 0
+    for a, b in zip(plain, flipped, strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        for x, y in zip(a["image"], b["image"], strict=True):
+            same = np.array_equal(x, y)
+            mirrored += not same
+            assert same or np.array_equal(x[:, ::-1], y)
+    assert 40 < mirrored < 120
+
+
+def test_cached_and_decoded_on_the_fly_agree():
+    assert_same(take(shared(), 8), take(dataset(decoded_gb=0.0), 8))
+
+
+def test_subset_keeps_what_it_says():
+    names = tfds_source.load_arrays(FIXTURE, "train", "style=noto")
+    batches = dataset(subset="style=noto")
+    assert batches.num_examples == len(names["image"])
+    known = {image.tobytes() for image in names["image"]}
+    assert {image.tobytes() for b in take(batches, 3) for image in b["image"]} == known
+    assert dataset(subset="style=noto", ram_gb=0.0).num_examples == batches.num_examples
+
+
+def test_damaged_records_are_replaced_and_reported(monkeypatch):
+    whole = take(shared(shuffle=False), 1)[0]["image"]
+    real = tfds_source.decode.decode
+    records = tfds_source.read_records(tfds_source.open_split(FIXTURE, "train"))
+    bad = records[2]["image"]
+
+    def broken(data, *rest):
+        if data == bad:
+            raise tfds_source.decode.DamagedImage("cut short")
+        return real(data, *rest)
+
+    monkeypatch.setattr(tfds_source.decode, "decode", broken)
+    for way in ({}, STREAM):
+        batches = dataset(shuffle=False, **way)
+        image = take(batches, 1)[0]["image"]
+        np.testing.assert_array_equal(image[2], whole[3])
+        np.testing.assert_array_equal(np.delete(image, 2, 0), np.delete(whole, 2, 0))
+        assert list(batches.damaged.values()) == ["cut short"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(source="emojis"), "unknown source 'emojis'; did you mean 'emoji'"),
+        (dict(image_sise=3), "unknown key 'image_sise'; did you mean 'image_size'"),
+        (dict(image_size=0), "image_size=0"),
+        (dict(crop_scale=(0.0, 1.0)), "crop_scale"),
+        (dict(path="nowhere"), "nowhere: no such folder"),
+        (dict(split="tran"), "no split 'tran'"),
+        (dict(source="folder", subset="concrete"), "subset is for TFDS"),
+        (dict(subset="style=gothic"), "empty"),
+        (dict(subset="style=gothic", ram_gb=0.0), "empty"),
+        (dict(batch_size=9, process_count=2), "batch_size=9 is not a multiple of 2 hosts"),
+    ],
+)
+def test_errors_are_one_line(change, match):
+    with pytest.raises(UserError, match=match) as error:
+        dataset(**change)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,111 @@
+"""The loop: whose noise is whose, and what the network is told of time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax.diffusion import sample, schedules, solvers
+from dalle2_jax.types import Denoiser
+
+S = schedules.respace(schedules.cosine(1000), 8)
+SHAPE = (4, 4, 3)
+
+
+def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.tanh(x_t) * (1 - t[:, None, None, None] / 2000)
+
+
+def denoiser() -> Denoiser:
+    return sample.denoiser_from(S, network, "eps", ("static", 1.0))
+
+
+def run(keys: jax.Array, name: str = "ddpm") -> jax.Array:
+    solver = solvers.make_solver(name, S)
+    return sample.sample(solver, denoiser(), sample.init_noise(keys, SHAPE), keys, S)
+
+
+jitted_run = jax.jit(run, static_argnums=1)
+init_noise = jax.jit(sample.init_noise, static_argnums=1)
+step_noise = jax.jit(sample.step_noise, static_argnums=2)
+
+
+def keys_of(seed: int, n: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), n)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm++"])  # with noise, and with memory
+def test_an_example_is_the_same_alone_and_in_any_batch(name: str) -> None:
+    together = jitted_run(keys_of(0, 6), name)
+    np.testing.assert_array_equal(jitted_run(keys_of(0, 6)[::-1], name), together[::-1])
+    for i in (0, 5):
+        np.testing.assert_array_equal(
+            jitted_run(keys_of(0, 6)[i : i + 1], name), together[i : i + 1]
+        )
+    assert jnp.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_an_example_is_the_same_on_any_number_of_devices() -> None:
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs simulated devices")
+    keys = keys_of(1, 2 * len(devices))
+    spread = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+    many = jitted_run(jax.device_put(keys, spread))
+    np.testing.assert_allclose(many, jitted_run(keys), atol=1e-6)
+
+
+def test_the_noise_of_steps_and_of_the_start_differ() -> None:
+    keys = keys_of(2, 2)
+    drawn = [init_noise(keys, (500,))] + [step_noise(keys, t, (500,)) for t in (0, 1)]
+    flat = np.stack([d for noise in drawn for d in np.asarray(noise)])
+    correlation = np.corrcoef(flat) - np.eye(6)
+    assert np.abs(correlation).max() < 0.25
+    np.testing.assert_array_equal(drawn[1], step_noise(keys, jnp.int32(0), (500,)))
+
+
+def test_noise_handed_in_is_in_the_order_of_sampling() -> None:
+    keys = keys_of(3, 3)
+    x_T = init_noise(keys, SHAPE)
+    noise = jnp.stack([step_noise(keys, t, SHAPE) for t in range(7, -1, -1)])
+    solver = solvers.DDPM(S)
+    f = jax.jit(lambda x_T, z: sample.sample(solver, denoiser(), x_T, None, 8, noise=z))
+    np.testing.assert_allclose(f(x_T, noise), jitted_run(keys), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm++"])  # with noise, and with memory
+def test_chunks_of_steps_make_the_whole(name: str) -> None:
+    keys = keys_of(4, 2)
+    solver = solvers.make_solver(name, S)
+    chunk = jax.jit(lambda state, ts, keys: sample.advance(solver, denoiser(), state, ts, keys))
+    x_T = init_noise(keys, SHAPE)
+    state = (x_T, solver.init(x_T))
+    for ts in ([7, 6, 5, 4], [3, 2, 1, 0]):
+        state = chunk(state, np.array(ts), keys)
+    np.testing.assert_allclose(state[0], jitted_run(keys, name), atol=1e-6)
+
+
+def test_the_network_is_told_its_own_time() -> None:
+    seen = []
+
+    def spy(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
+        return x_t
+
+    x_T = jnp.zeros((2, 5))
+    f = jax.jit(lambda k: sample.sample(solvers.DDIM(S), sample.denoiser_from(S, spy), x_T, k, S))
+    f(keys_of(5, 2)).block_until_ready()
+    jax.effects_barrier()
+    assert all(t.dtype == np.int32 for t in seen)
+    np.testing.assert_array_equal(seen, np.stack([S.timesteps[::-1]] * 2, axis=1))
+
+
+def test_progress_hears_of_every_step() -> None:
+    heard = []
+    keys = keys_of(6, 1)
+    x_T = jnp.zeros((1, 5))
+    d = sample.denoiser_from(S, lambda x_t, t: x_t)
+    sample.sample(solvers.DDIM(S), d, x_T, keys, S, progress=lambda t: heard.append(int(t)))
+    jax.effects_barrier()
+    assert sorted(heard) == list(range(8))

@@ -1,0 +1,201 @@
+"""The loop as a whole: resume, devices, accumulation, NaN, signals, warm start, the lock."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_task
+from toy_task import ToyTask, config, dataset
+
+from dalle2_jax import model_folder, sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import loop
+from dalle2_jax.train.checkpoint import WorkdirLock
+from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.state import abstract_state, init_state
+from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Most tests build the same programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Eight simulated devices are only slow where one shows the same."""
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make({}, jax.devices()[:1]))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def run_on(
+    devices: int, steps: int = 8, data=None, noise=0.01, **changes
+) -> tuple[list[float], dict]:
+    """Losses and final parameters of the bare step on the first `devices` devices."""
+    cfg = config(num_steps=steps, **changes)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, **{k: v for k, v in cfg.mesh.items() if v > 0}}
+    sizes["data"] = devices // (sizes["fsdp"] * sizes["tensor"])
+    mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
+    task, opt = ToyTask(noise=noise), make_optimizer(cfg.optimizer, steps)
+    template = abstract_state(task, opt, 0, mesh, cfg.sharding_rules)
+    state = init_state(task, opt, 0, template)
+    step = make_train_step(task, opt, cfg, template, mesh)
+    frozen, batches, found = place_frozen(task.frozen(), mesh), (data or dataset())(0), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, global_batch(next(batches), mesh))
+        found.append(float(metrics["loss"]))
+    return found, jax.device_get(state.params)
+
+
+def test_training_learns(tmp_path, one_device):
+    result = loop.train(config(num_steps=60, checkpoint_every=0), ToyTask(), dataset(), tmp_path)
+    found = losses(tmp_path)
+    assert result.step == 60 and result.stopped_by is None
+    assert found[60] < 0.1 * found[1]
+
+
+def test_resume_is_bit_equal(tmp_path):
+    whole = loop.train(config(), ToyTask(), dataset(), tmp_path / "whole")
+    loop.train(config(num_steps=7), ToyTask(), dataset(), tmp_path / "parts")
+    parts = loop.train(config(), ToyTask(), dataset(), tmp_path / "parts")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, 13))
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(parts.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):
+    script = [sys.executable, toy_task.__file__, str(tmp_path / "killed"), "30"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start_and_wait_for(step: int):
+        process = subprocess.Popen(
+            script, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for line in process.stdout:
+            if line.startswith(f"step {step}/"):
+                return process
+        raise AssertionError("the run ended early")
+
+    process = start_and_wait_for(8)
+    time.sleep(0.1)  # the save of step 5 is asynchronous
+    process.kill()
+    process.wait()
+    process = start_and_wait_for(14)
+    process.send_signal(signal.SIGTERM)
+    told = process.stdout.read()
+    assert process.wait() == 0 and "stopped by SIGTERM" in told
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=True)
+    assert "after 30" in done.stdout
+    subprocess.run([*script[:2], str(tmp_path / "whole"), "30"], env=env, check=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 30
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        ({}, ((".*", "fsdp"),)),
+        ({"fsdp": 8}, ((".*", "fsdp"),)),
+        ({"fsdp": 2, "tensor": 2}, (("hidden/kernel", "tensor:1+fsdp"), (".*", "fsdp"))),
+    ],
+)
+def test_eight_devices_agree_with_one(mesh, rules):
+    one, params_one = run_on(1)
+    eight, params_eight = run_on(8, mesh=mesh, sharding_rules=rules)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_eight), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_accumulation_equals_a_larger_batch():
+    large = dataset(32)
+
+    def halves(start: int):
+        assert start == 0
+        for batch in large(0):
+            yield {"image": batch["image"][:16]}
+            yield {"image": batch["image"][16:]}
+
+    _, whole = run_on(1, steps=4, data=large, noise=0.0, batch_size=32)
+    _, parts = run_on(1, steps=8, data=halves, noise=0.0, optimizer=dict(accumulate=2))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, one_device):
+    data = dataset(poison_at=9)  # the tenth batch: step 10
+    with pytest.raises(loop.Diverged, match="loss is nan at step 10"):
+        loop.train(config(), ToyTask(), data, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["4", "8"]
+    assert loop.train(config(), ToyTask(), dataset(), tmp_path).step == 12
+
+
+def test_nan_is_not_saved_where_it_falls_on_a_checkpoint(tmp_path, one_device):
+    with pytest.raises(loop.Diverged, match="step 8"):
+        loop.train(config(log_every=0), ToyTask(), dataset(poison_at=7), tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["4"]
+
+
+def test_warm_start_from_an_exported_folder(tmp_path, one_device):
+    loop.train(config(), ToyTask(), dataset(), tmp_path / "first")
+    folder = tmp_path / "first" / "model"
+    cfg = config(init_from=str(folder), num_steps=1, optimizer=dict(learning_rate=0.0))
+    second = loop.train(cfg, ToyTask(), dataset(), tmp_path / "second")
+    told = sharding.flatten(model_folder.read_params(folder, "toy"))
+    for name, value in sharding.flatten(second.state.params).items():
+        np.testing.assert_array_equal(value, told[name])
+    with pytest.raises(UserError, match=r"hidden/bias \(16,\) there, \(24,\) here"):
+        loop.train(cfg, ToyTask(width=24), dataset(), tmp_path / "third")
+
+
+def test_warm_start_yields_to_a_checkpoint(tmp_path, one_device):
+    loop.train(config(num_steps=4), ToyTask(), dataset(), tmp_path)
+    cfg = config(num_steps=5, init_from=str(tmp_path / "nowhere"))
+    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 5
+
+
+def test_max_minutes_saves_exports_and_goes_on(tmp_path, one_device):
+    cfg = config(max_minutes=1e-6, num_steps=3, checkpoint_every=0)
+    for step, reason in ((1, "max_minutes"), (2, "max_minutes"), (3, "max_minutes"), (3, None)):
+        result = loop.train(cfg, ToyTask(), dataset(), tmp_path)
+        assert (result.step, result.stopped_by) == (step, reason)
+        assert (tmp_path / "model" / "toy.safetensors").exists()
+
+
+def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device):
+    cfg = config(num_steps=4, eval_every=2, preview_every=4, export_every=2, eval_batches=2)
+    loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "eval/loss" in x] == [2, 4]
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step_000004_first.png"]
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, one_device):
+    with WorkdirLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"):
+        loop.train(config(), ToyTask(), dataset(), tmp_path)
+    WorkdirLock(tmp_path).__exit__()
+
+
+def test_batch_must_split_over_the_mesh(tmp_path):
+    with pytest.raises(UserError, match="batch_size=12 is not a multiple of 8"):
+        loop.train(config(batch_size=12), ToyTask(), dataset(12), tmp_path)

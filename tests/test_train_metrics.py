@@ -1,0 +1,88 @@
+"""The window of metrics, metrics.jsonl and the pictures."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.train.metrics import Diverged, Reporter, Window
+
+
+def entry(loss: float, grad_norm: float = 1.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm)}
+
+
+def test_window_averages_and_empties():
+    window = Window()
+    for step, loss in enumerate((1.0, 2.0, 6.0), 1):
+        window.add(step, entry(loss))
+    assert window.mean() == {"loss": 3.0, "grad_norm": 1.0}
+    assert window.mean() == {}
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (entry(np.nan), "loss is nan at step 2"),
+        (entry(np.inf), "loss is inf at step 2"),
+        (entry(1.0, np.nan), "grad_norm is nan at step 2"),
+    ],
+)
+def test_window_names_the_first_bad_step(bad, told):
+    window = Window()
+    for step, values in enumerate((entry(1.0), bad, entry(np.nan)), 1):
+        window.add(step, values)
+    with pytest.raises(Diverged, match=told):
+        window.check()
+
+
+def read(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path, capsys):
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        for step in (1, 2, 3):
+            report.scalars(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the kill came here
+    with Reporter(tmp_path, 2, tensorboard=False) as report:
+        report.scalars(3, {"loss": 30})
+    assert read(tmp_path) == [{"step": s, "loss": v} for s, v in ((1, 1), (2, 2), (3, 30))]
+    assert "a broken line is dropped" in capsys.readouterr().err
+
+
+def test_log_tells_speed_and_time_left(tmp_path, capsys):
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        report.restart_clock(0)
+        report.pause(-2.0)  # as if two seconds had passed
+        report.log(4, 40, 16, {"loss": 0.5})
+    line = read(tmp_path)[0]
+    assert line["steps_per_second"] == pytest.approx(2, rel=0.1)
+    assert line["images_per_second"] == pytest.approx(32, rel=0.1)
+    told = capsys.readouterr().out
+    assert "step 4/40 (10.0 %)" in told and "loss 0.50000" in told and "0m18s left" in told
+
+
+def test_pictures_are_png_files(tmp_path):
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        report.images(12, {"decoder/grid": picture})
+    file = tmp_path / "previews" / "step_000012_decoder_grid.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+
+
+@pytest.mark.slow
+def test_tensorboard_files_hold_scalars_and_pictures(tmp_path):
+    with Reporter(tmp_path, 0, tensorboard=True) as report:
+        report.parameters({"w": jnp.zeros((2, 3))})
+        report.scalars(3, {"loss": 0.25})
+        report.images(3, {"grid": np.zeros((4, 4, 3), np.uint8)})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert "loss" in tags["tensors"] and "grid" in tags["tensors"]

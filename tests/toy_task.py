@@ -1,0 +1,103 @@
+"""A small regression that stands for a stage in the trainer's tests, and a script to be killed."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import build
+
+SIZE = 4
+
+
+class ToyTask:
+    """An MLP that finds the mean colour of a picture; noise is drawn from the step's key."""
+
+    stage = "toy"
+
+    def __init__(self, width: int = 16, noise: float = 0.01):
+        self.width, self.noise = width, noise
+
+    def init(self, key):
+        k1, k2 = jax.random.split(key)
+        fan_in = SIZE * SIZE * 3
+        return {
+            "hidden": {
+                "kernel": jax.random.normal(k1, (fan_in, self.width)) / fan_in**0.5,
+                "bias": jnp.zeros(self.width),
+            },
+            "out": {"kernel": jax.random.normal(k2, (self.width, 3)) / self.width**0.5},
+        }
+
+    def frozen(self):
+        return {"offset": np.full((8, 3), 0.5, np.float32)}
+
+    def loss(self, params, frozen, batch, key, train):
+        x = batch["image"].astype(jnp.float32) / 127.5 - 1  # b h w c
+        target = x.mean((1, 2)) + frozen["offset"][:1]  # b c
+        target += self.noise * jax.random.normal(key, target.shape)
+        h = jnp.tanh(
+            x.reshape(len(x), -1) @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
+        )
+        loss = jnp.mean((h @ params["out"]["kernel"] - target) ** 2)
+        # a batch whose first pixel is 255 everywhere stands for the one that breaks training
+        poison = jnp.all(batch["image"] == 255)
+        return jnp.where(poison, jnp.nan, loss), {"rms": jnp.sqrt(loss)}
+
+    def preview(self, params, frozen, batch, key):
+        return {"first": batch["image"][0]}
+
+    def export(self, params):
+        return {"config": {"width": self.width}}, params
+
+
+def dataset(batch_size: int = 16, poison_at: int = -1):
+    """start step -> numpy batches; step `poison_at` is all white (see ToyTask.loss)."""
+
+    def batches(start: int):
+        step = start
+        while True:
+            rng = np.random.default_rng(step)
+            image = rng.integers(0, 256, (batch_size, SIZE, SIZE, 3), dtype=np.uint8)
+            yield {"image": np.full_like(image, 255) if step == poison_at else image}
+            step += 1
+
+    return batches
+
+
+def config(**changes):
+    """A complete config; a change is a top-level key or a section to be merged."""
+    given = dict(
+        batch_size=16,
+        num_steps=12,
+        log_every=1,
+        checkpoint_every=4,
+        ema_decay=0.9,
+        mesh=dict(data=-1),
+        optimizer=dict(learning_rate=1e-2, clip_norm=1.0),
+    )
+    for key, value in changes.items():
+        given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
+    return build.complete(given)
+
+
+def slow_dataset(seconds: float):
+    import time
+
+    def batches(start: int):
+        for batch in dataset()(start):
+            time.sleep(seconds)
+            yield batch
+
+    return batches
+
+
+if __name__ == "__main__":  # python toy_task.py WORKDIR NUM_STEPS: a run to send signals to
+    from dalle2_jax.train import loop
+
+    settings = config(num_steps=int(sys.argv[2]), checkpoint_every=5, mesh=dict(data=1))
+    result = loop.train(settings, ToyTask(), slow_dataset(0.02), sys.argv[1])
+    print("stopped by", result.stopped_by, "after", result.step)

@@ -1,0 +1,79 @@
+"""Trains one stage: python train.py --config=configs/decoder.py:tiny --workdir=W
+
+The same command goes on where the last one ended. --config.batch_size=32 changes a setting.
+Exit status: 0 done or stopped on request, 1 the loss is no longer finite, 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dalle2_jax import build
+from dalle2_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")
+TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts (a TPU slice).")
+flags.mark_flags_as_required(["config", "workdir"])
+flags.FLAGS["config"].parser = build.ConfigParser("config")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        sys.exit(_say(error, 2))
+
+
+def _say(error: Exception, status: int) -> int:
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def run(config: build.Config, workdir: str) -> int:
+    from dalle2_jax.train import loop  # late: a mistake in the flags is told at once
+
+    try:
+        config = build.complete(config)
+        held_out = config.data.get("eval_split", "")
+        result = loop.train(
+            config,
+            build.task(config),
+            build.dataset(config, config.data.get("split", "train")),
+            workdir,
+            eval_dataset=build.dataset(config, held_out) if held_out else None,
+            tensorboard=TENSORBOARD.value,
+        )
+    except (UserError, FileNotFoundError) as error:
+        return _say(error, 2)
+    except loop.Diverged as error:
+        return _say(error, 1)
+    if result.stopped_by:
+        print(
+            f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
+            "the same command again to go on"
+        )
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    noisy = ("orbax", "xla_bridge")
+    logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in noisy))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    return run(CONFIG.value, WORKDIR.value or "")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
