@@ -18,9 +18,9 @@ $(shell test ! -d $(VENV) || $(VENV)/bin/python -c '' 2>/dev/null || rm -rf $(VE
 PY := $(VENV)/bin/python
 DEMO_OUT := out/demo
 EMOJI := data/emoji
-EMOJI_SIZE ?= 64
+EMOJI_SIZE ?= 128
 TINY := runs/tiny
-TINY_STAGES := clip prior decoder upsampler_256 upsampler_1024
+TINY_STAGES := clip prior decoder upsampler_256
 TEST_JOBS ?= 2
 PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
 PARITY := torch==2.13.0 diffusers==0.42.1 transformers==5.23.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,17 @@ def save_png(
             Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """Makes the folder and proves that it can be written to; UserError if not."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

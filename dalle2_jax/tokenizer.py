@@ -66,6 +66,11 @@ class Tokenizer:
             row[1 + len(ids)] = self.eot_id
         return tokens
 
+    def length(self, text: str) -> int:
+        """How many tokens the whole text takes, sot and eot among them; more than the context
+        length are cut off."""
+        return len(self._backend.encode(repair_text(text), add_special_tokens=False).ids) + 2
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """One row of ids [n] -> the lower-case text it stands for, up to the first end-of-text."""
         pieces = []

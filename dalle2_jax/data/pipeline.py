@@ -7,6 +7,7 @@ several hosts together are those of one host.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -98,8 +99,9 @@ class Batches:
         self._share = slice(process_index * local, (process_index + 1) * local)
         self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
         self._random_crops = tuple(config.crop_scale) != (1.0, 1.0)
-        self._damage, self._error = Damage(), None
-        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._damage = Damage()
+        self._maker = concurrent.futures.ThreadPoolExecutor(1)
+        self._decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         source = _open(config, split)
         self._stream = source if isinstance(source, stream.Stream) else None
         self.num_examples = len(source)
@@ -121,26 +123,30 @@ class Batches:
         Raises:
           UserError: while reading: a file is gone, a shard is damaged, too many damaged pictures.
         """
-        self._error = None
-        plan = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
-        if self._stream is None:
-            batches = plan.map(self._from_examples)
-        else:
+        plans = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
+        if self._stream is not None:
             records = self._stream.batches(start_step, self._batch_size)
-            batches = tf.data.Dataset.zip(plan, records).map(self._from_stream)
+            plans = tf.data.Dataset.zip(plans, records).map(lambda plan, record: plan | record)
         settings = tf.data.Options()
         settings.deterministic = True
         settings.threading.private_threadpool_size = 2
-        batches = batches.prefetch(_PREFETCH).with_options(settings)
+        make = self._gather if self._stream is None else self._decode_records
+        # Python's part is kept out of tf.data: a tf.numpy_function that runs while the interpreter
+        # exits hangs it, and its errors come back as text.
+        ahead: collections.deque[concurrent.futures.Future] = collections.deque()
         tf_error = tf.errors.OpError  # by a name that outlives the module at exit
         try:
-            for image, tokens in batches.as_numpy_iterator():
-                yield {"image": image, "tokens": tokens}
+            numpy_plans: Any = plans.prefetch(_PREFETCH).with_options(settings).as_numpy_iterator()
+            for plan in numpy_plans:
+                ahead.append(self._maker.submit(make, **plan))
+                if len(ahead) > _PREFETCH:
+                    yield ahead.popleft().result()
         except tf_error as e:
-            if self._error is not None:
-                raise self._error from None
             said = " ".join(e.message.split())[:200]
             raise UserError(f"{self._config.path}: cannot be read on ({said})") from e
+        finally:
+            for future in ahead:
+                future.cancel()
 
     @tf.autograph.experimental.do_not_convert
     def _plan(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -161,41 +167,24 @@ class Batches:
         )
         return {"index": index[self._share], "draws": draws[self._share]}
 
-    def _gather(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            crops = self._crops(draws)
-            places = indices.tolist()
-            run = map if self._cache.holds(places) else self._threads.map  # threads cost when idle
-            images = list(run(self._cache.get, places, crops))
-            return self._finish(images, draws), self._tokens.get(indices, draws[:, 0])
-        except Exception as e:  # TensorFlow would turn it into a text with a traceback
-            self._error = e
-            raise
-
-    @tf.autograph.experimental.do_not_convert
-    def _from_examples(self, plan: dict) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.numpy_function(self._gather, [plan["index"], plan["draws"]], (tf.uint8, tf.int32))
-
-    @tf.autograph.experimental.do_not_convert
-    def _from_stream(self, plan: dict, records: dict) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.numpy_function(
-            self._decode_records,
-            [records["image"], records["caption"], plan["draws"]],
-            (tf.uint8, tf.int32),
-        )
+    def _gather(self, index: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+        places = index.tolist()
+        run = map if self._cache.holds(places) else self._decoders.map  # idle threads cost as well
+        images = list(run(self._cache.get, places, self._crops(draws)))
+        return {
+            "image": self._finish(images, draws),
+            "tokens": self._tokens.get(index, draws[:, 0]),
+        }
 
     def _decode_records(
-        self, encoded: np.ndarray, captions: np.ndarray, draws: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            places = range(self._batch_size)[self._share]
-            read = stream.Window(encoded, self._config.image_size, self._damage)
-            images = list(self._threads.map(read.get, places, self._crops(draws)))
-            texts = [c.decode("utf-8", "replace") for c in captions[self._share]]
-            return self._finish(images, draws), self._tokenizer(texts)
-        except Exception as e:
-            self._error = e
-            raise
+        self, index: np.ndarray, draws: np.ndarray, image: np.ndarray, caption: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        del index  # the stream's own order
+        window = stream.Window(image, self._config.image_size, self._damage)
+        places = range(self._batch_size)[self._share]
+        images = list(self._decoders.map(window.get, places, self._crops(draws)))
+        texts = [c.decode("utf-8", "replace") for c in caption[self._share]]
+        return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
 
     def _crops(self, draws: np.ndarray) -> list[tuple[float, float, float]]:
         if not self._random_crops:

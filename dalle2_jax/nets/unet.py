@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
@@ -23,6 +22,20 @@ def halve(x: Array) -> Array:
 def double(x: Array) -> Array:
     """Nearest neighbour: [b, h, w, c] -> [b, 2h, 2w, c]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def fold(x: Array, p: int) -> Array:
+    """Patches into channels: [b, h, w, c] -> [b, h/p, w/p, p p c]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // p, w // p, p * p * c)
+
+
+def unfold(x: Array, p: int) -> Array:
+    """The inverse of `fold`: [b, h, w, p p c] -> [b, p h, p w, c]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, p, p, c // p**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, c // p**2)
 
 
 RESAMPLE = {"": lambda x: x, "down": halve, "up": double}
@@ -96,6 +109,9 @@ class UNet(nn.Module):
 
     Level i has channels * channel_mults[i] channels at h / 2**i pixels; attention stands at the
     levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
+    With `patch_size` p the levels start at h / p pixels: patches of p x p are folded into channels
+    at the entrance and unfolded at the exit, which trades detail for speed (a small model's way
+    to wide channels at few pixels, where convolutions are fastest).
     """
 
     out_channels: int
@@ -107,6 +123,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = True
     groups: int = 32
+    patch_size: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -135,10 +152,11 @@ class UNet(nn.Module):
             )
 
         levels = len(self.channel_mults)
-        factor = 2 ** (levels - 1)
+        p = self.patch_size
+        factor = p * 2 ** (levels - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {x.shape[1:3]}")
-        x = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(x)
+        x = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(fold(x, p))
         skips = [x]
         for level in range(levels):
             for i in range(self.num_blocks):
@@ -165,5 +183,6 @@ class UNet(nn.Module):
                 x = block(x, level, f"up{level}_double", "up")
 
         x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
-        x = Conv3x3(self.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x)
-        return jax.numpy.asarray(x, jnp.float32)
+        out_channels = self.out_channels * p**2
+        x = Conv3x3(out_channels, zero=True, dtype=self.dtype, name="conv_out")(x)
+        return unfold(x, p).astype(jnp.float32)

@@ -15,9 +15,7 @@ from dalle2_jax.options import plain
 from dalle2_jax.types import Array, Metrics
 
 
-def denoising_loss(
-    process: Process, apply: Apply, x_0: Array, key: Array
-) -> tuple[Array, Metrics]:
+def denoising_loss(process: Process, apply: Apply, x_0: Array, key: Array) -> tuple[Array, Metrics]:
     """Mean loss at random t of x_0 [b, ...], and the metrics `mse` (and `vb`).
 
     The t of a batch are stratified: each is uniform, together they cover time evenly, so that

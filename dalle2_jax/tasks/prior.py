@@ -52,7 +52,9 @@ class PriorTask:
         txt_mask = text.txt_mask & keep[:, None] if train else text.txt_mask
 
         def apply(x_t: Array, t: Array) -> Array:
-            return self.network.apply({"params": params}, x_t, t, text.z_txt, text.txt_enc, txt_mask)
+            return self.network.apply(
+                {"params": params}, x_t, t, text.z_txt, text.txt_enc, txt_mask
+            )
 
         return denoising_loss(self.process, apply, z_img * self.embedding_scale, key_loss)
 

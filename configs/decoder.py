@@ -1,0 +1,116 @@
+"""The decoder: CLIP's image embedding and a caption -> a small picture (unCLIP 2.1, Table 3).
+
+python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
+
+paper  3.5B parameters at 64 px, batch 2048, 800K steps
+tpu    the same: 512 channels and heads of 64 suit the TPU already
+tiny   6M parameters at 32 px; 2 CPU cores, hours
+"""
+
+from ml_collections import ConfigDict
+
+TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+
+
+def get_config(variant="paper"):
+    if variant == "tiny":
+        return tiny()
+    if variant in ("paper", "tpu"):
+        return paper()
+    raise ValueError(f"decoder has no variant {variant!r}: paper, tpu, tiny")
+
+
+def paper():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="decoder",
+                image_size=64,
+                drop_z_img=0.1,
+                drop_caption=0.5,
+                sampling=dict(steps=250, solver="ddpm", cfg_scale=3.0, clip=("static", 1.0)),
+            ),
+            model=dict(
+                unet=dict(
+                    channels=512,
+                    channel_mults=(1, 2, 3, 4),
+                    num_blocks=3,
+                    attention_levels=(1, 2, 3),  # 32, 16 and 8 px
+                    head_channels=64,
+                    dropout=0.1,
+                    remat=True,
+                ),
+                text=dict(context_length=256, vocab_size=49408, width=2048, depth=24, heads=32),
+                dim=1024,
+                context_length=256,
+                learned_variance=True,
+                dtype="bfloat16",
+            ),
+            diffusion=dict(
+                schedule="cosine", num_timesteps=1000, prediction="eps", learned_variance=True
+            ),
+            data=dict(
+                source="tfds", path="data/pairs", split="train", image_size=256, context_length=256
+            ),
+            optimizer=dict(learning_rate=1.2e-4, b2=0.999, eps=1e-8),
+            batch_size=2048,
+            num_steps=800_000,
+            ema_decay=0.9999,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def tiny():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="decoder",
+                image_size=32,
+                drop_z_img=0.1,
+                drop_caption=0.5,
+                sampling=dict(steps=25, solver="ddim", cfg_scale=2.0, clip=("static", 1.0)),
+            ),
+            model=dict(
+                unet=dict(
+                    channels=128,
+                    channel_mults=(1, 2),
+                    num_blocks=1,
+                    attention_levels=(1,),
+                    head_channels=64,
+                    patch_size=4,
+                ),
+                text=None,  # CLIP's text tower serves
+                dim=192,
+                context_length=24,
+                learned_variance=False,
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="v"),
+            data=dict(
+                source="emoji",
+                path="data/emoji",
+                split="train",
+                eval_split="held_out_pairs",
+                subset=TINY_SUBSET,
+                image_size=64,
+                context_length=24,
+                vocab_size=4608,
+            ),
+            optimizer=dict(
+                learning_rate=1e-3,
+                b2=0.99,
+                warmup_steps=200,
+                schedule="cosine",
+                clip_norm=1.0,
+            ),
+            batch_size=64,
+            num_steps=20_000,
+            ema_decay=0.999,
+            log_every=50,
+            checkpoint_every=500,
+            eval_every=1000,
+            preview_every=500,
+            export_every=500,
+            export_dtype="float16",
+        )
+    )

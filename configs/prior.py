@@ -1,0 +1,95 @@
+"""The diffusion prior: a caption -> CLIP's image embedding (unCLIP section 2.2, Table 3).
+
+python train.py --config=configs/prior.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
+
+paper  1B parameters, batch 4096, 600K steps
+tpu    the same: 2048 is a multiple of the TPU's 128 lanes already
+tiny   2.5M parameters; 2 CPU cores, a quarter of an hour
+"""
+
+from ml_collections import ConfigDict
+
+TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+
+
+def get_config(variant="paper"):
+    if variant == "tiny":
+        return tiny()
+    if variant in ("paper", "tpu"):
+        return paper()
+    raise ValueError(f"prior has no variant {variant!r}: paper, tpu, tiny")
+
+
+def paper():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="prior",
+                embedding_scale=17.2,
+                drop_caption=0.1,
+                sampling=dict(steps=64, solver="ddpm", cfg_scale=1.0, clip=None),
+            ),
+            model=dict(
+                dim=1024,
+                context_length=77,
+                width=2048,
+                depth=24,
+                heads=32,
+                dtype="bfloat16",
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
+            optimizer=dict(learning_rate=1.1e-4, b2=0.96, eps=1e-6, weight_decay=6.0e-2),
+            batch_size=4096,
+            num_steps=600_000,
+            ema_decay=0.9999,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def tiny():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="prior",
+                embedding_scale=7.5,  # 0.54 sqrt(192)
+                drop_caption=0.1,
+                sampling=dict(steps=16, solver="ddim", cfg_scale=1.0, clip=None),
+            ),
+            model=dict(
+                dim=192,
+                context_length=24,
+                width=192,
+                depth=4,
+                heads=3,
+                activation="quick_gelu",
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
+            data=dict(
+                source="emoji",
+                path="data/emoji",
+                split="train",
+                eval_split="held_out_pairs",
+                subset=TINY_SUBSET,
+                image_size=64,
+                context_length=24,
+                vocab_size=4608,
+            ),
+            optimizer=dict(
+                learning_rate=1e-3,
+                b2=0.98,
+                weight_decay=2e-2,
+                warmup_steps=100,
+                schedule="cosine",
+                clip_norm=1.0,
+            ),
+            batch_size=128,
+            num_steps=2000,
+            ema_decay=0.995,
+            log_every=25,
+            checkpoint_every=250,
+            eval_every=250,
+            export_dtype="float16",
+        )
+    )

@@ -1,0 +1,99 @@
+"""The first upsampler: 64 -> 256 px without text or guidance (unCLIP section 2.1, Table 3).
+
+python train.py --config=configs/upsampler_256.py:VARIANT --workdir=W
+
+paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps
+tpu    the same with 384 channels for 320: a multiple of the TPU's 128 lanes
+tiny   32 -> 128 px, 3M parameters, trained on 32 px crops; 2 CPU cores, half an hour
+"""
+
+from ml_collections import ConfigDict
+
+TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+
+
+def get_config(variant="paper"):
+    if variant == "tiny":
+        return tiny()
+    if variant in ("paper", "tpu"):
+        return paper(channels=320 if variant == "paper" else 384)
+    raise ValueError(f"upsampler_256 has no variant {variant!r}: paper, tpu, tiny")
+
+
+def paper(channels):
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="upsampler",
+                low_size=64,
+                image_size=256,
+                crop_fraction=0.25,
+                blur_sigma=0.6,
+                sampling=dict(steps=27, solver="ddim", clip=("static", 1.0)),
+            ),
+            model=dict(
+                unet=dict(
+                    channels=channels,
+                    channel_mults=(1, 2, 3, 4),
+                    num_blocks=3,
+                    dropout=0.1,
+                    remat=True,
+                ),
+                dtype="bfloat16",
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="eps"),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
+            optimizer=dict(learning_rate=1.2e-4, b2=0.999, eps=1e-8),
+            batch_size=1024,
+            num_steps=1_000_000,
+            ema_decay=0.9999,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def tiny():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="upsampler",
+                low_size=32,
+                image_size=128,
+                crop_fraction=0.25,
+                blur_sigma=0.6,
+                noise_std=0.1,
+                sampling=dict(steps=10, solver="ddim", clip=("static", 1.0)),
+            ),
+            model=dict(
+                unet=dict(channels=96, channel_mults=(1, 2), num_blocks=1, patch_size=4),
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="v"),
+            data=dict(
+                source="emoji",
+                path="data/emoji",
+                split="train",
+                eval_split="held_out_pairs",
+                subset=TINY_SUBSET,
+                image_size=128,
+                context_length=24,
+                vocab_size=4608,
+            ),
+            optimizer=dict(
+                learning_rate=1e-3,
+                b2=0.99,
+                warmup_steps=200,
+                schedule="cosine",
+                clip_norm=1.0,
+            ),
+            batch_size=64,
+            num_steps=3000,
+            ema_decay=0.999,
+            log_every=50,
+            checkpoint_every=500,
+            eval_every=500,
+            preview_every=500,
+            preview_size=8,
+            export_every=500,
+            export_dtype="float16",
+        )
+    )

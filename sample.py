@@ -1,0 +1,115 @@
+"""Draws pictures: python sample.py --prompt "a flat emoji of a red apple" --n 4 --out out
+
+Every picture is written as a PNG that carries its prompt, seed and settings; grid.png shows all.
+Exit status: 0 done, 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from tqdm import tqdm
+
+from dalle2_jax import pictures
+from dalle2_jax.errors import UserError
+from dalle2_jax.version import __version__
+
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
+N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
+SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same.")
+OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
+WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
+STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
+CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
+SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++; or STAGE=NAME,...")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
+
+
+def choice(flag: flags.FlagHolder, kind: type) -> object:
+    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}."""
+    if flag.value is None:
+        return None
+    try:
+        if "=" not in flag.value:
+            return kind(flag.value)
+        pairs = (part.split("=") for part in flag.value.split(","))
+        return {stage.strip(): kind(value) for stage, value in pairs}
+    except ValueError:
+        raise UserError(f"--{flag.name}={flag.value}: write a number, or STAGE=NUMBER") from None
+
+
+def read_prompts() -> list[str]:
+    prompts = list(PROMPT.value)
+    if PROMPTS_FILE.value:
+        try:
+            text = Path(PROMPTS_FILE.value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError('nothing to draw: give --prompt "..." or --prompts_file FILE')
+    return prompts
+
+
+class Bars:
+    """A progress bar a stage."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, tqdm] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.bars:
+            self.bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
+        self.bars[stage].update(done - self.bars[stage].n)
+
+
+def run() -> None:
+    from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
+
+    prompts = read_prompts()
+    settings = {
+        "steps": choice(STEPS, int),
+        "cfg_scale": choice(CFG_SCALE, float),
+        "solver": choice(SAMPLER, str),
+    }
+    out = pictures.prepare_folder(OUT.value)
+    model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(**settings)
+    for prompt in prompts:
+        if model.tokenizer.length(prompt) > model.tokenizer.context_length:
+            kept = model.tokenizer.decode(model.tokenizer([prompt])[0])
+            print(f"note: a prompt is too long, only {kept!r} is read", file=sys.stderr)
+    drawn = model.generate(
+        prompts, N.value, SEED.value, batch_size=BATCH_SIZE.value, progress=Bars()
+    )
+    metadata = {"version": __version__, "weights": model.weights, "hash": model.weights_hash}
+    metadata["settings"] = model.settings()
+    for i, picture in enumerate(drawn):
+        prompt, number = prompts[i // N.value], i % N.value
+        name = f"{i // N.value:03d}-{pictures.slug(prompt)}-{number}.png"
+        about = {"prompt": prompt, "seed": SEED.value, "index": number, **metadata}
+        pictures.save_png(out / name, picture, about)
+    grid = pictures.labelled_grid(drawn, N.value, row_labels=prompts)
+    pictures.save_png(out / "grid.png", grid, {"prompts": prompts, "seed": SEED.value, **metadata})
+    print(out / "grid.png")
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        run()
+    except UserError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)
