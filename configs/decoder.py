@@ -73,11 +73,12 @@ def tiny():
             ),
             model=dict(
                 unet=dict(
-                    channels=128,
+                    channels=80,
                     channel_mults=(1, 2),
                     num_blocks=1,
                     attention_levels=(1,),
-                    head_channels=64,
+                    head_channels=32,
+                    groups=16,
                     patch_size=4,
                 ),
                 text=None,  # CLIP's text tower serves

@@ -60,9 +60,9 @@ def tiny():
             model=dict(
                 dim=192,
                 context_length=24,
-                width=192,
+                width=160,
                 depth=4,
-                heads=3,
+                heads=5,
                 activation="quick_gelu",
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),

@@ -12,6 +12,13 @@ from dalle2_jax.errors import UserError
 T = TypeVar("T")
 
 
+class Section(dict):
+    """A dict that nobody changes, hashable so that the network it sizes is."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 def near_miss(key: str, known: Iterable[str]) -> str:
     """`; did you mean 'batch_size'?`, or the known keys where nothing is near."""
     known = sorted(known)
@@ -33,7 +40,7 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
 def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any) -> T:
     """An instance of the dataclass or Flax module `cls` from a section of a config.
 
-    Lists become tuples, so that the result is hashable; `given` are arguments from elsewhere.
+    Lists become tuples and sections `Section`, so that the result is hashable; `given` are arguments from elsewhere.
     Raises UserError for an unknown or a missing key, naming it and `where`.
     """
     fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
@@ -47,8 +54,8 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _frozen(item) for key, item in value.items()}
+    if hasattr(value, "items"):  # ConfigDict is no Mapping
+        return Section({key: _frozen(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return tuple(_frozen(item) for item in value)
     return value
@@ -56,7 +63,7 @@ def _frozen(value: Any) -> Any:
 
 def plain(section: Any) -> Any:
     """A config's section as dicts, lists and scalars, ready for JSON."""
-    if isinstance(section, Mapping):
+    if hasattr(section, "items"):
         return {key: plain(value) for key, value in section.items()}
     if isinstance(section, list | tuple):
         return [plain(value) for value in section]

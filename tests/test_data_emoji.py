@@ -12,6 +12,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from dalle2_jax.data import emoji, emoji_builder, emoji_source, emoji_words, npm, tfds_source
@@ -172,12 +173,16 @@ def test_build_round_trip(tmp_path):
     assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
-def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left"), tf.errors.ResourceExhaustedError(None, None, "No space left")],
+)
+def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch, error):
     concepts = list(emoji_source._join(*small_sets()))
     emoji.build(tmp_path / "out", size=8, concepts=concepts)
 
     def full(svg, size):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(emoji_builder, "render", full)
     with pytest.raises(UserError, match="disk is full"):

@@ -8,6 +8,7 @@ takes about a minute and 100 MB of downloads and disk at 64 px. Read it back wit
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
@@ -64,15 +65,30 @@ def build(
         if out.exists():
             os.replace(out, temp / "replaced")
         os.replace(builder.data_dir, out)
-    except OSError as e:
-        raise UserError(npm.disk_error(e, out)) from e
-    except tf.errors.OpError as e:
-        said = " ".join(e.message.split())[:200]
-        raise UserError(f"{out}: cannot be written ({said}); is the disk full?") from e
+    except UserError:
+        raise
+    except Exception as e:
+        why = _write_error(e, out)
+        if why is None:
+            raise
+        raise UserError(why) from e
     finally:
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
     return counts
+
+
+def _write_error(e: BaseException | None, out: pathlib.Path) -> str | None:
+    """One line if a failed write is among the causes: TFDS wraps what TensorFlow raises."""
+    while e is not None:
+        if isinstance(e, tf.errors.ResourceExhaustedError):
+            return npm.disk_error(OSError(errno.ENOSPC, ""), out)
+        if isinstance(e, tf.errors.OpError):
+            return f"{out}: cannot be written ({' '.join(str(e).split())[:200]})"
+        if isinstance(e, OSError):
+            return npm.disk_error(e, out)
+        e = e.__cause__
+    return None
 
 
 def main(argv: Sequence[str]) -> None:

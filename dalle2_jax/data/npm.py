@@ -21,6 +21,7 @@ from typing import Any
 from dalle2_jax.errors import UserError
 
 _TIMEOUT_SECONDS = 900
+_ROOM = 32 * 2**20  # bytes: the largest package, twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _npm_pack(package: Package, folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"{package.pin}: npm pack took over {_TIMEOUT_SECONDS} s; try again") from e
     tarball = folder / package.file_name
     if run.returncode != 0 or not tarball.is_file():
+        if shutil.disk_usage(folder).free < _ROOM:  # npm does not say so
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         said = " ".join((run.stderr or run.stdout).split())[-300:]
         raise UserError(
             f"{package.pin}: npm pack failed (exit {run.returncode}); is the network up? "

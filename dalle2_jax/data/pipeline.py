@@ -11,7 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,7 @@ class Batches:
         settings = tf.data.Options()
         settings.deterministic = True
         settings.threading.private_threadpool_size = 2
+        make: Callable[..., dict[str, np.ndarray]]
         make = self._gather if self._stream is None else self._decode_records
         # Python's part is kept out of tf.data: a tf.numpy_function that runs while the interpreter
         # exits hangs it, and its errors come back as text.

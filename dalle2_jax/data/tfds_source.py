@@ -25,7 +25,10 @@ CAPTION_FEATURES = ("captions", "caption", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A split of a TFDS directory. `caption_feature` is one of CAPTION_FEATURES."""
+    """A split of a TFDS directory, or several, as in "train+validation".
+
+    `caption_feature` is one of CAPTION_FEATURES.
+    """
 
     path: pathlib.Path
     split: str
@@ -36,11 +39,14 @@ class Prepared:
     @property
     def num_records(self) -> int:
         """Records in the split before `subset` is applied."""
-        return int(self.builder.info.splits[self.split].num_examples)
+        return sum(int(s.num_examples) for s in self._splits())
 
     @property
     def num_bytes(self) -> int:
-        return int(self.builder.info.splits[self.split].num_bytes)
+        return sum(int(s.num_bytes) for s in self._splits())
+
+    def _splits(self) -> list[Any]:
+        return [self.builder.info.splits[name] for name in self.split.split("+")]
 
     def dataset(self, shuffle_files_seed: int | None = None) -> tf.data.Dataset:
         """Records as dicts in a fixed order, pictures encoded, `subset` applied."""
@@ -82,8 +88,9 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
         builder = tfds.builder_from_directory(str(path))
     except Exception as e:  # TFDS raises as it pleases on damaged metadata
         raise UserError(f"{path}: cannot be opened as TFDS ({_line(e)}); prepare it again") from e
-    if split not in builder.info.splits:
-        raise UserError(f"{path}: no split {split!r}; there are {sorted(builder.info.splits)}")
+    for name in split.split("+"):
+        if name not in builder.info.splits:
+            raise UserError(f"{path}: no split {name!r}; there are {sorted(builder.info.splits)}")
     features = cast(Mapping[str, Any], builder.info.features)
     caption = next((f for f in CAPTION_FEATURES if f in features), None)
     if "image" not in features or caption is None:

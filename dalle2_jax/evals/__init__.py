@@ -1,0 +1,1 @@
+"""Generated pictures judged: retrieval, CLIP score, Frechet distance, the report."""

@@ -1,0 +1,119 @@
+"""Judges a model: python -m dalle2_jax.evals --weights tiny --judge runs/judge/model --out DIR
+
+Writes report.json, report.md (a table) and held_out_pairs.png (drawn beside true pictures).
+Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from tqdm import tqdm
+
+from dalle2_jax import pictures
+from dalle2_jax.errors import UserError
+from dalle2_jax.version import __version__
+
+WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
+JUDGE = flags.DEFINE_string(
+    "judge", "runs/judge/model", "Model folder of a CLIP that only judges (configs/clip.py:judge)."
+)
+DATA = flags.DEFINE_string("data", "data/emoji", "The emoji set, as `make data` writes it.")
+SUBSET = flags.DEFINE_string(
+    "subset",
+    "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
+    "The records asked for; give what the model was trained on. Empty: all.",
+)
+OUT = flags.DEFINE_string("out", "out/evals", "Folder for the report.")
+NUM = flags.DEFINE_integer(
+    "num", 100, "Pictures a group (seen, held-out pairs, held-out concepts)."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the pairs, the candidates and the pictures.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of the decoder.")
+CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance of the decoder; 1 is off.")
+SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++.")
+RECONSTRUCT = flags.DEFINE_bool(
+    "reconstruct", False, "Also draw from the true pictures' z_img: what the decoder alone loses."
+)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_say(error))
+
+
+def _say(error: Exception | str) -> int:
+    print(f"dalle2_jax.evals: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def run() -> None:
+    for flag in (NUM, BATCH_SIZE):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie within 0 and 2**32 - 1")
+    # Late: a mistake in the flags is told at once.
+    from dalle2_jax.dalle2 import DALLE2
+    from dalle2_jax.evals import draw, report
+    from dalle2_jax.evals.groups import read_groups
+    from dalle2_jax.evals.judge import Judge
+
+    out = pictures.prepare_folder(OUT.value)
+    judge = Judge.load(JUDGE.value)
+    model = DALLE2.from_pretrained(WEIGHTS.value)
+    model = model.with_settings(STEPS.value, CFG_SCALE.value, SAMPLER.value)
+    if judge.is_clip(model.params["clip"]):
+        raise UserError(f"--judge={JUDGE.value} is the CLIP that draws: it would judge itself")
+    groups, pool = read_groups(DATA.value, SUBSET.value, NUM.value, SEED.value)
+
+    passes = 2 if RECONSTRUCT.value else 1
+    total = passes * sum(len(group.pairs) for group in groups)
+    with tqdm(total=total, desc="drawing", unit="picture") as bar:
+        same = {"seed": SEED.value, "batch_size": BATCH_SIZE.value, "progress": bar.update}
+        draws = {"generated": lambda group: draw.generate(model, group.captions, **same)}
+        if RECONSTRUCT.value:
+            draws["from the true z_img"] = lambda group: draw.reconstruct(
+                model, group.captions, group.pictures, **same
+            )
+        scores, drawn = report.evaluate(judge, groups, pool, draws, SEED.value)
+    about = {
+        "version": __version__,
+        "weights": {"name": model.weights, "hash": model.weights_hash},
+        "judge": {"name": JUDGE.value, "hash": judge.weights_hash},
+        "data": {"path": DATA.value, "subset": SUBSET.value, "concepts": len(pool)},
+        "num": NUM.value,
+        "seed": SEED.value,
+        "settings": model.settings(),
+    }
+    group = next(group for group in groups if group.name == report.GRID_GROUP)
+    grid = report.held_out_grid(group, drawn[group.name]["generated"])
+    report.write(out, about, scores, grid)
+    print(report.to_markdown(scores))
+    print(out / "report.md")
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    try:
+        run()
+    except UserError as error:
+        return _say(error)
+    except ModuleNotFoundError as error:
+        if error.name not in ("tensorflow", "tensorflow_datasets"):
+            raise
+        return _say(f"{error.name} is not installed: pip install 'dalle2-jax[train]'")
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,59 @@
+"""Distances between two sets of features [n, d]: Frechet (FID's) and the kernel distance (KID's).
+
+With mean m and covariance S of each set:
+(1) FD  = |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)              1706.08500, eq. 6
+(2) KID = mean over i != j of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i),
+    k(x, y) = (x . y / d + 1)^3                                               1801.01401, eq. 4
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """(1) for a [n, d] and b [m, d], in float64; at least 0.
+
+    Biased upwards by a small n: compare only distances of sets of one size. Raises ValueError for
+    fewer than two rows or other widths.
+    """
+    a, b = _checked(a, b)
+    mean = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
+    cov_a, cov_b = _covariance(a), _covariance(b)
+    # The eigenvalues of S_a S_b are the squared singular values of S_a^(1/2) S_b^(1/2): no root of
+    # a matrix that is not symmetric, and no root of a small error.
+    root = np.linalg.svd(_symmetric_root(cov_a) @ _symmetric_root(cov_b), compute_uv=False).sum()
+    return max(0.0, float(mean + np.trace(cov_a) + np.trace(cov_b) - 2.0 * root))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """(2) for a [n, d] and b [n, d], in float64; without bias, so it may fall below 0.
+
+    Leaves out the pairs (a_i, b_i): so the two rows may depend on each other, as a generated and a
+    true picture of one caption do. Raises ValueError for fewer than two rows or other shapes.
+    """
+    a, b = _checked(a, b)
+    if len(a) != len(b):
+        raise ValueError(f"kernel_distance: {len(a)} and {len(b)} rows, which must be as many")
+    total = _kernel(a, a) + _kernel(b, b) - _kernel(a, b) - _kernel(b, a)
+    return float((total.sum() - np.trace(total)) / (len(a) * (len(a) - 1)))
+
+
+def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be [n, d] with n of 2 or more: {a.shape}, {b.shape}")
+    return a, b
+
+
+def _covariance(x: np.ndarray) -> np.ndarray:
+    return np.atleast_2d(np.cov(x, rowvar=False))
+
+
+def _symmetric_root(cov: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(cov)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))[None]) @ vectors.T
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1.0) ** 3

@@ -1,0 +1,106 @@
+"""The whole cascade at a toy size with random weights, as a model folder, for tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dalle2_jax import build, model_folder
+from dalle2_jax.tokenizer import Tokenizer
+
+DIM, CONTEXT, VOCAB, WIDTH = 16, 8, 520, 16
+UNET = dict(channels=8, channel_mults=(1, 2), num_blocks=1, head_channels=8, groups=4)
+DATA = dict(context_length=CONTEXT, vocab_size=VOCAB)
+STATIC = ("static", 1.0)
+
+CONFIGS = {
+    "clip": dict(
+        task=dict(name="clip", max_shift=1),
+        model=dict(
+            dim=DIM,
+            image=dict(image_size=16, patch_size=8, width=WIDTH, depth=1, heads=2),
+            text=dict(context_length=CONTEXT, vocab_size=VOCAB, width=WIDTH, depth=1, heads=2),
+            activation="quick_gelu",
+        ),
+    ),
+    "prior": dict(
+        task=dict(
+            name="prior",
+            embedding_scale=2.2,
+            drop_caption=0.1,
+            sampling=dict(steps=4, solver="ddim", cfg_scale=1.0, clip=None),
+        ),
+        model=dict(dim=DIM, context_length=CONTEXT, width=WIDTH, depth=1, heads=2),
+        diffusion=dict(schedule="cosine", num_timesteps=20, prediction="x_0"),
+    ),
+    "decoder": dict(
+        task=dict(
+            name="decoder",
+            image_size=8,
+            sampling=dict(steps=4, solver="ddim", cfg_scale=2.0, clip=STATIC),
+        ),
+        model=dict(
+            unet=dict(UNET, attention_levels=(1,)),
+            text=None,
+            dim=DIM,
+            context_length=CONTEXT,
+            learned_variance=False,
+        ),
+        diffusion=dict(schedule="cosine", num_timesteps=20, prediction="v"),
+    ),
+    "upsampler": dict(
+        task=dict(
+            name="upsampler",
+            low_size=8,
+            image_size=16,
+            crop_fraction=0.5,
+            noise_std=0.1,
+            sampling=dict(steps=2, solver="ddim", clip=STATIC),
+        ),
+        model=dict(unet=UNET),
+        diffusion=dict(schedule="cosine", num_timesteps=20, prediction="v"),
+    ),
+}
+
+
+def config(stage: str, clip_from: str = "", **changes) -> ConfigDict:
+    """A stage's complete config; `changes` as {"model__unet__dropout": 0.5}."""
+    given = ConfigDict({**CONFIGS[stage], "data": DATA, "clip_from": clip_from, "batch_size": 4})
+    with given.ignore_type(), given.unlocked():
+        for path, value in changes.items():
+            section, (*parents, last) = given, path.split("__")
+            for name in parents:
+                section = section[name]
+            section[last] = value
+    return build.complete(given)
+
+
+def randomised(params, seed: int = 0, std: float = 0.2):
+    """No parameter at zero: layers that start at zero hide what is behind them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(p + std * rng.standard_normal(p.shape), jnp.float32), params
+    )
+
+
+def batch(size: int = 4, image_size: int = 16) -> dict[str, jax.Array]:
+    """Pictures of noise with captions of several lengths."""
+    pictures = np.random.default_rng(1).integers(0, 256, (size, image_size, image_size, 3))
+    tokens = Tokenizer(CONTEXT, VOCAB)([f"{'abcdefg'[i % 7]} " * (i % 4 + 1) for i in range(size)])
+    return {"image": jnp.asarray(pictures, jnp.uint8), "tokens": jnp.asarray(tokens)}
+
+
+def write(folder, stages=tuple(CONFIGS)) -> str:
+    """Writes the stages with random weights through the tasks' own export."""
+    for i, stage in enumerate(stages):
+        task = build.task(config(stage, clip_from=str(folder)))
+        params = randomised(jax.jit(task.init)(jax.random.key(i)), i)
+        entry, tensors = task.export(params)
+        model_folder.write_stage(folder, task.stage, entry, tensors)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("cascade") / "model")

@@ -1,0 +1,184 @@
+"""configs/*.py: every variant builds, and `paper` is Table 3 of the unCLIP paper."""
+
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dalle2_jax import build, model_folder
+from dalle2_jax.errors import UserError
+
+VARIANTS = {
+    "clip": ("paper", "tpu", "tiny", "judge"),
+    "prior": ("paper", "tpu", "tiny"),
+    "decoder": ("paper", "tpu", "tiny"),
+    "upsampler_256": ("paper", "tpu", "tiny"),
+    "upsampler_1024": ("paper", "tpu"),
+}
+ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+
+
+def get(name: str, variant: str = "paper", **changes):
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        with config.ignore_type():
+            config[section][key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """size -> a model folder whose CLIP is known by its config alone."""
+    folders = {}
+    for size, variant in (("paper", "paper"), ("tpu", "tpu"), ("tiny", "tiny")):
+        folder = tmp_path_factory.mktemp(size)
+        entry, params = build.task(build.complete(get("clip", variant))).export({"x": jnp.zeros(1)})
+        model_folder.write_stage(folder, "clip", entry, params)
+        folders[size] = str(folder)
+    return folders
+
+
+def task(clips, name, variant="paper", **changes):
+    config = get(name, variant, **changes)
+    if name in ("prior", "decoder"):
+        config.clip_from = clips[variant]
+    return build.task(build.complete(config))
+
+
+def shapes(task):
+    return jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def count(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_every_variant_builds_its_network(clips, name, variant):
+    made = task(clips, name, variant)
+    assert made.stage == (name if "upsampler" not in name else f"upsampler_{made.image_size}")
+    assert {x.dtype for x in jax.tree.leaves(shapes(made))} == {jnp.dtype("float32")}
+
+
+def test_parameters_of_table_3(clips):
+    """The paper prints rounded figures: 3.5B, 1B, 700M, 300M. Its shapes give those here."""
+    decoder = shapes(task(clips, "decoder"))
+    assert count(decoder["unet"]) == pytest.approx(2.24e9, rel=0.03)
+    assert count(decoder["text"]["transformer"]) == pytest.approx(1.21e9, rel=0.03)
+    assert count(decoder) == pytest.approx(3.5e9, rel=0.03)
+    # Table 3 says 1B of the prior; 24 blocks of width 2048 alone are 24 * 12 * 2048**2 = 1.21e9
+    prior = shapes(task(clips, "prior"))
+    assert count(prior["transformer"]) == pytest.approx(24 * 12 * 2048**2, rel=0.001)
+    assert count(shapes(task(clips, "upsampler_256"))) == pytest.approx(730e6, rel=0.03)
+    assert count(shapes(task(clips, "upsampler_1024"))) == pytest.approx(282e6, rel=0.03)
+
+
+TABLE_3 = {  # lr, batch, iterations, b2, eps, weight decay, EMA, schedule, sampling steps
+    "prior": (1.1e-4, 4096, 600_000, 0.96, 1e-6, 6.0e-2, 0.9999, "cosine", 64),
+    "decoder": (1.2e-4, 2048, 800_000, 0.999, 1e-8, 0.0, 0.9999, "cosine", 250),
+    "upsampler_256": (1.2e-4, 1024, 1_000_000, 0.999, 1e-8, 0.0, 0.9999, "cosine", 27),
+    "upsampler_1024": (1.0e-4, 512, 1_000_000, 0.999, 1e-8, 0.0, 0.9999, "linear", 15),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_training_of_table_3(name):
+    config = build.complete(get(name))
+    optimizer = config.optimizer
+    assert (
+        optimizer.learning_rate,
+        config.batch_size,
+        config.num_steps,
+        optimizer.b2,
+        optimizer.eps,
+        optimizer.weight_decay,
+        config.ema_decay,
+        config.diffusion.schedule,
+        config.task.sampling.steps,
+    ) == TABLE_3[name]
+    assert (optimizer.b1, config.diffusion.num_timesteps) == (0.9, 1000)
+    assert (optimizer.warmup_steps, optimizer.schedule) == (0, "constant")
+
+
+def test_networks_of_table_3():
+    unet = get("decoder").model.unet
+    assert (unet.channels, unet.channel_mults, unet.num_blocks) == (512, (1, 2, 3, 4), 3)
+    assert (unet.head_channels, unet.dropout) == (64, 0.1)
+    assert [64 // 2**level for level in unet.attention_levels] == [32, 16, 8]
+    text = get("decoder").model.text
+    assert (text.context_length, text.width, text.depth, text.heads) == (256, 2048, 24, 32)
+    unet = get("upsampler_256").model.unet
+    assert (unet.channels, unet.channel_mults, unet.num_blocks) == (320, (1, 2, 3, 4), 3)
+    assert unet.dropout == 0.1
+    unet = get("upsampler_1024").model.unet
+    assert (unet.channels, unet.channel_mults, unet.num_blocks) == (192, (1, 1, 2, 2, 4, 4), 2)
+    for name in ("upsampler_256", "upsampler_1024"):
+        assert get(name).task.crop_fraction == 0.25
+        assert "attention_levels" not in get(name).model.unet
+    prior = get("prior").model
+    assert (prior.width, prior.depth, prior.heads) == (2048, 24, 32)
+
+
+def test_facts_of_section_2():
+    """Drop rates, embedding scale and the blur (unCLIP sections 2.1 and 2.2)."""
+    assert (get("decoder").task.drop_z_img, get("decoder").task.drop_caption) == (0.1, 0.5)
+    assert (get("prior").task.drop_caption, get("prior").task.embedding_scale) == (0.1, 17.2)
+    assert get("upsampler_256").task.blur_sigma == 0.6
+    assert get("decoder").diffusion.learned_variance
+    assert get("prior").diffusion.prediction == "x_0"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_wrong_variant_names_those_there_are(name):
+    with pytest.raises(ValueError, match=f"{name} has no variant 'tinny': paper, tpu"):
+        get(name, "tinny")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tiny_widths_and_tpu_widths(name):
+    model = get(name, "tpu").model
+    widths = [model.unet.channels] if "unet" in model else [model.get("width", model.dim)]
+    assert all(width % 128 == 0 for width in widths)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "near"),
+    [
+        ("clip", {"model__dmi": 3}, "dim"),
+        ("clip", {"task__max_shft": 3}, "max_shift"),
+        ("prior", {"model__widht": 3}, "width"),
+        ("prior", {"diffusion__scedule": "cosine"}, "schedule"),
+        ("prior", {"task__drop_captoin": 0.1}, "drop_caption"),
+        ("decoder", {"task__drop_zimg": 0.1}, "drop_z_img"),
+        ("decoder", {"model__txt": None}, "text"),
+        ("upsampler_256", {"task__blur_sigm": 0.1}, "blur_sigma"),
+        ("upsampler_256", {"diffusion__predction": "v"}, "prediction"),
+    ],
+)
+def test_unknown_keys_name_the_near_miss(clips, name, change, near):
+    with pytest.raises(UserError, match=f"unknown key .* did you mean '{near}'"):
+        task(clips, name, "tiny", **change)
+
+
+def test_unknown_keys_inside_the_network_are_refused(clips):
+    config = get("upsampler_256", "tiny")
+    config.model.unet.chanels = 3
+    with pytest.raises(UserError, match="did you mean 'channels'"):
+        shapes(build.task(build.complete(config)))
+
+
+def test_unknown_sampling_keys_are_refused(clips):
+    config = get("upsampler_256", "tiny")
+    config.task.sampling.step = 3
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        build.task(build.complete(config))
+
+
+def test_an_unknown_key_of_the_data_is_refused():
+    pipeline = pytest.importorskip("dalle2_jax.data.pipeline")
+    config = get("clip", "tiny", data__img_size=3)
+    with pytest.raises(UserError, match="'img_size'.* 'image_size'"):
+        pipeline.make_dataset(build.complete(config).data, split="train", batch_size=4)

@@ -1,0 +1,68 @@
+import jax
+import numpy as np
+import pytest
+import small_judge
+
+from dalle2_jax import images, model_folder
+from dalle2_jax.data import emoji_words
+from dalle2_jax.errors import UserError
+from dalle2_jax.evals.judge import TEMPLATES, Judge
+from dalle2_jax.tokenizer import Tokenizer
+
+PAIRS = [("red apple", "noto"), ("fox", "twemoji"), ("owl", "noto")]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return Judge.load(small_judge.write(tmp_path_factory.mktemp("judge")), batch_size=4)
+
+
+def pictures(n, side=16):
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
+
+
+def test_embeddings_are_the_networks_own(judge):
+    params = {"params": judge.params}
+    want = judge.network.apply(params, images.to_float(pictures(3)), method="encode_image")
+    np.testing.assert_allclose(judge.embed_pictures(pictures(3)), want, atol=1e-5)
+    text = small_judge.MODEL["text"]
+    tokens = Tokenizer(text["context_length"], text["vocab_size"])(["a fox"])
+    want = judge.network.apply(params, tokens, method="encode_text").z_txt
+    np.testing.assert_allclose(judge.embed_captions(["a fox"]), want, atol=1e-5)
+
+
+def test_batches_do_not_change_a_row(judge):
+    many = judge.embed_pictures(pictures(9))
+    assert many.shape == (9, 24)
+    np.testing.assert_allclose(np.linalg.norm(many, axis=1), 1.0, atol=1e-5)
+    for i in (0, 3, 4, 8):
+        np.testing.assert_array_equal(judge.embed_pictures(pictures(9)[i : i + 1]), many[i : i + 1])
+
+
+def test_large_pictures_are_seen_at_the_judges_size(judge):
+    large = pictures(2).repeat(3, axis=1).repeat(3, axis=2)
+    np.testing.assert_allclose(
+        judge.embed_pictures(large), judge.embed_pictures(pictures(2)), atol=1e-4
+    )
+
+
+def test_a_pair_is_the_mean_of_its_captions(judge):
+    got = judge.embed_pairs(PAIRS)
+    captions = [emoji_words.caption("fox", "twemoji", i) for i in TEMPLATES]
+    assert len(set(captions)) == len(TEMPLATES) == 6
+    mean = judge.embed_captions(captions).mean(axis=0)
+    np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_a_judge_knows_itself(judge, tmp_path):
+    assert judge.is_clip(jax.device_put(judge.params))
+    assert not judge.is_clip(Judge.load(small_judge.write(tmp_path, seed=1)).params)
+    assert not judge.is_clip({"image_tower": judge.params["image_tower"]})
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"configs/clip\.py:judge"):
+        Judge.load(str(tmp_path / "nowhere"))
+    model_folder.write_stage(tmp_path, "prior", {}, {"a": np.zeros(1)})
+    with pytest.raises(UserError, match="no stage 'clip'; there is: prior"):
+        Judge.load(str(tmp_path))

@@ -1,0 +1,163 @@
+"""Every task: its loss learns one batch, drops what it should, and its export builds it again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_cascade
+from small_cascade import CONFIGS, batch, config, randomised
+
+from dalle2_jax import build, model_folder
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.nets.decoder import Decoder
+from dalle2_jax.nets.prior import DiffusionPrior
+from dalle2_jax.nets.upsampler import Upsampler
+from dalle2_jax.options import construct
+
+NETWORKS = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> str:
+    return small_cascade.write(tmp_path_factory.mktemp("clip") / "model", ["clip"])
+
+
+def make(stage: str, clip_folder: str, **changes):
+    return build.task(config(stage, clip_folder, **changes))
+
+
+def loss_of(task, params, key=0, train=True, **change) -> float:
+    frozen = task.frozen()
+    loss = jax.jit(lambda p, b, k: task.loss(p, frozen, b, k, train)[0])
+    return float(loss(params, {**batch(), **change}, jax.random.key(key)))
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_loss_of_one_batch_falls(stage, clip_folder):
+    task = make(stage, clip_folder)
+    params, frozen = jax.jit(task.init)(jax.random.key(0)), task.frozen()
+
+    @jax.jit
+    def step(params, key):
+        grad = jax.value_and_grad(lambda p: task.loss(p, frozen, batch(), key, True), has_aux=True)
+        (loss, metrics), grads = grad(params)
+        scale = 0.3 / jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)) + 1e-12)
+        return jax.tree.map(lambda p, g: p - scale * g, params, grads), loss, metrics
+
+    losses = []
+    for _ in range(8):
+        params, loss, metrics = step(params, jax.random.key(3))  # one noise: the same problem
+        losses.append(float(loss))
+        assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
+    assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_export_builds_the_same_network_again(stage, clip_folder, tmp_path):
+    task = make(stage, clip_folder)
+    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    entry, tensors = task.export(params)
+    model_folder.write_stage(tmp_path, task.stage, entry, tensors)
+    back = model_folder.read_params(tmp_path, task.stage)
+    read = model_folder.read_config(tmp_path)["stages"][task.stage]
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    assert construct(NETWORKS[stage], read["model"], stage) == task.network
+    if stage != "clip":
+        assert construct(type(task.process), read["diffusion"], stage) == task.process
+
+
+def test_clip_pairs_are_worth_log_b_at_chance_and_zero_when_told_apart(clip_folder):
+    """A network that says the same of everything pays log b (2103.00020, figure 3)."""
+    task = make("clip", clip_folder)
+    params = jax.jit(task.init)(jax.random.key(0))
+    text = params["text_tower"]["projection"]["kernel"]
+    params["text_tower"]["projection"]["kernel"] = jnp.zeros_like(text)
+    assert loss_of(task, params, train=False) == pytest.approx(np.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "drop", "image_matters"),
+    [
+        ("prior", {"task__drop_caption": 1.0}, True),
+        ("decoder", {"task__drop_caption": 1.0}, True),
+        ("decoder", {"task__drop_caption": 1.0, "model__text": "own"}, True),
+    ],
+)
+def test_a_dropped_caption_does_not_reach_the_network(stage, drop, image_matters, clip_folder):
+    if "model__text" in drop:
+        text = dict(context_length=8, vocab_size=520, width=16, depth=1, heads=2)
+        drop = {**drop, "model__text": text}
+    task = make(stage, clip_folder, **drop)
+    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    other = {"tokens": jnp.flip(batch()["tokens"], axis=0)}
+    assert loss_of(task, params, **other) == pytest.approx(loss_of(task, params), rel=1e-6)
+    for kept in (
+        loss_of(task, params, train=False, **other) - loss_of(task, params, train=False),
+        loss_of(dataclasses.replace(task, drop_caption=0.0), params, **other)
+        - loss_of(dataclasses.replace(task, drop_caption=0.0), params),
+    ):
+        assert abs(kept) > 1e-5
+
+
+def test_a_dropped_z_img_does_not_reach_the_decoder(clip_folder):
+    task = make("decoder", clip_folder, task__drop_z_img=1.0, task__drop_caption=0.0)
+    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    cut = {**params, **{n: jax.tree.map(lambda p: 9 * p, params[n]) for n in ("null_z_img",)}}
+    assert loss_of(task, cut) != pytest.approx(loss_of(task, params), rel=1e-4)
+    task = dataclasses.replace(task, drop_z_img=0.0)
+    assert loss_of(task, cut) == pytest.approx(loss_of(task, params), rel=1e-6)
+
+
+def test_previews_are_pictures_beside_the_true_ones(clip_folder):
+    for stage, shape in (("decoder", (4 * 8, 2 * 8, 3)), ("upsampler", (4 * 16, 3 * 16, 3))):
+        task = make(stage, clip_folder)
+        params = randomised(jax.jit(task.init)(jax.random.key(0)), std=0.05)
+        shown = task.preview(params, task.frozen(), batch(), jax.random.key(1))
+        (picture,) = shown.values()
+        assert picture.shape == shape and picture.dtype == jnp.uint8
+        assert list(shown) == [task.stage]
+    true = batch()["image"][0]  # the upsampler's last column, at its own size
+    np.testing.assert_array_equal(picture[:16, 32:], true)
+
+
+def test_frozen_parameters_are_clips(clip_folder):
+    task = make("prior", clip_folder)
+    want = model_folder.read_params(clip_folder, "clip")
+    jax.tree.map(np.testing.assert_array_equal, task.frozen()["clip"], want)
+    assert make("clip", clip_folder).frozen() == {} == make("upsampler", "").frozen()
+
+
+def test_the_prior_learns_the_scaled_embedding(clip_folder):
+    """With a network that says 0, the loss is the mean square of z_img * scale: scale^2 / dim."""
+    task = make("prior", clip_folder)
+    params = jax.jit(task.init)(jax.random.key(0))
+    params["out"] = jax.tree.map(jnp.zeros_like, params["out"])
+    assert loss_of(task, params) == pytest.approx(task.embedding_scale**2 / 16, rel=1e-4)
+
+
+def test_random_shift_moves_and_keeps_the_rest():
+    from dalle2_jax.tasks.clip import random_shift
+
+    pictures = jnp.arange(3 * 6 * 6.0).reshape(3, 6, 6, 1)
+    moved = np.asarray(random_shift(jax.random.key(0), pictures, 2))
+    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    for picture, source in zip(moved, padded, strict=True):
+        places = [(i, j) for i in range(5) for j in range(5)]
+        assert any((picture == source[i : i + 6, j : j + 6]).all() for i, j in places)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_missing_clip_is_told(stage, tmp_path):
+    with pytest.raises(UserError, match="config.clip_from is empty: name the model folder"):
+        make(stage, "")
+    with pytest.raises(UserError, match="nowhere"):
+        make(stage, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", 600), ("context_length", 9)])
+def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
+    with pytest.raises(UserError, match=f"data.{key}={value} but the CLIP .* set --config.data"):
+        make("prior", clip_folder, **{f"data__{key}": value})
