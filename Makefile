@@ -43,8 +43,8 @@ demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few s
 	$(PY) sample.py --weights tiny --n 4 --seed 0 --out $(DEMO_OUT) \
 		--prompt "a glossy 3d emoji of a red apple" \
 		--prompt "a flat emoji of a cat face" \
-		--prompt "a yellow smiling face, noto style" \
-		--prompt "a black and white icon of a tree"
+		--prompt "a noto emoji of a grinning face" \
+		--prompt "a black and white emoji of a rocket"
 	@echo "Open $(DEMO_OUT)/grid.png"
 
 test: $(VENV)/.train ## the default tests: no network, no accelerator, no torch

@@ -6,15 +6,13 @@ Exit status: 0 done, 2 a mistake in the input.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-import jax
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax import pictures
+from dalle2_jax import commands, pictures
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
@@ -68,7 +66,7 @@ class Bars:
         self.bars[stage].update(done - self.bars[stage].n)
 
 
-def run() -> None:
+def main() -> None:
     from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
 
     prompts = read_prompts()
@@ -98,18 +96,6 @@ def run() -> None:
     print(out / "grid.png")
 
 
-def main(argv: list[str]) -> int:
-    del argv
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    try:
-        run()
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main)
+    commands.keep_compiled_programs()
+    commands.run(main)

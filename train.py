@@ -6,15 +6,11 @@ Exit status: 0 done or stopped on request, 1 the loss is no longer finite, 2 a m
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from dalle2_jax import build
+from dalle2_jax import build, commands
 from dalle2_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
@@ -23,18 +19,6 @@ TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files 
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts (a TPU slice).")
 flags.mark_flags_as_required(["config", "workdir"])
 flags.FLAGS["config"].parser = build.ConfigParser("config")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, TypeError, ValueError) as error:
-        sys.exit(_say(error, 2))
-
-
-def _say(error: Exception, status: int) -> int:
-    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 def run(config: build.Config, workdir: str) -> int:
@@ -52,9 +36,9 @@ def run(config: build.Config, workdir: str) -> int:
             tensorboard=TENSORBOARD.value,
         )
     except (UserError, FileNotFoundError) as error:
-        return _say(error, 2)
+        return commands.say(error, 2)
     except loop.Diverged as error:
-        return _say(error, 1)
+        return commands.say(error, 1)
     if result.stopped_by:
         print(
             f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
@@ -63,17 +47,15 @@ def run(config: build.Config, workdir: str) -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
-    del argv
+def main() -> int:
     logging.set_verbosity(logging.INFO)
     noisy = ("orbax", "xla_bridge")
     logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in noisy))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    commands.keep_compiled_programs()
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     return run(CONFIG.value, WORKDIR.value or "")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    commands.run(main)

@@ -86,7 +86,7 @@ def tiny():
                 context_length=24,
                 learned_variance=False,
             ),
-            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="v"),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
             data=dict(
                 source="emoji",
                 path="data/emoji",

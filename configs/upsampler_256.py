@@ -65,11 +65,9 @@ def tiny():
                 sampling=dict(steps=10, solver="ddim", clip=("static", 1.0)),
             ),
             model=dict(
-                unet=dict(
-                    channels=48, channel_mults=(1, 2), num_blocks=1, groups=16, patch_size=4
-                ),
+                unet=dict(channels=48, channel_mults=(1, 2), num_blocks=1, groups=16, patch_size=4),
             ),
-            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="v"),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
             data=dict(
                 source="emoji",
                 path="data/emoji",

@@ -192,8 +192,9 @@ class DALLE2:
         }
         if self.decoder.network.text is None:
             cond["txt_enc"] = text.txt_enc
-        else:
-            cond["tokens"] = tokens
+        else:  # a text encoder of its own may have been trained on longer captions than CLIP's
+            more = ((0, 0), (0, self.decoder.network.context_length - tokens.shape[1]))
+            cond |= {"tokens": jnp.pad(tokens, more), "txt_mask": jnp.pad(text.txt_mask, more)}
         return self.decoder(self.params["decoder"], cond, keys, progress)
 
 
@@ -212,6 +213,9 @@ def _sampler(
     cls: type, network: type[nn.Module], entries: Mapping[str, Any], stage: str, extra: tuple
 ) -> Any:
     entry, where = entries[stage], f"config.json: {stage}"
+    for key in ("model", "diffusion", "sampling", *extra):
+        if key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
     return cls(
         network=_network(network, entry, where),
         process=construct(Process, entry["diffusion"], where),

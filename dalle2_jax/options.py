@@ -40,17 +40,24 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
 def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any) -> T:
     """An instance of the dataclass or Flax module `cls` from a section of a config.
 
-    Lists become tuples and sections `Section`, so that the result is hashable; `given` are arguments from elsewhere.
+    Lists become tuples and sections `Section`, so that the result is hashable; `given` are
+    arguments from elsewhere. `cls.SECTIONS` names the class whose arguments a section within holds.
     Raises UserError for an unknown or a missing key, naming it and `where`.
     """
-    fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
+    fields = _fields(cls)
     check_keys(section, [f.name for f in fields if f.name not in given], where)
+    for name, inner in getattr(cls, "SECTIONS", {}).items():
+        check_keys(section.get(name) or (), [f.name for f in _fields(inner)], f"{where}.{name}")
     arguments = {key: _frozen(value) for key, value in section.items()} | given
     for f in fields:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in arguments:
             raise UserError(f"{where}: the key {f.name!r} is missing")
     return cls(**arguments)
+
+
+def _fields(cls: Any) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
 
 
 def _frozen(value: Any) -> Any:

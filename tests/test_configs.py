@@ -180,5 +180,5 @@ def test_unknown_sampling_keys_are_refused(clips):
 def test_an_unknown_key_of_the_data_is_refused():
     pipeline = pytest.importorskip("dalle2_jax.data.pipeline")
     config = get("clip", "tiny", data__img_size=3)
-    with pytest.raises(UserError, match="'img_size'.* 'image_size'"):
+    with pytest.raises(UserError, match=r"'img_size'.* 'image_size'"):
         pipeline.make_dataset(build.complete(config).data, split="train", batch_size=4)

@@ -22,13 +22,12 @@ def pictures(n, side=16):
 
 
 def test_embeddings_are_the_networks_own(judge):
-    params = {"params": judge.params}
-    want = judge.network.apply(params, images.to_float(pictures(3)), method="encode_image")
-    np.testing.assert_allclose(judge.embed_pictures(pictures(3)), want, atol=1e-5)
     text = small_judge.MODEL["text"]
-    tokens = Tokenizer(text["context_length"], text["vocab_size"])(["a fox"])
-    want = judge.network.apply(params, tokens, method="encode_text").z_txt
-    np.testing.assert_allclose(judge.embed_captions(["a fox"]), want, atol=1e-5)
+    tokens = Tokenizer(text["context_length"], text["vocab_size"])(["a fox", "an owl"])
+    seen, params = images.to_float(pictures(2)), {"params": judge.params}
+    z_img, z_txt, _ = jax.jit(judge.network.apply)(params, seen, tokens)
+    np.testing.assert_allclose(judge.embed_pictures(pictures(2)), z_img, atol=1e-5)
+    np.testing.assert_allclose(judge.embed_captions(["a fox", "an owl"]), z_txt, atol=1e-5)
 
 
 def test_batches_do_not_change_a_row(judge):
@@ -54,9 +53,9 @@ def test_a_pair_is_the_mean_of_its_captions(judge):
     np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_a_judge_knows_itself(judge, tmp_path):
+def test_a_judge_knows_itself(judge):
     assert judge.is_clip(jax.device_put(judge.params))
-    assert not judge.is_clip(Judge.load(small_judge.write(tmp_path, seed=1)).params)
+    assert not judge.is_clip(jax.tree.map(lambda p: p + 1, judge.params))
     assert not judge.is_clip({"image_tower": judge.params["image_tower"]})
 
 

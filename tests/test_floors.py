@@ -16,7 +16,17 @@ PACKAGE = ROOT / "dalle2_jax"
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
     {"errors", "files", "options", "types", "version"},
-    {"data", "diffusion", "images", "model_folder", "nets", "pictures", "sharding", "tokenizer"},
+    {
+        "commands",
+        "data",
+        "diffusion",
+        "images",
+        "model_folder",
+        "nets",
+        "pictures",
+        "sharding",
+        "tokenizer",
+    },
     {"sampling", "tasks"},
     {"dalle2", "evals", "pretrained", "train"},
     {"app", "build"},

@@ -24,7 +24,9 @@ def clip():
 
 
 def test_text_mask_ends_with_the_first_end_token():
-    tokens = jnp.asarray([[5, 7, EOT, 0, 0], [5, EOT, 3, EOT, 0], [1, 2, 3, 4, 5], [EOT, 0, 0, 0, 0]])
+    tokens = jnp.asarray(
+        [[5, 7, EOT, 0, 0], [5, EOT, 3, EOT, 0], [1, 2, 3, 4, 5], [EOT, 0, 0, 0, 0]]
+    )
     want = [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
     np.testing.assert_array_equal(text_mask(tokens, EOT), np.asarray(want, bool))
 

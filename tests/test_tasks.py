@@ -151,7 +151,7 @@ def test_random_shift_moves_and_keeps_the_rest():
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_missing_clip_is_told(stage, tmp_path):
-    with pytest.raises(UserError, match="config.clip_from is empty: name the model folder"):
+    with pytest.raises(UserError, match=r"config\.clip_from is empty: name the model folder"):
         make(stage, "")
     with pytest.raises(UserError, match="nowhere"):
         make(stage, str(tmp_path / "nowhere"))

@@ -137,15 +137,20 @@ _SOLVERS = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolverPP2M}
 NAMES = tuple(_SOLVERS)
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for an unknown solver, naming the near miss."""
+    if name not in _SOLVERS:
+        near = difflib.get_close_matches(name, _SOLVERS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown sampler {name!r}: did you mean {near!r}? ({', '.join(NAMES)})")
+
+
 def make_solver(name: str, schedule: Schedule, **options: Any) -> Solver:
     """The solver of that name: "ddpm" (variance=), "ddim" (eta=) or "dpm++".
 
     Raises:
         UserError: an unknown name (the message names the near miss) or option.
     """
-    if name not in _SOLVERS:
-        near = difflib.get_close_matches(name, _SOLVERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown sampler {name!r}: did you mean {near!r}? ({', '.join(NAMES)})")
+    check_name(name)
     known = [f.name for f in dataclasses.fields(_SOLVERS[name]) if f.name != "schedule"]
     for option in options:
         if option not in known:

@@ -6,15 +6,10 @@ Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake 
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
-import jax
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax import pictures
+from dalle2_jax import commands, pictures
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
@@ -42,19 +37,7 @@ RECONSTRUCT = flags.DEFINE_bool(
 )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(_say(error))
-
-
-def _say(error: Exception | str) -> int:
-    print(f"dalle2_jax.evals: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-def run() -> None:
+def main() -> None:
     for flag in (NUM, BATCH_SIZE):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
@@ -100,20 +83,6 @@ def run() -> None:
     print(out / "report.md")
 
 
-def main(argv: list[str]) -> int:
-    del argv
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
-    try:
-        run()
-    except UserError as error:
-        return _say(error)
-    except ModuleNotFoundError as error:
-        if error.name not in ("tensorflow", "tensorflow_datasets"):
-            raise
-        return _say(f"{error.name} is not installed: pip install 'dalle2-jax[train]'")
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    commands.keep_compiled_programs()
+    commands.run(main)

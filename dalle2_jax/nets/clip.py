@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ class CLIP(nn.Module):
     text: Mapping[str, int]
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    SECTIONS: ClassVar = {"image": ImageTower, "text": TextTower}
 
     def setup(self) -> None:
         shared = {"dim": self.dim, "activation": self.activation, "dtype": self.dtype}

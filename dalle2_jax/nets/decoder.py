@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class Decoder(nn.Module):
     extra_tokens: int = 4
     learned_variance: bool = True
     dtype: Any = jnp.float32
+    SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Mapping[str, Array], train: bool) -> Array:

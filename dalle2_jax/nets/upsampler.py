@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ class Upsampler(nn.Module):
     unet: Mapping[str, Any]
     learned_variance: bool = False
     dtype: Any = jnp.float32
+    SECTIONS: ClassVar = {"unet": UNet}
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, low_res: Array, train: bool = False) -> Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dalle2_jax.diffusion import guidance, schedules
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
-from dalle2_jax.diffusion.solvers import make_solver
+from dalle2_jax.diffusion.solvers import check_name, make_solver
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, Params, PyTree
 
@@ -32,10 +32,12 @@ class Settings:
     solver: str = "ddim"
     cfg_scale: float = 1.0
     clip: tuple[str, float] | None = ("static", 1.0)
+    spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"steps must be 1 or more, not {self.steps}")
+        check_name(self.solver)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class StageSampler:
     network: nn.Module
     process: Process
     settings: Settings
+
+    def __post_init__(self) -> None:
+        most = self.process.num_timesteps
+        if self.settings.steps > most:
+            raise UserError(f"steps must be at most {most}, not {self.settings.steps}")
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
         """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""
@@ -79,8 +86,6 @@ class StageSampler:
             progress: called as steps are done.
         """
         steps = self.settings.steps
-        if steps > self.process.num_timesteps:
-            raise UserError(f"steps must be at most {self.process.num_timesteps}, not {steps}")
         if noise is not None and noise.shape[:2] != (steps + 1, keys.shape[0]):
             raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
         state, chunk = _start(self, keys, tuple(shape), noise), _chunk(steps)
@@ -100,7 +105,10 @@ def _chunk(steps: int) -> int:
 
 
 def _schedule(stage: StageSampler) -> schedules.Schedule:
-    return schedules.respace(stage.process.training_schedule(), stage.settings.steps)
+    settings = stage.settings
+    # Even steps end in one long stride of log-SNR, over which a second-order step runs away.
+    spacing = settings.spacing or ("logsnr" if settings.solver == "dpm++" else "even")
+    return schedules.respace(stage.process.training_schedule(), settings.steps, spacing)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

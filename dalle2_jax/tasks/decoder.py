@@ -16,7 +16,7 @@ from dalle2_jax.options import construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP
+from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -33,7 +33,7 @@ class DecoderTask:
     stage: str = "decoder"
 
     def init(self, key: Array) -> Params:
-        n, size = self.clip.context_length, self.image_size
+        n, size = self.network.context_length, self.image_size
         cond = {
             "z_img": jnp.zeros((1, self.network.dim)),
             "z_mask": jnp.ones((1,), bool),
@@ -47,13 +47,17 @@ class DecoderTask:
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}
 
+    @property
+    def vocab_size(self) -> int:
+        return (self.network.text or self.clip.network.text)["vocab_size"]
+
     def condition(self, frozen: Params, batch: Batch) -> dict[str, Array]:
         """What `nets.decoder.Decoder` is told of a batch, nothing dropped."""
         pictures, tokens = images.to_float(batch["image"]), batch["tokens"]
         cond = {
             "z_img": self.clip.encode_image(frozen["clip"], pictures),
             "z_mask": jnp.ones(tokens.shape[:1], bool),
-            "txt_mask": caption_mask(tokens, self.clip.vocab_size),
+            "txt_mask": caption_mask(tokens, self.vocab_size),
         }
         if self.network.text is None:
             return cond | {"txt_enc": self.clip.encode_text(frozen["clip"], tokens).txt_enc}
@@ -92,13 +96,16 @@ class DecoderTask:
 
 def from_config(config: Any) -> DecoderTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    network = construct(Decoder, config.model, "config.model")
+    if network.text is not None:
+        check_captions(config, network.text, "config.model.text")
     task = construct(
         DecoderTask,
         options,
         "config.task",
-        network=construct(Decoder, config.model, "config.model"),
+        network=network,
         process=construct(Process, config.diffusion, "config.diffusion"),
-        clip=FrozenCLIP.load(config),
+        clip=FrozenCLIP.load(config, reads_captions=network.text is None),
         sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
         entry={},
     )

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax import images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.options import construct
+from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
+
+
+def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
+    """Raises UserError if the tokens of `config.data` are not those that `text` reads."""
+    names = ("context_length", "vocab_size")
+    tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
+    for name in names:
+        if getattr(tokenizer, name) != text[name]:
+            raise UserError(
+                f"config.data.{name}={getattr(tokenizer, name)} but {whose} has "
+                f"{text[name]}: set --config.data.{name}={text[name]}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +35,8 @@ class FrozenCLIP:
     folder: str
 
     @classmethod
-    def load(cls, config: Any) -> FrozenCLIP:
-        """From `config.clip_from`; its vocabulary must be that of `config.data`."""
+    def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
+        """From `config.clip_from`; where it `reads_captions`, `config.data` must suit it."""
         if not config.clip_from:
             raise UserError(
                 "config.clip_from is empty: name the model folder of a trained CLIP, "
@@ -32,12 +46,8 @@ class FrozenCLIP:
         entry = model_folder.read_stage(folder, "clip")
         network = construct(CLIP, entry["model"], f"{folder}/config.json: clip")
         text = network.text
-        for name in ("context_length", "vocab_size"):
-            if config.data[name] != text[name]:
-                raise UserError(
-                    f"config.data.{name}={config.data[name]} but the CLIP of {folder} has "
-                    f"{text[name]}: set --config.data.{name}={text[name]}"
-                )
+        if reads_captions:
+            check_captions(config, text, f"the CLIP of {folder}")
         size = network.image["image_size"]
         return cls(network, size, text["context_length"], text["vocab_size"], str(folder))
 

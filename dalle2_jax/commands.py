@@ -1,0 +1,47 @@
+"""What every command shares: flags and mistakes told in one line, compiled programs kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from dalle2_jax.errors import UserError
+
+
+def say(error: Exception | str, status: int = 2) -> int:
+    """Prints one line to stderr; returns `status`."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake."""
+
+    def guarded(argv: list[str]) -> int:
+        if len(argv) > 1:
+            return say(f"unknown argument {argv[1]!r}: flags start with --")
+        try:
+            return main() or 0
+        except UserError as error:
+            return say(error)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:  # a config file raises what it likes
+        sys.exit(say(error))
+
+
+def keep_compiled_programs() -> None:
+    """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

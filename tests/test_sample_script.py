@@ -1,0 +1,86 @@
+"""sample.py: files that tell how they were drawn, and a mistake in one line with status 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_cascade import folder  # noqa: F401 (a fixture)
+
+from dalle2_jax import DALLE2, __version__, pictures
+
+ROOT = Path(__file__).parent.parent
+
+
+def sample(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [sys.executable, "sample.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_pictures_carry_what_draws_them_again(folder, tmp_path):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("dog, flat\n\n")
+    out = tmp_path / "new" / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--prompt=a cat", f"--prompts_file={tmp_path}/prompts.txt", "--n=2", "--seed=3"),
+        *(f"--weights={folder}", f"--out={out}", "--steps=3", "--cfg_scale=decoder=4,prior=1"),
+        *("--sampler=dpm++",),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "grid.png")
+    names = ["000-a-cat-0.png", "000-a-cat-1.png", "001-dog-flat-0.png", "001-dog-flat-1.png"]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png"]
+    for stage in ("prior", "decoder", "upsampler_16"):
+        assert stage in done.stderr  # a bar each
+
+    about = pictures.read_metadata(out / names[3])
+    assert (about["prompt"], about["seed"], about["index"]) == ("dog, flat", 3, 1)
+    assert about["version"] == __version__ and about["weights"] == folder
+    model = DALLE2.from_pretrained(folder)
+    assert about["hash"] == model.weights_hash
+    settings = {
+        name: {stage: s[name] for stage, s in about["settings"].items()}
+        for name in ("steps", "cfg_scale", "solver")
+    }
+    assert settings["steps"]["decoder"] == 3 and settings["cfg_scale"]["decoder"] == 4.0
+    assert set(settings["solver"].values()) == {"dpm++"}
+    again = model.generate(about["prompt"], n=2, seed=about["seed"], **settings)[about["index"]]
+    saved = np.asarray(Image.open(out / names[3]))
+    assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
+    assert pictures.read_metadata(out / "grid.png")["prompts"] == ["a cat", "dog, flat"]
+    assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], 'give --prompt "..." or --prompts_file FILE'),
+        (["--prompt=  "], "a prompt is empty"),
+        (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt"),
+        (["--prompt=a", "--weights=nowhere"], "nowhere"),
+        (["--prompt=a", "--steps=many"], "--steps=many: write a number, or STAGE=NUMBER"),
+        (["--prompt=a", "--steps=0"], "steps must be 1 or more"),
+        (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
+        (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin': did you mean 'ddim'"),
+        (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
+        (["--prompt=a", "--n=0"], "n=0"),
+        (["--prompt=a", "--n=x"], "n"),
+        (["--prompt=a", "--sede=3"], "sede"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, arguments, told):  # noqa: F811
+    given = [f"--weights={folder}", f"--out={tmp_path}/out", *arguments]
+    done = sample(tmp_path / "cache", *given)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout == ""

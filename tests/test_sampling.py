@@ -1,0 +1,180 @@
+"""The samplers' loop with networks known in closed form: rows, noise, guidance, progress."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import TextEncoding
+from dalle2_jax.sampling.decoder import DecoderSampler
+from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.stage import Settings, StageSampler
+from dalle2_jax.sampling.upsampler import UpsamplerSampler
+
+PROCESS = Process("cosine", 20, "x_0")
+KEY_DATA = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), 3)))
+
+
+def keys(rows=slice(None)):
+    """Typed keys [b], new ones every time: no key is used twice."""
+    return jax.random.wrap_key_data(jnp.asarray(KEY_DATA[rows]))
+
+
+class Nothing(nn.Module):
+    """A network in name only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler(StageSampler):
+    """The network pulls x_t half way to a target that it is told; the null target is -1."""
+
+    def apply(self, params, x_t, t, cond):
+        return 0.5 * x_t * params["pull"] + 0.5 * cond
+
+    def null(self, cond):
+        return jnp.full_like(cond, -1.0)
+
+
+PARAMS = {"pull": jnp.float32(1.0)}
+COND = jnp.asarray([[0.1, 0.2], [0.3, 0.4], [-0.5, 0.6]])
+
+
+def sampler(**settings) -> Sampler:
+    settings = {"steps": 4, "solver": "ddpm", "clip": None} | settings
+    return Sampler(Nothing(), PROCESS, Settings(**settings))
+
+
+def draw(made, cond=COND, rows=slice(None), **options):
+    return made.draw(PARAMS, cond, keys(rows), cond.shape[1:], **options)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+def test_a_row_depends_on_its_own_key_and_condition_alone(solver):
+    made = sampler(solver=solver)
+    whole = draw(made)
+    alone = jnp.concatenate([draw(made, COND[i : i + 1], slice(i, i + 1)) for i in range(3)])
+    np.testing.assert_allclose(alone, whole, rtol=1e-5, atol=1e-6)
+    turned = draw(made, COND[::-1], slice(None, None, -1))
+    np.testing.assert_allclose(turned[::-1], whole, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(draw(made, COND[:1], slice(1, 2)) - whole[:1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+def test_given_noise_takes_the_place_of_the_keys(solver):
+    made = sampler(solver=solver)
+    noise = jax.random.normal(jax.random.key(5), (5, 3, 2))
+    first = draw(made, noise=noise)
+    np.testing.assert_array_equal(draw(made, rows=slice(None, None, -1), noise=noise), first)
+    assert jnp.abs(draw(made, noise=noise.at[0].multiply(-1)) - first).max() > 1e-4
+    last = draw(made, noise=noise.at[1].multiply(-1))  # a step's noise: for ddpm alone
+    assert bool(jnp.abs(last - first).max() > 1e-4) == (solver == "ddpm")
+    with pytest.raises(UserError, match=r"noise must be \[5, 3, ...\], not \(4, 3, 2\)"):
+        draw(made, noise=noise[1:])
+
+
+def test_a_perfect_x_0_is_found_in_one_step_or_many():
+    for steps, solver in ((1, "ddim"), (20, "ddim"), (7, "dpm++"), (5, "ddpm")):
+        made = sampler(steps=steps, solver=solver)
+        out = made.draw({"pull": jnp.float32(0.0)}, COND, keys(), (2,))
+        np.testing.assert_allclose(out, 0.5 * COND, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_goes_from_the_null_through_the_condition():
+    """With an x_0 that ignores x_t: uncond + w (cond - uncond), here -0.5 + w (c/2 + 0.5)."""
+    for w in (0.0, 1.0, 3.0):
+        out = sampler(cfg_scale=w, solver="ddim").draw(
+            {"pull": jnp.float32(0.0)}, COND, keys(), (2,)
+        )
+        np.testing.assert_allclose(out, -0.5 + w * (0.5 * COND + 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_clip_bounds_x_0():
+    made = sampler(cfg_scale=9.0, solver="ddim", clip=("static", 1.0))
+    assert jnp.abs(made.draw({"pull": jnp.float32(0.0)}, COND, keys(), (2,))).max() <= 1.0
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(1, 1), (7, 7), (10, 2), (12, 3), (20, 4)])
+def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
+    made, seen = sampler(steps=steps, solver="ddim"), []
+    out = draw(made, progress=lambda done, total: seen.append((done, total)))
+    assert len(seen) == calls and seen[-1] == (steps, steps)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    np.testing.assert_array_equal(draw(made), out)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_too_few_steps_are_refused(steps):
+    with pytest.raises(UserError, match=f"steps must be 1 or more, not {steps}"):
+        Settings(steps=steps)
+
+
+def test_too_many_steps_and_unknown_solvers_are_refused():
+    with pytest.raises(UserError, match="steps must be at most 20, not 21"):
+        draw(sampler(steps=21))
+    with pytest.raises(UserError, match="unknown sampler 'ddin': did you mean 'ddim'"):
+        draw(sampler(solver="ddin"))
+
+
+def test_the_prior_keeps_the_candidate_nearer_to_the_text():
+    class Prior(PriorSampler):
+        def apply(self, params, x_t, t, cond):
+            return x_t  # each candidate stays its own noise
+
+    z_txt = jnp.eye(4)[:3]
+    text = TextEncoding(z_txt, jnp.zeros((3, 2, 4)), jnp.ones((3, 2), bool))
+    settings = Settings(steps=2, clip=None)
+    near = []
+    for k in (1, 2, 16):
+        made = Prior(Nothing(), PROCESS, settings, embedding_scale=2.0, candidates=k)
+        z = made({}, text, keys())
+        np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
+        near.append(jnp.sum(z * z_txt, axis=-1))
+        # of the candidates, drawn one by one, it is the nearest
+        split = jax.vmap(lambda key, k=k: jax.random.split(key, k))(keys())
+        each = made.draw(
+            {},
+            {"x": jnp.zeros((3 * k, 1)), "txt_mask": jnp.ones((3 * k, 2), bool)},
+            split.reshape(-1),
+            (4,),
+        ).reshape(3, k, 4)
+        each = each / jnp.linalg.norm(each, axis=-1, keepdims=True)
+        best = jnp.einsum("bkd,bd->bk", each, z_txt).max(axis=1)
+        np.testing.assert_allclose(near[-1], best, rtol=1e-5, atol=1e-6)
+    assert (near[2] > near[0] - 1e-6).sum() >= 2
+
+
+def test_null_conditions_hide_the_condition_and_nothing_else():
+    cond = {
+        "z_img": jnp.ones((2, 4)),
+        "z_mask": jnp.ones((2,), bool),
+        "txt_mask": jnp.ones((2, 3), bool),
+        "tokens": jnp.ones((2, 3), jnp.int32),
+    }
+    null = DecoderSampler(Nothing(), PROCESS, Settings()).null(cond)
+    assert not null["z_mask"].any() and not null["txt_mask"].any()
+    assert null["z_img"] is cond["z_img"] and null["tokens"] is cond["tokens"]
+    text = {"z_txt": jnp.ones((2, 4)), "txt_mask": jnp.ones((2, 3), bool)}
+    assert not PriorSampler(Nothing(), PROCESS, Settings()).null(text)["txt_mask"].any()
+
+
+def test_the_upsampler_is_told_the_small_picture_at_the_large_size():
+    class Copy(UpsamplerSampler):
+        def apply(self, params, x_t, t, cond):
+            return cond["low_res"]
+
+    low = jnp.linspace(-1, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    made = Copy(Nothing(), PROCESS, Settings(steps=2), image_size=8)
+    out = made({}, low, keys(slice(2)))
+    assert out.shape == (2, 8, 8, 3) and jnp.abs(out).max() <= 1
+    middle = out.reshape(2, 4, 2, 4, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(middle[:, 1:3, 1:3], low[:, 1:3, 1:3], atol=0.05)
+
+
+def test_equal_samplers_are_one_static_argument():
+    assert sampler() == sampler() and hash(sampler()) == hash(sampler())
+    assert sampler() != sampler(steps=5)
