@@ -155,11 +155,11 @@ def test_null_conditions_hide_the_condition_and_nothing_else():
         "txt_mask": jnp.ones((2, 3), bool),
         "tokens": jnp.ones((2, 3), jnp.int32),
     }
-    null = DecoderSampler(Nothing(), PROCESS, Settings()).null(cond)
+    null = DecoderSampler(Nothing(), PROCESS, Settings(steps=4)).null(cond)
     assert not null["z_mask"].any() and not null["txt_mask"].any()
     assert null["z_img"] is cond["z_img"] and null["tokens"] is cond["tokens"]
     text = {"z_txt": jnp.ones((2, 4)), "txt_mask": jnp.ones((2, 3), bool)}
-    assert not PriorSampler(Nothing(), PROCESS, Settings()).null(text)["txt_mask"].any()
+    assert not PriorSampler(Nothing(), PROCESS, Settings(steps=4)).null(text)["txt_mask"].any()
 
 
 def test_the_upsampler_is_told_the_small_picture_at_the_large_size():
