@@ -100,6 +100,7 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         "solver": "ddim",
         "cfg_scale": 2.0,
         "clip": ("static", 1.0),
+        "spacing": "",
     }
     one = model.with_settings(steps=3, cfg_scale=5.0, solver="dpm++")
     assert one.settings()["decoder"]["steps"] == 3 and one.settings()["prior"]["steps"] == 4
