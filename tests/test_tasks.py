@@ -30,9 +30,8 @@ def make(stage: str, clip_folder: str, **changes):
 
 
 def loss_of(task, params, key=0, train=True, **change) -> float:
-    frozen = task.frozen()
-    loss = jax.jit(lambda p, b, k: task.loss(p, frozen, b, k, train)[0])
-    return float(loss(params, {**batch(), **change}, jax.random.key(key)))
+    loss = jax.jit(lambda *arguments: task.loss(*arguments, train)[0])
+    return float(loss(params, task.frozen(), {**batch(), **change}, jax.random.key(key)))
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
@@ -41,15 +40,17 @@ def test_the_loss_of_one_batch_falls(stage, clip_folder):
     params, frozen = jax.jit(task.init)(jax.random.key(0)), task.frozen()
 
     @jax.jit
-    def step(params, key):
-        grad = jax.value_and_grad(lambda p: task.loss(p, frozen, batch(), key, True), has_aux=True)
+    def step(params, frozen, batch, key):
+        grad = jax.value_and_grad(lambda p: task.loss(p, frozen, batch, key, True), has_aux=True)
         (loss, metrics), grads = grad(params)
         scale = 0.3 / jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)) + 1e-12)
         return jax.tree.map(lambda p, g: p - scale * g, params, grads), loss, metrics
 
     losses = []
     for _ in range(8):
-        params, loss, metrics = step(params, jax.random.key(3))  # one noise: the same problem
+        params, loss, metrics = step(
+            params, frozen, batch(), jax.random.key(3)
+        )  # one noise: the same problem
         losses.append(float(loss))
         assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0], losses
