@@ -20,6 +20,7 @@ DEMO_OUT := out/demo
 EMOJI := data/emoji
 EMOJI_SIZE ?= 128
 TINY := runs/tiny
+JUDGE := runs/judge
 TINY_STAGES := clip prior decoder upsampler_256
 TEST_JOBS ?= 2
 PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
@@ -66,8 +67,8 @@ train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to
 	done
 	@echo "Draw with it: $(PY) sample.py --weights $(TINY)/model --prompt '...'"
 
-evals: $(VENV)/.train ## judge the packaged weights
-	$(PY) -m dalle2_jax.evals --weights tiny --out out/evals
+evals: $(JUDGE)/model/config.json ## judge the packaged weights (trains the judge the first time)
+	$(PY) -m dalle2_jax.evals --weights tiny --judge $(JUDGE)/model --data $(EMOJI) --out out/evals
 
 lint: $(VENV)/.dev ## ruff's rules and format
 	$(VENV)/bin/ruff check .
@@ -86,6 +87,9 @@ clean: ## remove the environment and what tests and demos made; data/ and runs/ 
 
 $(EMOJI): | $(VENV)/.train
 	$(PY) -m dalle2_jax.data.emoji --out $@ --size $(EMOJI_SIZE)
+
+$(JUDGE)/model/config.json: | $(EMOJI)
+	$(PY) train.py --config=configs/clip.py:judge --workdir=$(JUDGE)
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv found;" \
