@@ -12,6 +12,8 @@ from absl import app, flags
 
 from dalle2_jax.errors import UserError
 
+TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax")
+
 
 def say(error: Exception | str, status: int = 2) -> int:
     """Prints one line to stderr; returns `status`."""
@@ -29,6 +31,10 @@ def run(main: Callable[[], int | None]) -> None:
             return main() or 0
         except UserError as error:
             return say(error)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
+                raise
+            return say(f"{error.name} is not installed: pip install 'dalle2-jax[train]'")
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -14,6 +14,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns when a test forks
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A model folder of a whole cascade, very small and random."""
+    import small_cascade  # late: most tests need none of it
+
+    return small_cascade.write(tmp_path_factory.mktemp("cascade") / "model")

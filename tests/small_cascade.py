@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import build, model_folder
@@ -99,8 +98,3 @@ def write(folder, stages=tuple(CONFIGS)) -> str:
         entry, tensors = task.export(params)
         model_folder.write_stage(folder, task.stage, entry, tensors)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return write(tmp_path_factory.mktemp("cascade") / "model")

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_cascade import folder  # noqa: F401 (a fixture)
 
 from dalle2_jax import dalle2, model_folder
 from dalle2_jax.dalle2 import DALLE2
@@ -20,7 +19,7 @@ PROMPTS = ["a cat", "dog, flat"]
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> DALLE2:  # noqa: F811
+def model(folder) -> DALLE2:
     return DALLE2.from_pretrained(folder)
 
 
@@ -67,7 +66,7 @@ print(*{"tensorflow", "torch", "orbax", "tensorflow_datasets"}.intersection(sys.
 
 
 def test_one_device_draws_what_eight_draw_without_the_trainers_libraries(
-    folder,  # noqa: F811
+    folder,
     pictures,
     tmp_path,
 ):
@@ -172,7 +171,7 @@ def test_without_upsamplers_the_decoders_pictures_come_out(model):
     assert set(small.settings()) == {"prior", "decoder"}
 
 
-def test_a_missing_stage_or_folder_is_told(tmp_path, folder):  # noqa: F811
+def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
     entry = model_folder.read_stage(folder, "clip")
     model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
     with pytest.raises(UserError, match="has no stage 'prior'; there is: clip"):
@@ -181,7 +180,7 @@ def test_a_missing_stage_or_folder_is_told(tmp_path, folder):  # noqa: F811
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))
 
 
-def test_a_damaged_entry_is_told(tmp_path, folder):  # noqa: F811
+def test_a_damaged_entry_is_told(tmp_path, folder):
     for stage in ("clip", "prior", "decoder"):
         entry = dict(model_folder.read_stage(folder, stage))
         if stage == "decoder":
@@ -191,6 +190,6 @@ def test_a_damaged_entry_is_told(tmp_path, folder):  # noqa: F811
         DALLE2.from_pretrained(str(tmp_path))
 
 
-def test_the_model_says_where_it_comes_from(model, folder):  # noqa: F811
+def test_the_model_says_where_it_comes_from(model, folder):
     assert model.weights == folder
     assert model.weights_hash == model_folder.weights_hash(folder)

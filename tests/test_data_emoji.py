@@ -81,7 +81,7 @@ def test_wrong_checksum_leaves_nothing(fake_npm, tmp_path):
 
 
 def test_npm_failure_and_absence_are_one_line(fake_npm, tmp_path, monkeypatch):
-    fake_npm(message="ENOTFOUND registry.npmjs.org")
+    fake_npm(message="ENOTFOUND packages.example")
     with pytest.raises(UserError, match=r"^@a/b@1\.0\.0: npm pack failed[^\n]*ENOTFOUND[^\n]*$"):
         npm.fetch(package(b"x"), tmp_path / "cache")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_cascade import CONFIGS, CONTEXT, DIM, UNET, VOCAB, WIDTH, batch, randomised
 
-from dalle2_jax.nets.decoder import Decoder, caption_mask
+from dalle2_jax.nets.clip import text_mask
+from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.upsampler import Upsampler
 
 UNET_WITH_ATTENTION = CONFIGS["decoder"]["model"]["unet"]
@@ -23,7 +24,7 @@ COND = dict(
     z_img=normal(1, B, DIM) / DIM**0.5,
     z_mask=jnp.ones((B,), bool),
     tokens=batch(B)["tokens"],
-    txt_mask=caption_mask(batch(B)["tokens"], VOCAB),
+    txt_mask=text_mask(batch(B)["tokens"], VOCAB - 1),
     txt_enc=normal(2, B, CONTEXT, WIDTH),
 )
 NOWHERE = jnp.zeros((B, CONTEXT), bool)

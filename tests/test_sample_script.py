@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_cascade import folder  # noqa: F401 (a fixture)
 
 from dalle2_jax import DALLE2, __version__, pictures
 
@@ -26,7 +25,7 @@ def sample(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_pictures_carry_what_draws_them_again(folder, tmp_path):  # noqa: F811
+def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("dog, flat\n\n")
     out = tmp_path / "new" / "out"
     done = sample(
@@ -77,7 +76,7 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):  # noqa: F811
         (["--prompt=a", "--sede=3"], "sede"),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, arguments, told):  # noqa: F811
+def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
     given = [f"--weights={folder}", f"--out={tmp_path}/out", *arguments]
     done = sample(tmp_path / "cache", *given)
     assert done.returncode == 2

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dalle2_jax.nets.clip import text_mask
 from dalle2_jax.nets.layers import LayerNorm, TimestepMLP
 from dalle2_jax.nets.transformer import Transformer
 from dalle2_jax.nets.unet import UNet
@@ -99,8 +98,3 @@ class Decoder(nn.Module):
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
         return unet(x_t.astype(self.dtype), emb, context, train)
-
-
-def caption_mask(tokens: Array, vocab_size: int) -> Array:
-    """bool [b, n], True up to and with the end-of-text token, the vocabulary's last."""
-    return text_mask(tokens, vocab_size - 1)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.nets.decoder import Decoder, caption_mask
+from dalle2_jax.nets.clip import text_mask
+from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.options import construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
@@ -57,7 +58,7 @@ class DecoderTask:
         cond = {
             "z_img": self.clip.encode_image(frozen["clip"], pictures),
             "z_mask": jnp.ones(tokens.shape[:1], bool),
-            "txt_mask": caption_mask(tokens, self.vocab_size),
+            "txt_mask": text_mask(tokens, self.vocab_size - 1),
         }
         if self.network.text is None:
             return cond | {"txt_enc": self.clip.encode_text(frozen["clip"], tokens).txt_enc}
