@@ -1,10 +1,13 @@
 """Trains one stage: python train.py --config=configs/decoder.py:tiny --workdir=W
 
 The same command goes on where the last one ended. --config.batch_size=32 changes a setting.
-Exit status: 0 done or stopped on request, 1 the loss is no longer finite, 2 a mistake in the input.
+Exit status: 0 done (or out of max_minutes), 1 the loss is no longer finite, 2 a mistake in the
+input, 130 or 143 stopped by SIGINT or SIGTERM with everything saved.
 """
 
 from __future__ import annotations
+
+import signal
 
 import jax
 from absl import flags, logging
@@ -44,7 +47,9 @@ def run(config: build.Config, workdir: str) -> int:
             f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
             "the same command again to go on"
         )
-    return 0
+    # As shells count it, so that a script (make train-tiny) does not take a stop for the end.
+    by_signal = result.stopped_by in signal.Signals.__members__
+    return 128 + signal.Signals[result.stopped_by] if by_signal else 0
 
 
 def main() -> int:

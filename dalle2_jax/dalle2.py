@@ -62,9 +62,14 @@ class DALLE2:
         entries = model_folder.read_config(folder)["stages"]
         for stage in ("clip", "prior", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
-        clip = _network(CLIP, entries["clip"], f"{folder}: clip")
+        clip = _network(CLIP, entries, "clip")
         text = clip.text
         decoder = _sampler(DecoderSampler, Decoder, entries, "decoder", ("image_size",))
+        if decoder.network.context_length < text["context_length"]:
+            raise UserError(
+                f"{folder}: the decoder reads {decoder.network.context_length} tokens and CLIP "
+                f"{text['context_length']}: they were not trained together"
+            )
         names = _chain(entries, decoder.image_size)
         stages = ["clip", "prior", "decoder", *names]
         params = {stage: model_folder.read_params(folder, stage) for stage in stages}
@@ -203,8 +208,15 @@ def _encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
     return clip.apply({"params": params}, tokens, method="encode_text")
 
 
-def _network(cls: type[nn.Module], entry: Mapping[str, Any], where: str) -> Any:
-    """The network of an entry, computing in bfloat16 on TPUs and in float32 elsewhere."""
+def _network(cls: type[nn.Module], entries: Mapping[str, Any], stage: str, *more: str) -> Any:
+    """The network of a stage, computing in bfloat16 on TPUs and in float32 elsewhere.
+
+    UserError where the stage's entry lacks "model" or one of the keys `more`.
+    """
+    entry, where = entries[stage], f"config.json: {stage}"
+    for key in ("model", *more):
+        if key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
     dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
     return construct(cls, {**entry["model"], "dtype": dtype}, where)
 
@@ -213,11 +225,8 @@ def _sampler(
     cls: type, network: type[nn.Module], entries: Mapping[str, Any], stage: str, extra: tuple
 ) -> Any:
     entry, where = entries[stage], f"config.json: {stage}"
-    for key in ("model", "diffusion", "sampling", *extra):
-        if key not in entry:
-            raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
     return cls(
-        network=_network(network, entry, where),
+        network=_network(network, entries, stage, "diffusion", "sampling", *extra),
         process=construct(Process, entry["diffusion"], where),
         settings=construct(Settings, entry["sampling"], where),
         **{name: entry[name] for name in extra},
@@ -226,12 +235,17 @@ def _sampler(
 
 def _chain(entries: Mapping[str, Any], size: int) -> list[str]:
     """The upsamplers from `size` on, each starting where the one before ends."""
-    by_low_size = {e["low_size"]: name for name, e in entries.items() if "low_size" in e}
     names = []
-    while size in by_low_size:
-        names.append(by_low_size.pop(size))
-        size = entries[names[-1]]["image_size"]
-    return names
+    while True:
+        nexts = [n for n, e in entries.items() if e.get("low_size") == size and n not in names]
+        if len(nexts) > 1:
+            raise UserError(
+                f"config.json: {' and '.join(sorted(nexts))} both start at {size} px: remove one"
+            )
+        if not nexts:
+            return names
+        names += nexts
+        size = entries[nexts[0]]["image_size"]
 
 
 _STREAMS = ("prior", "decoder", "upsampler")

@@ -1,7 +1,9 @@
 """DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +165,8 @@ def test_upsamplers_follow_one_another_by_size():
     assert dalle2._chain(entries, 16) == ["a", "b", "back"]  # and does not go round for ever
     assert dalle2._chain(entries, 128) == ["apart"]
     assert dalle2._chain(entries, 32) == []
+    with pytest.raises(UserError, match="a and other both start at 16 px"):
+        dalle2._chain(entries | {"other": {"low_size": 16, "image_size": 32}}, 16)
 
 
 def test_without_upsamplers_the_decoders_pictures_come_out(model):
@@ -180,14 +184,29 @@ def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))
 
 
-def test_a_damaged_entry_is_told(tmp_path, folder):
-    for stage in ("clip", "prior", "decoder"):
-        entry = dict(model_folder.read_stage(folder, stage))
-        if stage == "decoder":
-            del entry["sampling"]
-        model_folder.write_stage(tmp_path, stage, entry, model_folder.read_params(folder, stage))
-    with pytest.raises(UserError, match=r"decoder.*'sampling' is missing"):
-        DALLE2.from_pretrained(str(tmp_path))
+def without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
+
+
+def deaf(entry):
+    return entry | {"model": entry["model"] | {"context_length": 4}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("clip", lambda entry: without(entry, "model"), r"clip: the key 'model' is missing"),
+        ("decoder", lambda entry: without(entry, "sampling"), r"decoder.*'sampling' is missing"),
+        ("decoder", deaf, "the decoder reads 4 tokens and CLIP 8"),
+    ],
+)
+def test_a_damaged_entry_is_told(stage, change, told, tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["stages"][stage] = change(config["stages"][stage])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=told):
+        DALLE2.from_pretrained(str(tmp_path / "model"))
 
 
 def test_the_model_says_where_it_comes_from(model, folder):

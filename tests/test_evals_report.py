@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_cascade
 import small_judge
 from PIL import Image
 
@@ -151,14 +150,11 @@ def test_true_pictures_reach_the_ceiling_exactly(groups, tmp_path):
         assert image.width > 8 * 64
 
 
-cascade = small_cascade.folder
-
-
 @pytest.fixture(scope="module")
-def model(cascade):
+def model(folder):
     from dalle2_jax.dalle2 import DALLE2
 
-    return DALLE2.from_pretrained(cascade)
+    return DALLE2.from_pretrained(folder)
 
 
 def test_drawing_gives_a_picture_a_caption(model, groups):
@@ -180,9 +176,9 @@ def evals(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_command_line(cascade, tmp_path):
+def test_command_line(folder, tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    flags = ["--weights", cascade, "--data", str(FIXTURE), "--subset=", "--num=3"]
+    flags = ["--weights", folder, "--data", str(FIXTURE), "--subset=", "--num=3"]
     done = evals(*flags, "--judge", judge, "--out", str(tmp_path / "out"), "--reconstruct")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out" / "report.json").read_text())
