@@ -13,9 +13,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 
 comma := ,
 VENV := .venv
-# An environment whose Python went away does not start: away with it, so that it is made anew.
-$(shell test ! -d $(VENV) || $(VENV)/bin/python -c '' 2>/dev/null || rm -rf $(VENV))
 PY := $(VENV)/bin/python
+# An environment whose Python went away does not start: away with it, so that it is made anew.
+$(shell test ! -L $(PY) -o -e $(PY) || rm -rf $(VENV))
 DEMO_OUT := out/demo
 EMOJI := data/emoji
 EMOJI_SIZE ?= 128

@@ -6,9 +6,12 @@ Exit status: 0 done, 2 a mistake in the input.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -19,7 +22,7 @@ from dalle2_jax.version import __version__
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
 N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
-SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same.")
+SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
 STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
@@ -38,14 +41,17 @@ def choice(flag: flags.FlagHolder, kind: type) -> object:
         pairs = (part.split("=") for part in flag.value.split(","))
         return {stage.strip(): kind(value) for stage, value in pairs}
     except ValueError:
-        raise UserError(f"--{flag.name}={flag.value}: write a number, or STAGE=NUMBER") from None
+        what = {int: "a whole number", float: "a number", str: "a name"}[kind]
+        raise UserError(
+            f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
+        ) from None
 
 
 def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
         try:
-            text = Path(PROMPTS_FILE.value).read_text(encoding="utf-8")
+            text = Path(PROMPTS_FILE.value).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
@@ -64,35 +70,38 @@ class Bars:
         if stage not in self.bars:
             self.bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
         self.bars[stage].update(done - self.bars[stage].n)
+        if done == total:
+            self.bars[stage].close()
 
 
 def main() -> None:
-    from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
-
     prompts = read_prompts()
     settings = {
         "steps": choice(STEPS, int),
         "cfg_scale": choice(CFG_SCALE, float),
         "solver": choice(SAMPLER, str),
     }
+    from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
+
     out = pictures.prepare_folder(OUT.value)
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(**settings)
     for prompt in prompts:
         if model.tokenizer.length(prompt) > model.tokenizer.context_length:
             kept = model.tokenizer.decode(model.tokenizer([prompt])[0])
             print(f"note: a prompt is too long, only {kept!r} is read", file=sys.stderr)
-    drawn = model.generate(
+    about: dict[str, Any] = {"seed": SEED.value, "version": __version__}
+    about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
+    drawn: list[np.ndarray] = []
+    batches = model.stream(
         prompts, N.value, SEED.value, batch_size=BATCH_SIZE.value, progress=Bars()
     )
-    metadata = {"version": __version__, "weights": model.weights, "hash": model.weights_hash}
-    metadata["settings"] = model.settings()
-    for i, picture in enumerate(drawn):
-        prompt, number = prompts[i // N.value], i % N.value
-        name = f"{i // N.value:03d}-{pictures.slug(prompt)}-{number}.png"
-        about = {"prompt": prompt, "seed": SEED.value, "index": number, **metadata}
-        pictures.save_png(out / name, picture, about)
-    grid = pictures.labelled_grid(drawn, N.value, row_labels=prompts)
-    pictures.save_png(out / "grid.png", grid, {"prompts": prompts, "seed": SEED.value, **metadata})
+    for picture in itertools.chain.from_iterable(batches):  # each is saved as soon as it is drawn
+        row, number = divmod(len(drawn), N.value)
+        name = f"{row:03d}-{pictures.slug(prompts[row])}-{number}.png"
+        pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
+        drawn.append(picture)
+    grid = pictures.labelled_grid(np.stack(drawn), N.value, row_labels=prompts)
+    pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
     print(out / "grid.png")
 
 

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax import images, model_folder, sharding
-from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
-from dalle2_jax.nets.clip import CLIP, TextEncoding
-from dalle2_jax.nets.decoder import Decoder
-from dalle2_jax.nets.prior import DiffusionPrior
-from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import construct, near_miss
+from dalle2_jax.nets.clip import CLIP, TextEncoding, text_mask
+from dalle2_jax.options import near_miss
+from dalle2_jax.sampling import load
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
-from dalle2_jax.sampling.stage import Progress, Settings, StageSampler
+from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
@@ -33,6 +30,13 @@ StageProgress = Callable[[str, int, int], None]
 
 Choice = Any
 """One value for the stage(s) a setting means by default, or {stage: value}."""
+
+
+class Captions(NamedTuple):
+    """Tokens int32 [b, n] of b captions, for CLIP and for the decoder's text encoder."""
+
+    clip: Array
+    decoder: Array  # CLIP's again where the decoder shares its text tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,29 +63,21 @@ class DALLE2:
             UserError: the folder is missing or damaged, or lacks a stage.
         """
         folder = model_folder.resolve(weights)
-        entries = model_folder.read_config(folder)["stages"]
         for stage in ("clip", "prior", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
-        clip = _network(CLIP, entries, "clip")
-        text = clip.text
-        decoder = _sampler(DecoderSampler, Decoder, entries, "decoder", ("image_size",))
-        if decoder.network.context_length < text["context_length"]:
-            raise UserError(
-                f"{folder}: the decoder reads {decoder.network.context_length} tokens and CLIP "
-                f"{text['context_length']}: they were not trained together"
-            )
-        names = _chain(entries, decoder.image_size)
-        stages = ["clip", "prior", "decoder", *names]
-        params = {stage: model_folder.read_params(folder, stage) for stage in stages}
+        dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
+        clip, clip_params = load.clip(folder, dtype)
+        prior, prior_params = load.prior(folder, clip, dtype)
+        decoder, decoder_params = load.decoder(folder, clip, dtype)
+        upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
+        params = {"clip": clip_params, "prior": prior_params, "decoder": decoder_params}
+        params |= {name: tensors for name, (_, tensors) in upsamplers.items()}
         return cls(
-            tokenizer=Tokenizer(text["context_length"], text["vocab_size"]),
+            tokenizer=_tokenizer(clip.text),
             clip=clip,
-            prior=_sampler(PriorSampler, DiffusionPrior, entries, "prior", ("embedding_scale",)),
+            prior=prior,
             decoder=decoder,
-            upsamplers={
-                name: _sampler(UpsamplerSampler, Upsampler, entries, name, ("image_size",))
-                for name in names
-            },
+            upsamplers={name: sampler for name, (sampler, _) in upsamplers.items()},
             params=jax.device_put(params, _replicated()),
             weights=str(weights),
             weights_hash=model_folder.weights_hash(folder),
@@ -130,16 +126,7 @@ class DALLE2:
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        n: int = 1,
-        seed: int = 0,
-        *,
-        steps: Choice = None,
-        cfg_scale: Choice = None,
-        solver: Choice = None,
-        batch_size: int = 8,
-        progress: StageProgress | None = None,
+        self, prompts: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
     ) -> np.ndarray:
         """Draws n pictures of each prompt -> uint8 [len(prompts) * n, h, w, 3], prompt by prompt.
 
@@ -150,57 +137,118 @@ class DALLE2:
             prompts: one sentence or several; what is beyond the context length is cut off.
             n: pictures a prompt.
             seed: any integer from 0 to 2**32 - 1.
+            **options: see `stream`.
+
+        Raises:
+            UserError: an argument of another type or range.
+        """
+        return np.concatenate(list(self.stream(prompts, n, seed, **options)))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        *,
+        z_img: np.ndarray | None = None,
+        steps: Choice = None,
+        cfg_scale: Choice = None,
+        solver: Choice = None,
+        batch_size: int = 8,
+        progress: StageProgress | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The pictures of `generate`, batch by batch as they are drawn.
+
+        Args:
+            prompts, n, seed: see `generate`.
+            z_img: [len(prompts) * n, dim], in place of what the prior would draw.
             steps, cfg_scale, solver: see `with_settings`.
             batch_size: pictures drawn at a time, rounded up to a multiple of the devices.
             progress: called as each stage's steps are done.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+            raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
+        if not prompts or not all(p.strip() for p in prompts):
             raise UserError("a prompt is empty: write what is to be drawn")
-        if n < 1 or batch_size < 1:
-            raise UserError(f"n={n} and batch_size={batch_size} must be 1 or more")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed} must lie within 0 and 2**32 - 1")
+        n, batch_size = _whole("n", n, 1), _whole("batch_size", batch_size, 1)
+        seed = _whole("seed", seed, 0, 2**32 - 1)
         model = self.with_settings(steps, cfg_scale, solver)
-        tokens = np.repeat(self.tokenizer(prompts), n, axis=0)
-        index = np.tile(np.arange(n, dtype=np.uint32), len(prompts))
-        batches = list(_batches(tokens, index, batch_size))
-        drawn = []
-        for i, (rows, batch_tokens, batch_index) in enumerate(batches):
+        rows = {
+            "index": np.tile(np.arange(n, dtype=np.uint32), len(prompts)),
+            "captions": jax.tree.map(lambda t: np.repeat(t, n, axis=0), self.captions(prompts)),
+        }
+        if z_img is not None:
+            wanted = (len(prompts) * n, self.clip.dim)
+            if np.shape(z_img) != wanted:
+                raise UserError(f"z_img must be {list(wanted)}, not {list(np.shape(z_img))}")
+            rows["z_img"] = np.asarray(z_img, np.float32)
+        batches = list(_batches(rows, batch_size))
+        for i, (count, batch) in enumerate(batches):
             report = _overall(progress, i, len(batches))
-            pictures = model._draw(batch_tokens, _keys(seed, batch_index), report)
-            drawn.append(np.asarray(images.to_uint8(pictures))[:rows])
-        return np.concatenate(drawn)
+            keys = _keys(seed, batch["index"], list(model.samplers()))
+            pictures = model._draw(batch["captions"], keys, report, batch.get("z_img"))
+            yield np.asarray(images.to_uint8(pictures))[:count]
 
-    def _draw(self, tokens: Array, keys: Mapping[str, Array], report: Callable) -> Array:
-        """tokens [b, n] and keys [b] a stage -> pictures [b, h, w, 3] in [-1, 1]."""
-        text = _encode_text(self.clip, self.params["clip"], tokens)
-        z_img = self.prior(self.params["prior"], text, keys["prior"], report("prior"))
-        pictures = self.decode(z_img, text, tokens, keys["decoder"], report("decoder"))
+    def captions(self, prompts: Sequence[str]) -> Captions:
+        """Prompts -> tokens int32 [b, n], as each of the cascade's text encoders reads them."""
+        tokens = self.tokenizer(prompts)
+        own = self.decoder.network.text
+        return Captions(tokens, _tokenizer(own)(prompts) if own else tokens)
+
+    def encode_image(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim], unit length."""
+        return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
+
+    def _draw(
+        self,
+        captions: Captions,
+        keys: Mapping[str, Array],
+        report: Callable,
+        z_img: Array | None = None,
+    ) -> Array:
+        """Captions [b] and keys [b] a stage -> pictures [b, h, w, 3] in [-1, 1]."""
+        text = _encode_text(self.clip, self.params["clip"], captions.clip)
+        if z_img is None:
+            z_img = self.prior(self.params["prior"], text, keys["prior"], report("prior"))
+        pictures = self.decode(z_img, text, captions, keys["decoder"], report("decoder"))
         for name, upsampler in self.upsamplers.items():
-            pictures = upsampler(self.params[name], pictures, keys["upsampler"], report(name))
+            pictures = upsampler(self.params[name], pictures, keys[name], report(name))
         return pictures
 
     def decode(
         self,
         z_img: Array,
         text: TextEncoding,
-        tokens: Array,
+        captions: Captions,
         keys: Array,
         progress: Progress | None = None,
     ) -> Array:
-        """z_img [b, dim] and a caption -> pictures [b, s, s, 3] at the decoder's size."""
-        cond = {
-            "z_img": z_img,
-            "z_mask": jnp.ones(tokens.shape[:1], bool),
-            "txt_mask": text.txt_mask,
-        }
-        if self.decoder.network.text is None:
-            cond["txt_enc"] = text.txt_enc
-        else:  # a text encoder of its own may have been trained on longer captions than CLIP's
-            more = ((0, 0), (0, self.decoder.network.context_length - tokens.shape[1]))
-            cond |= {"tokens": jnp.pad(tokens, more), "txt_mask": jnp.pad(text.txt_mask, more)}
+        """z_img [b, dim] and b captions -> pictures [b, s, s, 3] at the decoder's size."""
+        cond = {"z_img": z_img, "z_mask": jnp.ones(z_img.shape[:1], bool)}
+        own = self.decoder.network.text
+        if own is None:
+            cond |= {"txt_enc": text.txt_enc, "txt_mask": text.txt_mask}
+        else:
+            mask = text_mask(captions.decoder, own["vocab_size"] - 1)
+            cond |= {"tokens": captions.decoder, "txt_mask": mask}
         return self.decoder(self.params["decoder"], cond, keys, progress)
+
+
+def _tokenizer(text: Mapping[str, Any]) -> Tokenizer:
+    """What the text encoder of these sizes reads."""
+    return Tokenizer(text["context_length"], text["vocab_size"])
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int within low..high; UserError for anything else."""
+    told = f"{name} must be a whole number from {low}" + (f" to {high}" if high else "")
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{told}, not {value!r}")
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        raise UserError(f"{told}, not {number}")
+    return number
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -208,68 +256,32 @@ def _encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
     return clip.apply({"params": params}, tokens, method="encode_text")
 
 
-def _network(cls: type[nn.Module], entries: Mapping[str, Any], stage: str, *more: str) -> Any:
-    """The network of a stage, computing in bfloat16 on TPUs and in float32 elsewhere.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_image(clip: CLIP, params: Params, pictures: Array) -> Array:
+    small = images.resize(images.to_float(pictures), clip.image["image_size"], "area")
+    return clip.apply({"params": params}, small, method="encode_image")
 
-    UserError where the stage's entry lacks "model" or one of the keys `more`.
+
+def _keys(seed: int, index: Array, stages: Sequence[str]) -> dict[str, Array]:
+    """A stage's key for every picture: a function of the seed, the picture's and the stage's place.
+
+    Were it the same for two stages, the noise of one would begin with that of the other.
     """
-    entry, where = entries[stage], f"config.json: {stage}"
-    for key in ("model", *more):
-        if key not in entry:
-            raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
-    dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
-    return construct(cls, {**entry["model"], "dtype": dtype}, where)
+
+    def one(place: int, i: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), place)
+
+    return {name: jax.vmap(functools.partial(one, k))(index) for k, name in enumerate(stages)}
 
 
-def _sampler(
-    cls: type, network: type[nn.Module], entries: Mapping[str, Any], stage: str, extra: tuple
-) -> Any:
-    entry, where = entries[stage], f"config.json: {stage}"
-    return cls(
-        network=_network(network, entries, stage, "diffusion", "sampling", *extra),
-        process=construct(Process, entry["diffusion"], where),
-        settings=construct(Settings, entry["sampling"], where),
-        **{name: entry[name] for name in extra},
-    )
-
-
-def _chain(entries: Mapping[str, Any], size: int) -> list[str]:
-    """The upsamplers from `size` on, each starting where the one before ends."""
-    names = []
-    while True:
-        nexts = [n for n, e in entries.items() if e.get("low_size") == size and n not in names]
-        if len(nexts) > 1:
-            raise UserError(
-                f"config.json: {' and '.join(sorted(nexts))} both start at {size} px: remove one"
-            )
-        if not nexts:
-            return names
-        names += nexts
-        size = entries[nexts[0]]["image_size"]
-
-
-_STREAMS = ("prior", "decoder", "upsampler")
-
-
-def _keys(seed: int, index: Array) -> dict[str, Array]:
-    """A stage's key for every picture: a function of the seed and the picture's number."""
-
-    def one(stage: int, i: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), stage)
-
-    return {name: jax.vmap(functools.partial(one, k))(index) for k, name in enumerate(_STREAMS)}
-
-
-def _batches(
-    tokens: np.ndarray, index: np.ndarray, batch_size: int
-) -> Iterator[tuple[int, Array, Array]]:
-    """(rows that count, tokens, index), each batch of one size and spread over all devices."""
-    devices = jax.device_count()
-    size = -(-min(batch_size, len(index)) // devices) * devices
-    for start in range(0, len(index), size):
-        rows = min(size, len(index) - start)
-        pad = np.minimum(np.arange(start, start + size), len(index) - 1)
-        yield (rows, *jax.device_put((tokens[pad], index[pad]), _by_batch()))
+def _batches(rows: Mapping[str, Any], batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(how many count, rows), each batch of one size and spread over all devices."""
+    total, devices = len(rows["index"]), jax.device_count()
+    size = -(-min(batch_size, total) // devices) * devices
+    for start in range(0, total, size):
+        places = np.minimum(np.arange(start, start + size), total - 1)
+        batch = jax.tree.map(lambda array, places=places: array[places], dict(rows))
+        yield min(size, total - start), jax.device_put(batch, _by_batch())
 
 
 def _mesh() -> jax.sharding.Mesh:

@@ -39,17 +39,21 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def resolve(name: str | os.PathLike[str]) -> Path:
     """A model's name -> its folder: "tiny" (in the package), a folder, or a hub id "owner/name".
 
+    A packaged name goes before a folder of that name, which is written "./tiny".
+
     Raises UserError, in one line, for a name that is none of them or a hub out of reach.
     """
     text = os.fspath(name)
-    path = Path(name).expanduser()
-    if text and path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{name} is a file: give the model folder that holds {CONFIG_NAME}")
-    packaged = PACKAGED / text
-    if text and packaged.parent == PACKAGED and packaged.is_dir():
-        return packaged
+    if text in packaged_names():
+        return PACKAGED / text
+    try:
+        path = Path(name).expanduser()
+        if text and path.is_dir():
+            return path
+        if path.is_file():
+            raise UserError(f"{name} is a file: give the model folder that holds {CONFIG_NAME}")
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is not there
+        raise UserError(f"cannot look for model {text!r}: {error}") from error
     if not _HUB_ID.fullmatch(text):
         known = ", ".join(repr(p) for p in packaged_names()) or "none in this package"
         raise UserError(
@@ -139,6 +143,24 @@ def read_params(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
+def check_params(params: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """UserError unless `params` are, by name and shape, the arrays `expected` (nested alike)."""
+    given, wanted = (
+        {name: tuple(leaf.shape) for name, leaf in _flatten(tree).items()}
+        for tree in (params, expected)
+    )
+    told = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
+    told += [f"{name} is unknown" for name in sorted(given.keys() - wanted.keys())]
+    told += [
+        f"{name} is {given[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if given.get(name, shape) != shape
+    ]
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        raise UserError(f"{where} holds another network: {', '.join(told[:3])}{more}")
+
+
 def write_stage(
     folder: str | os.PathLike[str],
     stage: str,
@@ -182,9 +204,11 @@ def write_stage(
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
-    """16 hex digits that name the folder's weights: sha256 over the stages' names and files."""
+    """16 hex digits that name the model: sha256 over its stages' entries and files."""
     digest = hashlib.sha256()
-    for stage in sorted(read_config(folder)["stages"]):
+    stages = read_config(folder)["stages"]
+    digest.update(json.dumps(stages, sort_keys=True).encode())
+    for stage in sorted(stages):
         path = stage_path(folder, stage)
         try:
             with path.open("rb") as file:

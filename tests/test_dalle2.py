@@ -1,9 +1,7 @@
 """DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,8 @@ import pytest
 from dalle2_jax import dalle2, model_folder
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import Section
+from dalle2_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a cat", "dog, flat"]
@@ -102,6 +102,8 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         "cfg_scale": 2.0,
         "clip": ("static", 1.0),
         "spacing": "",
+        "eta": 0.0,
+        "variance": "small",
     }
     one = model.with_settings(steps=3, cfg_scale=5.0, solver="dpm++")
     assert one.settings()["decoder"]["steps"] == 3 and one.settings()["prior"]["steps"] == 4
@@ -122,9 +124,15 @@ def test_settings_are_the_folders_until_changed(model, pictures):
     [
         ({"steps": {"decodr": 3}}, "steps: no stage 'decodr'; did you mean 'decoder'?"),
         ({"cfg_scale": {"upsampler_64": 3.0}}, "did you mean 'upsampler_16'"),
-        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 0}, "steps must be whole numbers of 1 or more, not 0"),
         ({"steps": 21}, "steps must be at most 20, not 21"),
-        ({"solver": "ddmp"}, "unknown sampler 'ddmp': did you mean 'ddpm'"),
+        ({"steps": 2.5}, "steps must be whole numbers of 1 or more, not 2.5"),
+        ({"solver": "ddmp"}, "unknown sampler 'ddmp'; did you mean 'ddpm'"),
+        ({"solver": "DDIM"}, "unknown sampler 'DDIM'; did you mean 'ddim'"),
+        ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number, not nan"),
+        ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
+        ({"cfg_scale": {"upsampler_16": 3.0}}, "an upsampler has nothing to be guided by"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
@@ -138,10 +146,15 @@ def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
         ({"prompts": ""}, "a prompt is empty"),
         ({"prompts": ["a", "  "]}, "a prompt is empty"),
         ({"prompts": []}, "a prompt is empty"),
-        ({"prompts": "a", "n": 0}, "n=0 and batch_size=8 must be 1 or more"),
-        ({"prompts": "a", "batch_size": 0}, "batch_size=0 must be 1 or more"),
-        ({"prompts": "a", "seed": -1}, "seed=-1 must lie within 0 and"),
-        ({"prompts": "a", "seed": 2**32}, "seed=4294967296 must lie within"),
+        ({"prompts": None}, "prompts must be a text or a list of texts, not None"),
+        ({"prompts": ["a", 1]}, "prompts must be a text or a list of texts"),
+        ({"prompts": "a", "n": 0}, "n must be a whole number from 1, not 0"),
+        ({"prompts": "a", "n": "2"}, "n must be a whole number from 1, not '2'"),
+        ({"prompts": "a", "n": True}, "n must be a whole number from 1, not True"),
+        ({"prompts": "a", "batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
+        ({"prompts": "a", "seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
+        ({"prompts": "a", "seed": 1.5}, "seed must be a whole number"),
+        ({"prompts": "a", "seed": 2**32}, "not 4294967296"),
     ],
 )
 def test_wrong_arguments_are_told(model, arguments, told):
@@ -154,19 +167,41 @@ def test_the_largest_seed_and_a_long_prompt_are_drawn(model):
     assert model.generate(long, seed=2**32 - 1).shape == (1, 16, 16, 3)
 
 
-def test_upsamplers_follow_one_another_by_size():
-    entries = {
-        "clip": {},
-        "b": {"low_size": 64, "image_size": 256},
-        "a": {"low_size": 16, "image_size": 64},
-        "apart": {"low_size": 128, "image_size": 512},
-        "back": {"low_size": 256, "image_size": 16},
-    }
-    assert dalle2._chain(entries, 16) == ["a", "b", "back"]  # and does not go round for ever
-    assert dalle2._chain(entries, 128) == ["apart"]
-    assert dalle2._chain(entries, 32) == []
-    with pytest.raises(UserError, match="a and other both start at 16 px"):
-        dalle2._chain(entries | {"other": {"low_size": 16, "image_size": 32}}, 16)
+def test_z_img_takes_the_priors_place(model, pictures):
+    z_img = model.encode_image(pictures)
+    assert z_img.shape == (6, 16)
+    np.testing.assert_allclose(np.linalg.norm(z_img, axis=1), 1, atol=1e-5)
+    drawn = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
+    assert not close(drawn, pictures)
+    for i in (1, 5):  # whose row it is
+        alone = model.generate(PROMPTS[i // 3], n=3, seed=7, z_img=np.stack([z_img[i]] * 3))
+        assert close(alone[i % 3], drawn[i])
+    with pytest.raises(UserError, match=r"z_img must be \[6, 16\], not \[1, 16\]"):
+        model.generate(PROMPTS, n=3, z_img=z_img[:1])
+
+
+def test_batches_come_as_they_are_drawn(model, pictures):
+    batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
+    np.testing.assert_array_equal(next(batches), pictures)
+    assert next(batches, None) is None
+
+
+def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model):
+    text = dict(context_length=20, vocab_size=600, width=8, depth=1, heads=1)
+    network = dataclasses.replace(model.decoder.network, text=Section(text), context_length=20)
+    own = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, network=network))
+    captions = own.captions(["a cat", "dog"])
+    np.testing.assert_array_equal(captions.clip, model.tokenizer(["a cat", "dog"]))
+    np.testing.assert_array_equal(captions.decoder, Tokenizer(20, 600)(["a cat", "dog"]))
+    inputs = network.init_inputs(text_width=16)
+    params = {**own.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
+    assert dataclasses.replace(own, params=params).generate("a cat").shape == (1, 16, 16, 3)
+
+
+def test_stages_take_different_noise():
+    keys = dalle2._keys(0, np.arange(2, dtype=np.uint32), ["prior", "decoder", "a", "b"])
+    data = [tuple(row) for key in keys.values() for row in np.asarray(jax.random.key_data(key))]
+    assert len(set(data)) == 8
 
 
 def test_without_upsamplers_the_decoders_pictures_come_out(model):
@@ -182,31 +217,6 @@ def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
         DALLE2.from_pretrained(str(tmp_path / "m"))
     with pytest.raises(UserError, match="nowhere"):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))
-
-
-def without(entry, key):
-    return {name: value for name, value in entry.items() if name != key}
-
-
-def deaf(entry):
-    return entry | {"model": entry["model"] | {"context_length": 4}}
-
-
-@pytest.mark.parametrize(
-    ("stage", "change", "told"),
-    [
-        ("clip", lambda entry: without(entry, "model"), r"clip: the key 'model' is missing"),
-        ("decoder", lambda entry: without(entry, "sampling"), r"decoder.*'sampling' is missing"),
-        ("decoder", deaf, "the decoder reads 4 tokens and CLIP 8"),
-    ],
-)
-def test_a_damaged_entry_is_told(stage, change, told, tmp_path, folder):
-    shutil.copytree(folder, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["stages"][stage] = change(config["stages"][stage])
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=told):
-        DALLE2.from_pretrained(str(tmp_path / "model"))
 
 
 def test_the_model_says_where_it_comes_from(model, folder):

@@ -109,7 +109,7 @@ def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_too_few_steps_are_refused(steps):
-    with pytest.raises(UserError, match=f"steps must be 1 or more, not {steps}"):
+    with pytest.raises(UserError, match=f"steps must be whole numbers of 1 or more, not {steps}"):
         Settings(steps=steps)
 
 

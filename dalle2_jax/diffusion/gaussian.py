@@ -95,6 +95,12 @@ def learned_log_variance(schedule: Schedule, raw: Array, t: Array) -> Array:
     return fraction * high + (1 - fraction) * low
 
 
+def check_kind(kind: str) -> None:
+    """UserError unless a network can predict this: "eps", "x_0" or "v"."""
+    if kind not in KINDS:
+        raise UserError(f"prediction must be one of {', '.join(KINDS)}, not {kind!r}")
+
+
 def to_prediction(
     schedule: Schedule,
     kind: str,
@@ -119,8 +125,7 @@ def to_prediction(
     Raises:
         UserError: an unknown kind, or an output whose shape does not fit x_t.
     """
-    if kind not in KINDS:
-        raise UserError(f"prediction must be one of {', '.join(KINDS)}, not {kind!r}")
+    check_kind(kind)
     width = x_t.shape[-1] * (2 if learned_variance else 1)
     if out.shape != (*x_t.shape[:-1], width):
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dalle2_jax.diffusion import losses, schedules
+from dalle2_jax.diffusion import gaussian, losses, schedules
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.types import Array
 
@@ -18,6 +18,10 @@ class Process:
     prediction: str = "eps"  # or "x_0", "v"
     learned_variance: bool = False
     weighting: str = "none"  # or "min_snr_<gamma>"
+
+    def __post_init__(self) -> None:
+        gaussian.check_kind(self.prediction)
+        losses.loss_weight(self.training_schedule(), self.prediction, self.weighting)
 
     def training_schedule(self) -> schedules.Schedule:
         return schedules.make(self.schedule, self.num_timesteps)

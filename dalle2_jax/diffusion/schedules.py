@@ -20,7 +20,6 @@ DPM-Solver (2206.00927) section 3.4, from its -5.1 on, below which cosine has no
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Sequence
 
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import near_miss
 
 MIN_LAMBDA = -5.1
 MAX_BETA = 0.999  # IDDPM section 3.2: keeps the last steps of (8) away from a singularity
@@ -139,8 +139,7 @@ def make(name: str, num_timesteps: int) -> Schedule:
         UserError: an unknown name (the message names the near miss) or num_timesteps < 1.
     """
     if name not in _MAKERS:
-        near = difflib.get_close_matches(name, _MAKERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown noise schedule {name!r}: did you mean {near!r}?")
+        raise UserError(f"unknown noise schedule {name!r}{near_miss(str(name), _MAKERS)}")
     if num_timesteps < 1:
         raise UserError(f"num_timesteps must be at least 1, not {num_timesteps}")
     return _MAKERS[name](num_timesteps)

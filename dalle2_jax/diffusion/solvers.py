@@ -21,7 +21,6 @@ Coefficients are float64 tables over t. Each class is a `dalle2_jax.types.Solver
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
@@ -31,6 +30,7 @@ import numpy as np
 from dalle2_jax.diffusion.gaussian import q_posterior
 from dalle2_jax.diffusion.schedules import Schedule, extract
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import near_miss
 from dalle2_jax.types import Array, Denoiser, PyTree, Solver
 
 
@@ -140,8 +140,7 @@ NAMES = tuple(_SOLVERS)
 def check_name(name: str) -> None:
     """Raises UserError for an unknown solver, naming the near miss."""
     if name not in _SOLVERS:
-        near = difflib.get_close_matches(name, _SOLVERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown sampler {name!r}: did you mean {near!r}? ({', '.join(NAMES)})")
+        raise UserError(f"unknown sampler {name!r}{near_miss(str(name).lower(), NAMES)}")
 
 
 def make_solver(name: str, schedule: Schedule, **options: Any) -> Solver:

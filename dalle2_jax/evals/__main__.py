@@ -63,8 +63,8 @@ def main() -> None:
         same = {"seed": SEED.value, "batch_size": BATCH_SIZE.value, "progress": bar.update}
         draws = {"generated": lambda group: draw.generate(model, group.captions, **same)}
         if RECONSTRUCT.value:
-            draws["from the true z_img"] = lambda group: draw.reconstruct(
-                model, group.captions, group.pictures, **same
+            draws["from the true z_img"] = lambda group: draw.generate(
+                model, group.captions, **same, z_img=model.encode_image(group.pictures)
             )
         scores, drawn = report.evaluate(judge, groups, pool, draws, SEED.value)
     about = {

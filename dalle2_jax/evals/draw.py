@@ -2,76 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import images
 from dalle2_jax.dalle2 import DALLE2
-from dalle2_jax.nets.clip import CLIP, TextEncoding
-from dalle2_jax.types import Array, Params
 
 Progress = Callable[[int], None]
 """Called with the number of pictures that were just drawn."""
 
 
 def generate(
-    model: DALLE2, captions: Sequence[str], seed: int, batch_size: int, progress: Progress
+    model: DALLE2,
+    captions: Sequence[str],
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+    z_img: np.ndarray | None = None,
 ) -> np.ndarray:
     """One picture of each caption by the whole cascade -> uint8 [n, h, w, 3].
 
     Batch i is drawn with seed + i: the pictures of one call of DALLE2.generate share their noise.
+    With the true pictures' `z_img` [n, dim] in place of the prior's, and all noise the same, what
+    is found more than without is lost by the prior, the rest by the decoder and the upsamplers.
     """
-    drawn = []
-    for i, (rows, index) in enumerate(_batches(len(captions), batch_size)):
-        prompts = [captions[j] for j in index]
-        pictures = model.generate(prompts, seed=(seed + i) % 2**32, batch_size=batch_size)
-        drawn.append(pictures[:rows])
-        progress(rows)
+    drawn, size = [], min(batch_size, len(captions))
+    for start in range(0, len(captions), size):
+        # All batches are of one size, so that one program serves them.
+        places = np.minimum(np.arange(start, start + size), len(captions) - 1)
+        pictures = model.generate(
+            [captions[i] for i in places],
+            seed=(seed + start // size) % 2**32,
+            z_img=None if z_img is None else z_img[places],
+            batch_size=size,
+        )
+        drawn.append(pictures[: len(captions) - start])
+        progress(len(drawn[-1]))
     return np.concatenate(drawn)
-
-
-def reconstruct(
-    model: DALLE2,
-    captions: Sequence[str],
-    pictures: np.ndarray,
-    seed: int,
-    batch_size: int,
-    progress: Progress,
-) -> np.ndarray:
-    """Like `generate`, but the decoder is given the true pictures' z_img in place of the prior's.
-
-    What this finds and `generate` does not is lost by the prior, what neither finds by the decoder
-    and the upsamplers.
-    """
-    drawn = []
-    for i, (rows, index) in enumerate(_batches(len(captions), batch_size)):
-        tokens = jnp.asarray(model.tokenizer([captions[j] for j in index]))
-        z_img, text = _encode(model.clip, model.params["clip"], pictures[index], tokens)
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        decoder_key, *keys = jax.random.split(key, 1 + len(model.upsamplers))
-        split = functools.partial(jax.random.split, num=len(index))
-        x = model.decode(z_img, text, tokens, split(decoder_key))
-        for (name, upsampler), upsampler_key in zip(model.upsamplers.items(), keys, strict=True):
-            x = upsampler(model.params[name], x, split(upsampler_key))
-        drawn.append(np.asarray(images.to_uint8(x))[:rows])
-        progress(rows)
-    return np.concatenate(drawn)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(clip: CLIP, params: Params, pictures: Array, tokens: Array) -> tuple:
-    small = images.resize(images.to_float(pictures), clip.image["image_size"], "area")
-    z_img = clip.apply({"params": params}, small, method="encode_image")
-    text: TextEncoding = clip.apply({"params": params}, tokens, method="encode_text")
-    return z_img, text
-
-
-def _batches(n: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(rows that count, their places), all batches of one size so that one program serves them."""
-    size = min(size, n)
-    for start in range(0, n, size):
-        yield min(size, n - start), np.minimum(np.arange(start, start + size), n - 1)

@@ -13,7 +13,7 @@ from dalle2_jax import images, model_folder
 from dalle2_jax.data import emoji_words
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
-from dalle2_jax.options import construct
+from dalle2_jax.sampling import load
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
@@ -44,12 +44,11 @@ class Judge:
                 f"judge: {error}; train one: python train.py --config=configs/clip.py:judge "
                 "--workdir=runs/judge"
             ) from error
-        entry = model_folder.read_stage(path, "clip")
-        network = construct(CLIP, {**entry["model"], "dtype": "float32"}, f"{path}: clip")
+        network, params = load.clip(path)
         text = network.text
         return cls(
             network=network,
-            params=model_folder.read_params(path, "clip"),
+            params=params,
             tokenizer=Tokenizer(text["context_length"], text["vocab_size"]),
             weights_hash=model_folder.weights_hash(path),
             batch_size=batch_size,

@@ -122,6 +122,11 @@ class CLIP(nn.Module):
         init = nn.initializers.constant(math.log(1 / 0.07))
         self.log_scale = self.param("logit_scale", init, (), jnp.float32)
 
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Zeros that `init` can be called with."""
+        size, n = self.image["image_size"], self.text["context_length"]
+        return jnp.zeros((1, size, size, 3)), jnp.zeros((1, n), jnp.int32)
+
     def encode_image(self, images: Array) -> Array:
         """images [b, s, s, 3] in [-1, 1] -> z_img float32 [b, dim], unit length."""
         return normalise(self.image_tower(images))

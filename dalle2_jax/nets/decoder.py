@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets.layers import LayerNorm, TimestepMLP
 from dalle2_jax.nets.transformer import Transformer
-from dalle2_jax.nets.unet import UNet
+from dalle2_jax.nets.unet import UNet, smallest_size
 from dalle2_jax.types import Array
 
 
@@ -58,6 +58,18 @@ class Decoder(nn.Module):
     learned_variance: bool = True
     dtype: Any = jnp.float32
     SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
+
+    def init_inputs(self, text_width: int) -> tuple[Any, ...]:
+        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
+        size = smallest_size(self.unet)
+        cond = {
+            "z_img": jnp.zeros((1, self.dim)),
+            "z_mask": jnp.ones((1,), bool),
+            "txt_mask": jnp.ones((1, self.context_length), bool),
+            "txt_enc": jnp.zeros((1, self.context_length, text_width)),
+            "tokens": jnp.zeros((1, self.context_length), jnp.int32),
+        }
+        return jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32), cond, False
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Mapping[str, Array], train: bool) -> Array:

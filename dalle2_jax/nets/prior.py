@@ -29,6 +29,12 @@ class DiffusionPrior(nn.Module):
     activation: str = "gelu"
     dtype: Any = jnp.float32
 
+    def init_inputs(self, text_width: int) -> tuple[Array, ...]:
+        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
+        z, n = jnp.zeros((1, self.dim)), self.context_length
+        txt_enc, txt_mask = jnp.zeros((1, n, text_width)), jnp.ones((1, n), bool)
+        return z, jnp.zeros((1,), jnp.int32), z, txt_enc, txt_mask
+
     @nn.compact
     def __call__(
         self, x_t: Array, t: Array, z_txt: Array, txt_enc: Array, txt_mask: Array

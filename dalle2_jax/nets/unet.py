@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -102,6 +102,11 @@ class AttentionBlock(nn.Module):
             v = jnp.concatenate([context_v, v], axis=1)
         out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")
         return x + out(merge_heads(attention(q, k, v))).reshape(b, h, w, c)
+
+
+def smallest_size(unet: Mapping[str, Any]) -> int:
+    """The fewest pixels a side that `UNet(**unet)` takes; others are multiples of it."""
+    return unet.get("patch_size", 1) * 2 ** (len(unet["channel_mults"]) - 1)
 
 
 class UNet(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dalle2_jax.nets.layers import TimestepMLP
-from dalle2_jax.nets.unet import UNet
+from dalle2_jax.nets.unet import UNet, smallest_size
 from dalle2_jax.types import Array
 
 
@@ -20,6 +20,12 @@ class Upsampler(nn.Module):
     learned_variance: bool = False
     dtype: Any = jnp.float32
     SECTIONS: ClassVar = {"unet": UNet}
+
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Zeros that `init` can be called with."""
+        size = smallest_size(self.unet)
+        x_t = jnp.zeros((1, size, size, 3))
+        return x_t, jnp.zeros((1,), jnp.int32), x_t
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, low_res: Array, train: bool = False) -> Array:

@@ -17,7 +17,6 @@ from dalle2_jax.types import Array, Params
 class PriorSampler(StageSampler):
     """Two z_img are drawn and the one with the larger dot product with z_txt is kept."""
 
-    embedding_scale: float = 1.0
     candidates: int = 2
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
@@ -38,7 +37,7 @@ class PriorSampler(StageSampler):
         keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
         cond = {name: jnp.repeat(a, k, axis=0) for name, a in text._asdict().items()}
         z = self.draw(params, cond, keys, (text.z_txt.shape[-1],), progress=progress)
-        z = normalise(z / self.embedding_scale).reshape(b, k, -1)
+        z = normalise(z).reshape(b, k, -1)
         nearness = jnp.einsum("bkd,bd->bk", z, text.z_txt)
         best = jnp.argmax(nearness, axis=1)
         return jnp.take_along_axis(z, best[:, None, None], axis=1)[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
 from dalle2_jax.diffusion.solvers import check_name, make_solver
 from dalle2_jax.errors import UserError
-from dalle2_jax.types import Array, Params, PyTree
+from dalle2_jax.types import Array, Params, PyTree, Solver
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -28,16 +29,38 @@ _STEPS_A_CALL = 5
 class Settings:
     """How a stage is sampled; the defaults of a model stand in its folder's `config.json`."""
 
-    steps: int = 50
+    steps: int | tuple[int, ...] = 50  # several: how many in each equal part of time
     solver: str = "ddim"
     cfg_scale: float = 1.0
     clip: tuple[str, float] | None = ("static", 1.0)
     spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
+    eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
+    variance: str = "small"  # of ddpm, "small" or "large", where the network learned none
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps must be 1 or more, not {self.steps}")
         check_name(self.solver)
+        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
+        if not counts or not all(type(n) is int and n >= 1 for n in counts):
+            raise UserError(f"steps must be whole numbers of 1 or more, not {self.steps!r}")
+        for name in ("cfg_scale", "eta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value!r}")
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.steps) if isinstance(self.steps, tuple) else self.steps
+
+    def schedule(self, process: Process) -> schedules.Schedule:
+        """The part of the process' schedule that is sampled."""
+        spacing = self.spacing or ("sections" if isinstance(self.steps, tuple) else "")
+        # Even steps end in one long stride of log-SNR, over which a second-order step runs away.
+        spacing = spacing or ("logsnr" if self.solver == "dpm++" else "even")
+        return schedules.respace(process.training_schedule(), self.steps, spacing)
+
+    def make_solver(self, schedule: schedules.Schedule) -> Solver:
+        options = {"ddim": {"eta": self.eta}, "ddpm": {"variance": self.variance}}
+        return make_solver(self.solver, schedule, **options.get(self.solver, {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +77,10 @@ class StageSampler:
 
     def __post_init__(self) -> None:
         most = self.process.num_timesteps
-        if self.settings.steps > most:
+        if self.settings.num_steps > most:
             raise UserError(f"steps must be at most {most}, not {self.settings.steps}")
+        # Settings that do not go together are told before anything is drawn.
+        self.settings.make_solver(self.settings.schedule(self.process))
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
         """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""
@@ -85,7 +110,7 @@ class StageSampler:
                 sampling; in place of that drawn from `keys`.
             progress: called as steps are done.
         """
-        steps = self.settings.steps
+        steps = self.settings.num_steps
         if noise is not None and noise.shape[:2] != (steps + 1, keys.shape[0]):
             raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
         state, chunk = _start(self, keys, tuple(shape), noise), _chunk(steps)
@@ -104,19 +129,12 @@ def _chunk(steps: int) -> int:
     return max(n for n in range(1, _STEPS_A_CALL + 1) if steps % n == 0)
 
 
-def _schedule(stage: StageSampler) -> schedules.Schedule:
-    settings = stage.settings
-    # Even steps end in one long stride of log-SNR, over which a second-order step runs away.
-    spacing = settings.spacing or ("logsnr" if settings.solver == "dpm++" else "even")
-    return schedules.respace(stage.process.training_schedule(), settings.steps, spacing)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _start(
     stage: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
 ) -> tuple[Array, PyTree]:
     x_T = init_noise(keys, shape) if noise is None else noise[0]
-    return x_T, make_solver(stage.settings.solver, _schedule(stage)).init(x_T)
+    return x_T, stage.settings.make_solver(stage.settings.schedule(stage.process)).init(x_T)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,7 +147,8 @@ def _advance(
     keys: Array,
     noise: Array | None,
 ) -> tuple[Array, PyTree]:
-    process, settings, schedule = stage.process, stage.settings, _schedule(stage)
+    process, settings = stage.process, stage.settings
+    schedule = settings.schedule(process)
     guided = guidance.guide(
         functools.partial(_apply, stage, params),
         cond,
@@ -140,8 +159,7 @@ def _advance(
     denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
-    solver = make_solver(settings.solver, schedule)
-    return advance(solver, denoiser, state, ts, keys, noise)
+    return advance(settings.make_solver(schedule), denoiser, state, ts, keys, noise)
 
 
 def _apply(stage: StageSampler, params: Params, x_t: Array, t: Array, cond: Any) -> Array:

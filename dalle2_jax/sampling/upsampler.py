@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from dalle2_jax import images
+from dalle2_jax.errors import UserError
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.types import Array, Params
 
@@ -15,6 +16,11 @@ from dalle2_jax.types import Array, Params
 @dataclasses.dataclass(frozen=True)
 class UpsamplerSampler(StageSampler):
     image_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.settings.cfg_scale != 1:
+            raise UserError("an upsampler has nothing to be guided by: its cfg_scale must be 1")
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
         return self.network.apply({"params": params}, x_t, t, cond["low_res"], False)

@@ -24,9 +24,7 @@ class CLIPTask:
     stage: str = "clip"
 
     def init(self, key: Array) -> Params:
-        size, n = self.network.image["image_size"], self.network.text["context_length"]
-        pictures = jnp.zeros((1, size, size, 3))
-        return self.network.init(key, pictures, jnp.zeros((1, n), jnp.int32))["params"]
+        return self.network.init(key, *self.network.init_inputs())["params"]
 
     def frozen(self) -> Params:
         return {}

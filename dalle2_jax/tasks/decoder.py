@@ -34,16 +34,8 @@ class DecoderTask:
     stage: str = "decoder"
 
     def init(self, key: Array) -> Params:
-        n, size = self.network.context_length, self.image_size
-        cond = {
-            "z_img": jnp.zeros((1, self.network.dim)),
-            "z_mask": jnp.ones((1,), bool),
-            "txt_mask": jnp.ones((1, n), bool),
-            "txt_enc": jnp.zeros((1, n, self.clip.network.text["width"])),
-            "tokens": jnp.zeros((1, n), jnp.int32),
-        }
-        x_t = jnp.zeros((1, size, size, 3))
-        return self.network.init(key, x_t, jnp.zeros((1,), jnp.int32), cond, False)["params"]
+        inputs = self.network.init_inputs(self.clip.network.text["width"])
+        return self.network.init(key, *inputs)["params"]
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}

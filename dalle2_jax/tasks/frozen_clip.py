@@ -9,7 +9,7 @@ from typing import Any
 from dalle2_jax import images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
-from dalle2_jax.options import construct
+from dalle2_jax.sampling import load
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
@@ -43,8 +43,7 @@ class FrozenCLIP:
                 "as in --config.clip_from=runs/tiny"
             )
         folder = model_folder.resolve(config.clip_from)
-        entry = model_folder.read_stage(folder, "clip")
-        network = construct(CLIP, entry["model"], f"{folder}/config.json: clip")
+        network = load.clip_network(folder)
         text = network.text
         if reads_captions:
             check_captions(config, text, f"the CLIP of {folder}")

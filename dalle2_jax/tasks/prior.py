@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
@@ -34,10 +33,8 @@ class PriorTask:
     stage: str = "prior"
 
     def init(self, key: Array) -> Params:
-        z = jnp.zeros((1, self.network.dim))
-        n, width = self.clip.context_length, self.clip.network.text["width"]
-        txt_enc, mask = jnp.zeros((1, n, width)), jnp.ones((1, n), bool)
-        return self.network.init(key, z, jnp.zeros((1,), jnp.int32), z, txt_enc, mask)["params"]
+        inputs = self.network.init_inputs(self.clip.network.text["width"])
+        return self.network.init(key, *inputs)["params"]
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}

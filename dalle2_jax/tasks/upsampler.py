@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
@@ -36,9 +35,7 @@ class UpsamplerTask:
     stage: str = ""
 
     def init(self, key: Array) -> Params:
-        crop = self.crop_size
-        x = jnp.zeros((1, crop, crop, 3))
-        return self.network.init(key, x, jnp.zeros((1,), jnp.int32), x)["params"]
+        return self.network.init(key, *self.network.init_inputs())["params"]
 
     @property
     def crop_size(self) -> int:

@@ -1,0 +1,151 @@
+"""A model folder's stages, built from `config.json` and checked against their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+
+from dalle2_jax import model_folder
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.nets.decoder import Decoder
+from dalle2_jax.nets.prior import DiffusionPrior
+from dalle2_jax.nets.upsampler import Upsampler
+from dalle2_jax.options import construct
+from dalle2_jax.sampling.decoder import DecoderSampler
+from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.stage import Settings, StageSampler
+from dalle2_jax.sampling.upsampler import UpsamplerSampler
+from dalle2_jax.types import Params
+
+Sampler = TypeVar("Sampler", bound=StageSampler)
+
+_MISFITS = (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError)
+
+
+def clip_network(folder: Path, dtype: str = "float32") -> CLIP:
+    """The network of the folder's CLIP. UserError: there is none, or its entry is damaged."""
+    entry, where = _entry(folder, "clip", "model")
+    return _network(CLIP, entry["model"], where, dtype)
+
+
+def clip(folder: Path, dtype: str = "float32") -> tuple[CLIP, Params]:
+    """The folder's CLIP. UserError: there is none, or it is damaged."""
+    network = clip_network(folder, dtype)
+    return network, _params(folder, "clip", network, network.init_inputs)
+
+
+def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSampler, Params]:
+    """The folder's prior, for the CLIP `text`. UserError: there is none, or it is damaged."""
+    sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype)
+    return sampler, _params(folder, "prior", sampler.network, _text_inputs(sampler, text))
+
+
+def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
+    """The folder's decoder, for the CLIP `text`. UserError: there is none, or it is damaged."""
+    sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, "image_size")
+    return sampler, _params(folder, "decoder", sampler.network, _text_inputs(sampler, text))
+
+
+def upsamplers(
+    folder: Path, size: int, dtype: str = "float32"
+) -> dict[str, tuple[UpsamplerSampler, Params]]:
+    """The folder's upsamplers from `size` on, each starting where the one before ends.
+
+    UserError: one is damaged, two start at one size, or one has no place in the chain.
+    """
+    entries = model_folder.read_config(folder)["stages"]
+    chain = upsampler_chain(entries, size)
+    loaded = {}
+    for stage in chain:
+        sampler = _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, "image_size")
+        inputs = sampler.network.init_inputs
+        loaded[stage] = sampler, _params(folder, stage, sampler.network, inputs)
+    return loaded
+
+
+def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list[str]:
+    """The stages that make pictures of `size` px larger, in order; UserError as in `upsamplers`."""
+    left = {stage: entry["low_size"] for stage, entry in entries.items() if "low_size" in entry}
+    chain = []
+    while nexts := sorted(stage for stage, low in left.items() if low == size):
+        if len(nexts) > 1:
+            raise UserError(
+                f"config.json: {' and '.join(nexts)} both start at {size} px: remove one"
+            )
+        del left[nexts[0]]
+        chain += nexts
+        size = entries[nexts[0]].get("image_size")
+    if left:
+        stage, low = min(left.items())
+        raise UserError(
+            f"config.json: {stage} starts at {low!r} px and no stage ends there: remove it, or "
+            "train the stage between"
+        )
+    return chain
+
+
+def _entry(folder: Path, stage: str, *keys: str) -> tuple[Mapping[str, Any], str]:
+    """The stage's entry, which has all of `keys`, and what errors call it."""
+    entry, where = model_folder.read_stage(folder, stage), f"{folder}/config.json: {stage}"
+    for key in keys:
+        if key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
+    return entry, where
+
+
+def _sampler(
+    cls: type[Sampler], network: type[nn.Module], folder: Path, stage: str, dtype: str, *sizes: str
+) -> Sampler:
+    entry, where = _entry(folder, stage, "model", "diffusion", "sampling", *sizes)
+    for name in sizes:
+        if type(entry[name]) is not int or entry[name] < 1:
+            raise UserError(f"{where}: {name} is {entry[name]!r}, not a number of pixels")
+    parts = {
+        "network": _network(network, entry["model"], where, dtype),
+        "process": _build(Process, entry["diffusion"], where),
+        "settings": _build(Settings, entry["sampling"], where),
+    }
+    return _build(cls, {name: entry[name] for name in sizes}, where, **parts)
+
+
+def _network(cls: type[nn.Module], section: Any, where: str, dtype: str) -> Any:
+    """The network, computing in `dtype` whatever it was trained in."""
+    return _build(cls, section | {"dtype": dtype} if isinstance(section, dict) else section, where)
+
+
+def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where}: {section!r} stands where a section should")
+    try:
+        return construct(cls, section, where, **given)
+    except (UserError, *_MISFITS) as error:
+        told = _told(error)
+        raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
+
+
+def _text_inputs(sampler: StageSampler, text: CLIP) -> Any:
+    return lambda: sampler.network.init_inputs(text.text["width"])
+
+
+def _params(folder: Path, stage: str, network: nn.Module, inputs: Any) -> Params:
+    """The stage's tensors, by name and shape those that its network has."""
+    params = model_folder.read_params(folder, stage)
+    try:
+        expected = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs()))["params"]
+    except _MISFITS as error:
+        raise UserError(
+            f"{folder}/config.json: {stage}: no network can be built so ({_told(error)})"
+        ) from error
+    model_folder.check_params(params, expected, str(model_folder.stage_path(folder, stage)))
+    return params
+
+
+def _told(error: Exception) -> str:
+    told = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+    return told.strip().splitlines()[0]
