@@ -1,4 +1,4 @@
-"""DALL-E 2 (unCLIP, arXiv 2204.06125) in JAX: train every stage, draw, edit, serve."""
+"""DALL-E 2 (unCLIP, arXiv 2204.06125) in JAX: train every stage, draw."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -16,10 +16,6 @@ import numpy as np
 
 Method = Literal["area", "bicubic", "nearest"]
 
-# Of CLIP's own training pictures in [0, 1] (Radford et al. 2021, the released preprocessing).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 [...] -> float32 [...], 0 to -1 and 255 to 1."""
@@ -30,16 +26,6 @@ def to_uint8(images: jax.Array) -> jax.Array:
     """float [...] in [-1, 1], clipped to it -> the nearest uint8 [...]; undoes `to_float`."""
     scaled = (jnp.clip(images.astype(jnp.float32), -1.0, 1.0) + 1.0) * 127.5
     return jnp.round(scaled).astype(jnp.uint8)
-
-
-def normalise(
-    images: jax.Array, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
-) -> jax.Array:
-    """[b, h, w, c] in [-1, 1] -> the same with `mean` and `std` (of [0, 1], one a channel) out."""
-    shape = (1,) * (images.ndim - 1) + (len(mean),)
-    shift = jnp.asarray(mean, images.dtype).reshape(shape)
-    scale = jnp.asarray(std, images.dtype).reshape(shape)
-    return ((images + 1.0) / 2.0 - shift) / scale
 
 
 def resize(images: jax.Array, size: int | tuple[int, int], method: Method = "area") -> jax.Array:

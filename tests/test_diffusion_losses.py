@@ -162,14 +162,6 @@ def test_an_unknown_weighting_is_refused() -> None:
         losses.loss_weight(S, "eps", "minsnr")
 
 
-def test_prior_bits_are_the_divergence_of_the_last_step() -> None:
-    s = schedules.respace(S, [10, 50])
-    a = s.alpha_bar[-1]
-    expected = 0.5 * (-a - np.log(1 - a) + a * np.square(X_0).mean(axis=(1, 2, 3))) / np.log(2)
-    np.testing.assert_allclose(losses.prior_bpd(s, X_0), expected, rtol=1e-5)
-    assert (losses.prior_bpd(schedules.cosine(1000), X_0) < 1e-6).all()
-
-
 def test_t_is_uniform_and_strata_cover_time() -> None:
     t = sample_t(jax.random.key(1), 20_000, 10)
     counts = np.bincount(t, minlength=10)

@@ -99,13 +99,3 @@ def test_the_network_is_told_its_own_time() -> None:
     jax.effects_barrier()
     assert all(t.dtype == np.int32 for t in seen)
     np.testing.assert_array_equal(seen, np.stack([S.timesteps[::-1]] * 2, axis=1))
-
-
-def test_progress_hears_of_every_step() -> None:
-    heard = []
-    keys = keys_of(6, 1)
-    x_T = jnp.zeros((1, 5))
-    d = sample.denoiser_from(S, lambda x_t, t: x_t)
-    sample.sample(solvers.DDIM(S), d, x_T, keys, S, progress=lambda t: heard.append(int(t)))
-    jax.effects_barrier()
-    assert sorted(heard) == list(range(8))

@@ -28,14 +28,6 @@ def test_to_uint8_rounds_and_clips():
     assert images.to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-def test_normalise_known_value():
-    white = images.normalise(jnp.ones((1, 2, 2, 3)))
-    # (1 - mean) / std, as CLIP's preprocessing gives for white.
-    np.testing.assert_allclose(white[0, 0, 0], [1.9303, 2.0749, 2.1459], atol=1e-4)
-    mean = 2 * jnp.array(images.CLIP_MEAN) - 1
-    np.testing.assert_allclose(images.normalise(mean.reshape(1, 1, 1, 3)), 0.0, atol=1e-6)
-
-
 @pytest.mark.parametrize("size", [(12, 8), (8, 4), (6, 16), (10, 7), (36, 20)])
 def test_area_is_the_mean_of_the_footprint(pictures, size):
     # Every old pixel repeated until each new one covers a whole number of them.

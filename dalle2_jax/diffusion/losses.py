@@ -4,15 +4,14 @@
     L_t      = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0                            (2)
     L_0      = -log p(x_0|x_1), a gaussian integrated over the 1/255-wide bins of a pixel    (3)
     L_hybrid = L_simple + lambda T L_t, the mean in L_t under a stop-gradient                (4)
-    L_T      = KL(q(x_T|x_0) || N(0, I))                                                     (5)
     min-SNR: L_simple on x_0 weighted by min(snr, gamma), for eps and v the same loss
-             written on x_0: / snr and / (snr + 1)                                           (6)
+             written on x_0: / snr and / (snr + 1)                                           (5)
 
-(2), (3) and (5) in bits per dimension. lambda = 0.001, and the factor T makes one drawn term an
+(2) and (3) in bits per dimension. lambda = 0.001, and the factor T makes one drawn term an
 estimate of the whole sum L_vlb.
 
 Sources: DDPM (2006.11239) sections 3.3-3.4 for (1), (3); IDDPM (2102.09672) section 3.1 for (4);
-min-SNR (2303.09556) section 3.4 for (6).
+min-SNR (2303.09556) section 3.4 for (5).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def sample_t(key: Array, b: int, num_timesteps: int, stratified: bool = False) -
 
 
 def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
-    """The weight of L_simple at each t, float64 [T]: "none" or "min_snr_<gamma>", as in (6)."""
+    """The weight of L_simple at each t, float64 [T]: "none" or "min_snr_<gamma>", as in (5)."""
     if weighting == "none":
         return np.ones(schedule.num_timesteps)
     prefix, _, gamma = weighting.rpartition("_")
@@ -116,14 +115,6 @@ def vb_term(schedule: Schedule, prediction: Prediction, x_0: Array, x_t: Array, 
     kl = _mean_flat(normal_kl(mean, log_variance, mean_pred, log_variance_pred))
     nll = -_mean_flat(discretised_log_likelihood(x_0, mean_pred, log_variance_pred))
     return jnp.where(t == 0, nll, kl) / np.log(2.0)
-
-
-def prior_bpd(schedule: Schedule, x_0: Array) -> Array:
-    """L_T of (5) in bits per dimension, [b]: what the last step still knows of x_0."""
-    mean = schedule.sqrt_alpha_bar[-1] * x_0
-    log_variance = jnp.full((1,) * x_0.ndim, np.log1p(-schedule.alpha_bar[-1]), jnp.float32)
-    zero = jnp.zeros((1,) * x_0.ndim)
-    return _mean_flat(normal_kl(mean, log_variance, zero, zero)) / np.log(2.0)
 
 
 def normal_kl(mean_1: Array, log_variance_1: Array, mean_2: Array, log_variance_2: Array) -> Array:

@@ -7,8 +7,7 @@ number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,6 @@ def advance(
     ts: Array,
     keys: Array | None,
     noise: Array | None = None,
-    progress: Callable[[Any], None] | None = None,
 ) -> tuple[Array, PyTree]:
     """The steps ts int32 [n], falling, from state = (x_t, memory) on.
 
@@ -88,8 +86,6 @@ def advance(
             assert keys is not None, "sampling takes keys or noise"
             z = step_noise(keys, t, x_t.shape[1:])
         state = solver.step(denoiser, x_t, t, z, memory)
-        if progress is not None:
-            jax.debug.callback(progress, t)
         return state, None
 
     state, _ = jax.lax.scan(body, state, (jnp.asarray(ts, jnp.int32), noise))
@@ -104,7 +100,6 @@ def sample(
     steps: Schedule | int,
     *,
     noise: Array | None = None,
-    progress: Callable[[Any], None] | None = None,
 ) -> Array:
     """x_0 [b, ...] from x_T [b, ...]: every step of the schedule, T-1 down to 0.
 
@@ -115,10 +110,9 @@ def sample(
         keys: typed keys [b], one an example; unused where `noise` is given.
         steps: the sampled schedule, or its length.
         noise: [T, b, ...], noise[i] for step T-1-i in the order of sampling; instead of keys.
-        progress: called on the host with t as each step ends.
     """
     total = steps.num_timesteps if isinstance(steps, Schedule) else steps
     x_T = x_T.astype(jnp.float32)
     state = (x_T, solver.init(x_T))
     ts = jnp.arange(total - 1, -1, -1)
-    return advance(solver, denoiser, state, ts, keys, noise, progress)[0]
+    return advance(solver, denoiser, state, ts, keys, noise)[0]

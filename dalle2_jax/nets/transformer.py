@@ -58,7 +58,6 @@ class Transformer(nn.Module):
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
-    unroll: int = 1
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
@@ -68,7 +67,6 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
-            unroll=self.unroll,
         )
         block = blocks(self.heads, self.activation, self.dtype, name="blocks")
         return block(x.astype(self.dtype), mask)[0]
