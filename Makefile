@@ -21,6 +21,7 @@ EMOJI := data/emoji
 EMOJI_SIZE ?= 128
 TINY := runs/tiny
 JUDGE := runs/judge
+TINY_FLAGS ?=# for every stage, such as --config.num_steps=100
 TINY_STAGES := clip prior decoder upsampler_256
 TEST_JOBS ?= 2
 PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
@@ -63,7 +64,7 @@ train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to
 	@for stage in $(TINY_STAGES); do \
 		echo "== $$stage"; \
 		$(PY) train.py --config=configs/$$stage.py:tiny --workdir=$(TINY)/$$stage \
-			--config.clip_from=$(TINY)/model --config.export_to=$(TINY)/model; \
+			--config.clip_from=$(TINY)/model --config.export_to=$(TINY)/model $(TINY_FLAGS); \
 	done
 	@echo "Draw with it: $(PY) sample.py --weights $(TINY)/model --prompt '...'"
 
