@@ -160,5 +160,13 @@ def test_a_missing_clip_is_told(stage, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", 600), ("context_length", 9)])
 def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
+    change = {f"data__{key}": value}
     with pytest.raises(UserError, match=f"data.{key}={value} but the CLIP .* set --config.data"):
-        make("prior", clip_folder, **{f"data__{key}": value})
+        make("prior", clip_folder, **change)
+    with pytest.raises(UserError, match=f"data.{key}={value} but config.model.text has"):
+        make("clip", "", **change)
+
+
+def test_a_vocabulary_that_no_tokenizer_has_is_refused():
+    with pytest.raises(UserError, match="config.data: vocab_size=100: CLIP's merges give from 514"):
+        make("clip", "", data__vocab_size=100)

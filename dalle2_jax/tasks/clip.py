@@ -13,6 +13,7 @@ import optax
 from dalle2_jax import images
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.options import construct, plain
+from dalle2_jax.tasks.frozen_clip import check_captions
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -64,4 +65,5 @@ def random_shift(key: Array, pictures: Array, most: int) -> Array:
 def from_config(config: Any) -> CLIPTask:
     options = {key: value for key, value in config.task.items() if key != "name"}
     network = construct(CLIP, config.model, "config.model")
+    check_captions(config, network.text, "config.model.text")
     return construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))

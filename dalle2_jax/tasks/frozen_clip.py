@@ -17,12 +17,15 @@ from dalle2_jax.types import Array, Params
 def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
     """Raises UserError if the tokens of `config.data` are not those that `text` reads."""
     names = ("context_length", "vocab_size")
-    tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
+    try:
+        tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
+    except ValueError as error:
+        raise UserError(f"config.data: {error}") from error
     for name in names:
-        if getattr(tokenizer, name) != text[name]:
+        if getattr(tokenizer, name) != text.get(name):
             raise UserError(
                 f"config.data.{name}={getattr(tokenizer, name)} but {whose} has "
-                f"{text[name]}: set --config.data.{name}={text[name]}"
+                f"{text.get(name)}: set --config.data.{name}={text.get(name)}"
             )
 
 
