@@ -190,6 +190,13 @@ def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device):
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step_000004_first.png"]
 
 
+def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
+    cfg = config(num_steps=2, eval_every=1, preview_every=2, checkpoint_every=0)
+    loop.train(cfg, ToyTask(), dataset(), tmp_path)
+    assert "eval/" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "previews" / "step_000002_first.png").exists()
+
+
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, one_device):
     with WorkdirLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"):
         loop.train(config(), ToyTask(), dataset(), tmp_path)

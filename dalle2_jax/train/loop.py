@@ -41,8 +41,9 @@ def train(
 ) -> Result:
     """Trains `task` to config.num_steps, going on from the newest checkpoint in `workdir`.
 
-    `config` is a complete one (build.complete). Raises UserError for mistakes, Diverged where the
-    loss or gradient is no longer finite (the last good checkpoint stays).
+    `config` is a complete one (build.complete). Without `eval_dataset` nothing is evaluated, and
+    previews show training pictures. Raises UserError for mistakes, Diverged where the loss or
+    gradient is no longer finite (the last good checkpoint stays).
     """
     workdir = Path(workdir).absolute()
     mesh = sharding.make_mesh(config.mesh)
@@ -83,7 +84,7 @@ def train(
                 if _due(config.log_every, step, config.num_steps):
                     report.log(step, config.num_steps, config.batch_size, window.mean())
                 since = time.perf_counter()
-                if _due(config.eval_every, step):
+                if eval_dataset and _due(config.eval_every, step):
                     scores = side.evaluate(state.ema_params)
                     report.scalars(step, scores)
                 if _due(config.preview_every, step):
