@@ -170,3 +170,17 @@ def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
 def test_a_vocabulary_that_no_tokenizer_has_is_refused():
     with pytest.raises(UserError, match="config.data: vocab_size=100: CLIP's merges give from 514"):
         make("clip", "", data__vocab_size=100)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("solver", "ddin", "unknown sampler 'ddin': did you mean 'ddim'"),
+        ("steps", 5000, "config.task.sampling: .* 5000 .* 20"),
+        ("clip", ("statik", 1.0), "config.task.sampling: .*'statik'"),
+    ],
+)
+def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, told, clip_folder):
+    with pytest.raises(UserError, match=told):
+        make(stage, clip_folder, **{f"task__sampling__{key}": value})

@@ -16,7 +16,7 @@ from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.options import construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
-from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
 from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -92,14 +92,15 @@ def from_config(config: Any) -> DecoderTask:
     network = construct(Decoder, config.model, "config.model")
     if network.text is not None:
         check_captions(config, network.text, "config.model.text")
+    process = construct(Process, config.diffusion, "config.diffusion")
     task = construct(
         DecoderTask,
         options,
         "config.task",
         network=network,
-        process=construct(Process, config.diffusion, "config.diffusion"),
+        process=process,
         clip=FrozenCLIP.load(config, reads_captions=network.text is None),
-        sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
+        sampling=sampling_settings(config, process),
         entry={},
     )
     return dataclasses.replace(task, entry=stage_entry(config, image_size=task.image_size))

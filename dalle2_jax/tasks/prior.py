@@ -13,7 +13,7 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.options import construct
-from dalle2_jax.tasks.denoising import denoising_loss, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
 from dalle2_jax.tasks.frozen_clip import FrozenCLIP
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -64,12 +64,14 @@ class PriorTask:
 
 def from_config(config: Any) -> PriorTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    process = construct(Process, config.diffusion, "config.diffusion")
+    sampling_settings(config, process)  # checked here, used by whoever draws with the export
     task = construct(
         PriorTask,
         options,
         "config.task",
         network=construct(DiffusionPrior, config.model, "config.model"),
-        process=construct(Process, config.diffusion, "config.diffusion"),
+        process=process,
         clip=FrozenCLIP.load(config),
         entry={},
     )

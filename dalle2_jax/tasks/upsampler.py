@@ -14,7 +14,7 @@ from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.options import construct
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
-from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -82,13 +82,14 @@ class UpsamplerTask:
 
 def from_config(config: Any) -> UpsamplerTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    process = construct(Process, config.diffusion, "config.diffusion")
     task = construct(
         UpsamplerTask,
         options,
         "config.task",
         network=construct(Upsampler, config.model, "config.model"),
-        process=construct(Process, config.diffusion, "config.diffusion"),
-        sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
+        process=process,
+        sampling=sampling_settings(config, process),
         entry={},
     )
     entry = stage_entry(config, image_size=task.image_size, low_size=task.low_size)
