@@ -168,7 +168,7 @@ def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
 
 
 def test_a_vocabulary_that_no_tokenizer_has_is_refused():
-    with pytest.raises(UserError, match="config.data: vocab_size=100: CLIP's merges give from 514"):
+    with pytest.raises(UserError, match=r"config.data: vocab_size=100: CLIP's merges give from 514"):
         make("clip", "", data__vocab_size=100)
 
 

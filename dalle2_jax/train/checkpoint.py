@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dalle2_jax import sharding
+from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import Array, PyTree
@@ -73,11 +73,14 @@ class WorkdirLock:
     """Keeps a second trainer out of a workdir; the kernel drops it when the process dies."""
 
     def __init__(self, workdir: Path):
-        """Raises UserError where another process holds it. One host of several locks for all."""
+        """Raises UserError where another process holds it and where it cannot be written.
+
+        One host of several locks for all.
+        """
         self._file = None
         if jax.process_index():
             return
-        workdir.mkdir(parents=True, exist_ok=True)
+        pictures.prepare_folder(workdir)
         self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +206,9 @@ class Checkpoints:
             except Exception as error:
                 if not _is_damage(error):
                     if isinstance(error, OSError):
-                        raise UserError(f"cannot read {self._folder / str(step)}: {error}") from error
+                        raise UserError(
+                            f"cannot read {self._folder / str(step)}: {error}"
+                        ) from error
                     raise
                 faults.append(f"step {step}: {_first_line(error)}")
                 logging.error("CHECKPOINT %d DOES NOT LOAD: %s", step, _first_line(error))
