@@ -70,11 +70,12 @@ def train(
         else:
             state = init_state(task, optimizer, config.seed, template)
             if config.init_from:
-                tensors = model_folder.read_params(config.init_from, task.stage)
-                state = warm_start(state, tensors, config.init_from)
+                folder = model_folder.resolve(config.init_from)
+                tensors = model_folder.read_params(folder, task.stage)
+                state = warm_start(state, tensors, folder)
         start = int(state.step)
         train_step = make_train_step(task, optimizer, config, template, mesh)
-        data, window, stopped_by = dataset(start), Window(), None
+        data, window, stopped_by = dataset(start), Window(max(config.log_every, 1000)), None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         with Reporter(workdir, start, tensorboard) as report:
             report.parameters(template.params)
