@@ -168,7 +168,9 @@ def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
 
 
 def test_a_vocabulary_that_no_tokenizer_has_is_refused():
-    with pytest.raises(UserError, match=r"config.data: vocab_size=100: CLIP's merges give from 514"):
+    with pytest.raises(
+        UserError, match=r"config.data: vocab_size=100: CLIP's merges give from 514"
+    ):
         make("clip", "", data__vocab_size=100)
 
 
@@ -184,3 +186,50 @@ def test_a_vocabulary_that_no_tokenizer_has_is_refused():
 def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, told, clip_folder):
     with pytest.raises(UserError, match=told):
         make(stage, clip_folder, **{f"task__sampling__{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("clip", {"model__image__heads": 3}, "model.image.heads=3 must divide .*width=16"),
+        ("clip", {"model__activation": "gelu2"}, "unknown key 'gelu2'; did you mean 'gelu'"),
+        ("clip", {"task__max_shift": -1}, "config.task.max_shift=-1 must be 0 or more"),
+        ("prior", {"model__heads": 7}, "config.model.heads=7 must divide config.model.width=16"),
+        ("prior", {"model__activation": "gelu2"}, "unknown key 'gelu2'; did you mean 'gelu'"),
+        ("prior", {"model__dim": 8}, "config.model.dim=8 but the CLIP of .* has 16: set --config"),
+        ("prior", {"task__drop_caption": 3}, "drop_caption=3 must be within 0 and 1"),
+        ("decoder", {"model__dim": 128}, "set --config.model.dim=16"),
+        ("decoder", {"model__context_length": 12}, "set --config.model.context_length=8"),
+        ("decoder", {"task__drop_z_img": float("nan")}, "drop_z_img=nan must be within 0 and 1"),
+        ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
+        ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
+        ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),
+        ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):
+    with pytest.raises(UserError, match=told):
+        make(stage, clip_folder, **change)
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_check_before_training_lets_good_configs_through(stage, clip_folder):
+    pytest.importorskip("dalle2_jax.data.pipeline")
+    build.check(config(stage, clip_folder), make(stage, clip_folder))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("decoder", {"task__image_size": 33}, r"multiples of 2, not \(33, 33\)"),
+        ("decoder", {"model__unet__groups": 7}, "[Gg]roups"),
+        ("decoder", {"model__unet__dtype": "float32"}, "dtype"),
+        ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none' or 'min_snr_<"),
+        ("upsampler", {"model__unet__channel_mults": ()}, "do not fit together"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_before_training(stage, change, told, clip_folder):
+    pytest.importorskip("dalle2_jax.data.pipeline")
+    given = config(stage, clip_folder, **change)
+    with pytest.raises(UserError, match=told):
+        build.check(given, build.task(given))

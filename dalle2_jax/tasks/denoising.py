@@ -66,6 +66,6 @@ def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
     """A diffusion stage's entry in `config.json`: what builds and samples it again."""
     sections = ("model", "diffusion")
     return {name: plain(config[name]) for name in sections} | {
-        "sampling": plain(config.task.sampling),
+        "sampling": plain(config.task.get("sampling") or {}),
         **plain(extra),
     }
