@@ -83,7 +83,9 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any
             raise UserError(f"{where}: the key {f.name!r} is missing")
     try:
         return cls(**arguments)
-    except TypeError as error:  # a text where a number belongs
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # a text where a number belongs
         raise UserError(f"{where}: {error}") from error
 
 

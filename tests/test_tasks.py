@@ -78,6 +78,17 @@ def test_clip_pairs_are_worth_log_b_at_chance_and_zero_when_told_apart(clip_fold
     params["text_tower"]["projection"]["kernel"] = jnp.zeros_like(text)
     assert loss_of(task, params, train=False) == pytest.approx(np.log(4), rel=1e-5)
 
+    class Knows(CLIP):
+        """Each pair of a batch lies along an axis of its own."""
+
+        def __call__(self, pictures, tokens):
+            z = jnp.eye(pictures.shape[0], self.dim)
+            return z, z, jnp.float32(100)
+
+    knows = Knows(**{n: getattr(task.network, n) for n in ("dim", "image", "text")})
+    task = dataclasses.replace(task, network=knows)
+    assert loss_of(task, params, train=False) == pytest.approx(0, abs=1e-6)
+
 
 @pytest.mark.parametrize(
     ("stage", "drop", "image_matters"),
@@ -197,7 +208,7 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ("prior", {"model__heads": 7}, "config.model.heads=7 must divide config.model.width=16"),
         ("prior", {"model__activation": "gelu2"}, "unknown key 'gelu2'; did you mean 'gelu'"),
         ("prior", {"model__dim": 8}, "config.model.dim=8 but the CLIP of .* has 16: set --config"),
-        ("prior", {"task__drop_caption": 3}, "drop_caption=3 must be within 0 and 1"),
+        ("prior", {"task__drop_caption": 3}, "drop_caption=3.0 must be within 0 and 1"),
         ("decoder", {"model__dim": 128}, "set --config.model.dim=16"),
         ("decoder", {"model__context_length": 12}, "set --config.model.context_length=8"),
         ("decoder", {"task__drop_z_img": float("nan")}, "drop_z_img=nan must be within 0 and 1"),
@@ -225,6 +236,7 @@ def test_the_check_before_training_lets_good_configs_through(stage, clip_folder)
         ("decoder", {"model__unet__groups": 7}, "[Gg]roups"),
         ("decoder", {"model__unet__dtype": "float32"}, "dtype"),
         ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none' or 'min_snr_<"),
+        ("upsampler", {"data__vocab_size": 100}, "vocab_size=100: CLIP's merges give from 514"),
         ("upsampler", {"model__unet__channel_mults": ()}, "do not fit together"),
     ],
 )
