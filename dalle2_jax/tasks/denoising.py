@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from dalle2_jax import images
-from dalle2_jax.diffusion import guidance, schedules
+from dalle2_jax.diffusion import guidance
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.losses import sample_t
 from dalle2_jax.diffusion.process import Process
@@ -26,8 +26,7 @@ def sampling_settings(config: Any, process: Process) -> Settings:
     where = "config.task.sampling"
     settings = construct(Settings, config.task.get("sampling") or {}, where)
     try:
-        spacing = settings.spacing or "even"
-        schedules.respace(process.training_schedule(), settings.steps, spacing)
+        settings.make_solver(settings.schedule(process))
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
