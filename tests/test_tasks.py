@@ -189,7 +189,7 @@ def test_a_vocabulary_that_no_tokenizer_has_is_refused():
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("solver", "ddin", "unknown sampler 'ddin': did you mean 'ddim'"),
+        ("solver", "ddin", "unknown sampler 'ddin'; did you mean 'ddim'"),
         ("steps", 5000, "config.task.sampling: .* 5000 .* 20"),
         ("clip", ("statik", 1.0), "config.task.sampling: .*'statik'"),
     ],
