@@ -29,10 +29,12 @@ def run(config: build.Config, workdir: str) -> int:
 
     try:
         config = build.complete(config)
+        task = build.task(config)
+        build.check(config, task)
         held_out = config.data.get("eval_split", "")
         result = loop.train(
             config,
-            build.task(config),
+            task,
             build.dataset(config, config.data.get("split", "train")),
             workdir,
             eval_dataset=build.dataset(config, held_out) if held_out else None,
@@ -54,8 +56,6 @@ def run(config: build.Config, workdir: str) -> int:
 
 def main() -> int:
     logging.set_verbosity(logging.INFO)
-    noisy = ("orbax", "xla_bridge")
-    logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in noisy))
     commands.keep_compiled_programs()
     if DISTRIBUTED.value:
         jax.distributed.initialize()

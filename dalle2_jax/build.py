@@ -1,32 +1,39 @@
 """Names in a config -> objects. An unknown key is an error that names the near miss.
 
-A config (configs/*.py) lists what differs from `defaults()`; `complete` fills in the rest.
+A config (configs/*.py) lists what differs from `defaults()` and from the defaults of the classes
+that its sections are made into; `complete` fills in the rest.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import check_keys
+from dalle2_jax.options import check_keys, check_range, construct, with_defaults
+from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Task
 
 Config = Any  # a ConfigDict: its attributes have no types
 
-# stage family -> "module:function"; the function takes the whole config and returns a Task
+# stage family -> a module with `from_config`, which takes the whole config and returns a Task, and
+# `SECTIONS`, the classes that the sections of such a config are made into
 TASKS = {
-    "clip": "dalle2_jax.tasks.clip:from_config",
-    "prior": "dalle2_jax.tasks.prior:from_config",
-    "decoder": "dalle2_jax.tasks.decoder:from_config",
-    "upsampler": "dalle2_jax.tasks.upsampler:from_config",
+    "clip": "dalle2_jax.tasks.clip",
+    "prior": "dalle2_jax.tasks.prior",
+    "decoder": "dalle2_jax.tasks.decoder",
+    "upsampler": "dalle2_jax.tasks.upsampler",
 }
 
 # Sections whose keys belong to the stage or the data source: checked by what reads them.
@@ -34,7 +41,7 @@ FREE_SECTIONS = ("model", "diffusion", "task", "data")
 
 
 def defaults() -> Config:
-    """The trainer's own settings; the sections of `FREE_SECTIONS` come from the config alone."""
+    """The trainer's own settings; those of `FREE_SECTIONS` belong to the stage and the data."""
     return ConfigDict(
         dict(
             task={},  # `name` is one of TASKS, the rest the task's settings; or the name alone
@@ -78,6 +85,17 @@ def defaults() -> Config:
     )
 
 
+# (least, most) -> the settings that lie between
+_RANGES: dict[tuple[float, float], str] = {
+    (1, math.inf): "batch_size num_steps preview_size eval_batches keep optimizer.accumulate",
+    (0, math.inf): "log_every checkpoint_every preview_every eval_every export_every max_minutes "
+    "watchdog_seconds optimizer.learning_rate optimizer.eps optimizer.weight_decay "
+    "optimizer.warmup_steps optimizer.clip_norm",
+    (0, 1): "ema_decay optimizer.b1 optimizer.b2",
+    (0, 2**32 - 1): "seed",
+}
+
+
 def _paths(config: Config, prefix: str = "") -> list[str]:
     paths = []
     for key, value in config.items():
@@ -103,7 +121,21 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
         file = path.partition(":")[0]
         if not Path(file).is_file():
             raise UserError(f"there is no file {file}")
-        config = complete(cast(Any, super().parse(path)))
+        try:
+            given: Any = super().parse(path)
+        except Exception as error:  # a config file raises what it likes
+            # ml_collections puts the whole traceback into the message of a new error
+            cause = error.__context__ or error
+            kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+            raise UserError(f"{kind}{cause}") from error
+        if not isinstance(given, ConfigDict):
+            raise UserError("get_config gives no ConfigDict, or the file cannot be read")
+        config = complete(given)
+        if any(re.match(r"--?(no)?config\.data\.", argument) for argument in sys.argv[1:]):
+            from dalle2_jax.data.pipeline import DataConfig  # late: TensorFlow
+
+            with config.unlocked():
+                config.data = ConfigDict(with_defaults(DataConfig, config.data))
         check_overrides(sys.argv[1:], config)
         return config
 
@@ -111,7 +143,8 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
 def complete(config: Mapping[str, Any]) -> Config:
     """`config` over the defaults, checked and frozen.
 
-    Raises UserError for unknown keys outside the free sections and for values of the wrong type.
+    Raises UserError for unknown keys outside the free sections and for values of the wrong type or
+    out of range.
     """
     given: Config = ConfigDict(config)
     if isinstance(given.get("task"), str):
@@ -119,10 +152,16 @@ def complete(config: Mapping[str, Any]) -> Config:
             given.task = {"name": given.task}
     full = defaults()
     _merge(full, given, "")
-    for name in ("batch_size", "num_steps"):
-        if full[name] < 1:
-            raise UserError(f"config.{name}={full[name]} must be 1 or more")
+    for (least, most), names in _RANGES.items():
+        check_range("config", least, most, **{n: _at(full, n) for n in names.split()})
+    if full.task.get("name") in TASKS:
+        for section, cls in _task_module(full.task.name).SECTIONS.items():
+            full[section] = ConfigDict(with_defaults(cls, full[section]))
     return ConfigDict(full).lock()
+
+
+def _at(config: Config, path: str) -> Any:
+    return functools.reduce(operator.getitem, path.split("."), config)
 
 
 def _merge(full: Config, given: Config, prefix: str) -> None:
@@ -159,8 +198,39 @@ def task(config: Config) -> Task:
     """The Task of a complete config. Raises UserError for an unknown one."""
     name = config.task.get("name", "")
     check_keys([name], TASKS, "config.task.name")
-    module, _, function = TASKS[name].partition(":")
-    return getattr(importlib.import_module(module), function)(config)
+    return _task_module(name).from_config(config)
+
+
+def _task_module(name: str) -> Any:
+    return importlib.import_module(TASKS[name])
+
+
+def check(config: Config, task: Task) -> None:
+    """Traces the task's first step without computing it, before any data is opened.
+
+    Raises UserError where the sizes in the config do not fit together.
+    """
+    from dalle2_jax.data.pipeline import DataConfig  # late: TensorFlow
+
+    data = construct(DataConfig, config.data, "config.data")
+    b, size = config.batch_size, data.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8),
+        "tokens": jax.ShapeDtypeStruct((b, data.context_length), np.int32),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen = task.frozen()
+    try:
+        Tokenizer(data.context_length, data.vocab_size)  # it knows which vocabularies there are
+        params = jax.eval_shape(task.init, key)
+        jax.eval_shape(functools.partial(task.loss, train=True), params, frozen, batch, key)
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # as flax and jax do
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the sizes in config.model, config.task and config.data do not fit together: {told}"
+        ) from error
 
 
 def dataset(config: Config, split: str) -> Callable[[int], Iterator[Mapping[str, Any]]]:

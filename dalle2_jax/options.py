@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -37,12 +38,39 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}{near_miss(key, known)}")
 
 
+def check_range(where: str, least: float, most: float = math.inf, **values: float) -> None:
+    """Raises UserError for the first of `values` outside [least, most]; NaN is in no range."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            bound = f"{least} or more" if most == math.inf else f"within {least} and {most}"
+            raise UserError(f"{where}.{name}={value} must be {bound}")
+
+
+def with_defaults(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+    """`section` over the defaults of the dataclass `cls`, a dtype by its name.
+
+    So too the sections within (`cls.SECTIONS`), but for what their owner hands on itself.
+    """
+    filled = _defaults(cls) | dict(section.items())
+    own = {f.name for f in _fields(cls)}
+    for name, inner in getattr(cls, "SECTIONS", {}).items():
+        if hasattr(filled.get(name), "items"):
+            defaults = {k: v for k, v in _defaults(inner).items() if k not in own}
+            filled[name] = defaults | dict(filled[name].items())
+    return filled
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    found = {f.name: f.default for f in _fields(cls) if f.default is not dataclasses.MISSING}
+    return {name: v.dtype.name if hasattr(v, "dtype") else v for name, v in found.items()}
+
+
 def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any) -> T:
     """An instance of the dataclass or Flax module `cls` from a section of a config.
 
     Lists become tuples and sections `Section`, so that the result is hashable; `given` are
     arguments from elsewhere. `cls.SECTIONS` names the class whose arguments a section within holds.
-    Raises UserError for an unknown or a missing key, naming it and `where`.
+    Raises UserError for an unknown or a missing key and a value of the wrong kind, and says where.
     """
     fields = _fields(cls)
     check_keys(section, [f.name for f in fields if f.name not in given], where)
@@ -53,7 +81,12 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **given: Any
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in arguments:
             raise UserError(f"{where}: the key {f.name!r} is missing")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # a text where a number belongs
+        raise UserError(f"{where}: {error}") from error
 
 
 def _fields(cls: Any) -> list[dataclasses.Field]:

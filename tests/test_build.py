@@ -1,11 +1,13 @@
 """Configs are completed and checked; train.py tells a mistake in one line."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax import build
 from dalle2_jax.errors import UserError
@@ -33,6 +35,12 @@ def test_defaults_are_filled_in():
         ({"mesh": {"dat": 1}}, "config.mesh: unknown key 'dat'; did you mean 'data'?"),
         ({"batch_size": "many"}, "config.batch_size='many' must be a int"),
         ({"batch_size": 0}, "config.batch_size=0 must be 1 or more"),
+        ({"preview_size": 0}, "config.preview_size=0 must be 1 or more"),
+        ({"ema_decay": 1.5}, "config.ema_decay=1.5 must be within 0 and 1"),
+        ({"ema_decay": math.nan}, "config.ema_decay=nan must be within 0 and 1"),
+        ({"eval_every": -1}, "config.eval_every=-1 must be 0 or more"),
+        ({"seed": -1}, "config.seed=-1 must be within 0 and 4294967295"),
+        ({"optimizer": {"learning_rate": -1}}, "config.optimizer.learning_rate=-1.0 must be 0 or"),
         ({"optimizer": 3}, "config.optimizer=3 must be a section"),
         ({"model": "large"}, "config.model='large' must be a section"),
     ],
@@ -74,6 +82,27 @@ def test_overrides_name_the_near_miss(argument, near):
     build.check_overrides(["--config=f", f"--config.{near}=3", "--noconfig.ema_warmup"], config)
 
 
+def test_a_stage_brings_the_defaults_of_its_classes():
+    config = build.complete(
+        {
+            "task": {
+                "name": "upsampler",
+                "low_size": 8,
+                "image_size": 16,
+                "sampling": {"steps": 3},
+            },
+            "model": {"unet": {"channels": 8, "groups": 4}},
+        }
+    )
+    assert config.task.crop_fraction == 0.25 and config.task.sampling.solver == "ddim"
+    assert config.task.sampling.steps == 3 and "stage" not in config.task
+    unet = config.model.unet
+    assert (unet.dropout, unet.groups, config.model.dtype) == (0.0, 4, "float32")
+    assert "dtype" not in unet  # the network's own serves
+    assert config.diffusion.weighting == "none"
+    assert build.complete(config) == config
+
+
 def test_unknown_task_is_refused():
     with pytest.raises(UserError, match="unknown key 'decodr'; did you mean 'decoder'"):
         build.task(build.complete({"task": "decodr"}))
@@ -87,16 +116,57 @@ def get_config(variant):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("config", "arguments", "told"),
     [
-        (["--config.batchsize=3"], "did you mean 'batch_size'?"),
-        ([], "did you mean 'decoder'?"),
+        ("c.py:8", ["--config.batchsize=3"], "did you mean 'batch_size'?"),
+        ("c.py:8", [], "did you mean 'decoder'?"),
+        ("c.py:many", [], "c.py:many: invalid literal for int() with base 10: 'many'"),
+        ("configs/clip.py:tinny", [], "clip has no variant 'tinny': paper, tpu, tiny, judge"),
+        ("README.md:tiny", [], "README.md:tiny: SyntaxError: "),
     ],
 )
-def test_train_py_exits_2_with_one_line(tmp_path, arguments, told):
+def test_train_py_exits_2_with_one_line(tmp_path, config, arguments, told):
     (tmp_path / "c.py").write_text(CONFIG)
-    command = [sys.executable, "train.py", f"--config={tmp_path}/c.py:8", f"--workdir={tmp_path}/w"]
+    path = config if (ROOT / config.partition(":")[0]).exists() else tmp_path / config
+    command = [sys.executable, "train.py", f"--config={path}", f"--workdir={tmp_path}/w"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert told in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+def parse(monkeypatch, *arguments: str):
+    """The config that a command line with these arguments makes."""
+    argv = ["train.py", f"--config={ROOT}/configs/upsampler_256.py:tiny", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values)
+    values["config"].parser = build.ConfigParser("config")
+    values(argv)
+    return build.complete(holder.value)
+
+
+def test_settings_that_a_file_does_not_list_can_be_overridden(monkeypatch):
+    pytest.importorskip("dalle2_jax.data.pipeline")
+    config = parse(
+        monkeypatch,
+        *("--config.data.flip=True", "--noconfig.data.shuffle", "--config.data.ram_gb=3.5"),
+        *("--config.data.crop_scale=(0.5, 1.0)", "--config.model.unet.dropout=0.2"),
+        *("--config.diffusion.weighting=min_snr_5", "--config.model.dtype=bfloat16"),
+    )
+    data = config.data
+    assert (data.flip, data.shuffle, data.ram_gb, data.crop_scale) == (True, False, 3.5, (0.5, 1.0))
+    assert (config.model.unet.dropout, config.diffusion.weighting) == (0.2, "min_snr_5")
+    assert build.task(config).network.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("argument", "near"),
+    [("data.flop=1", "data.flip"), ("model.unet.dropuot=1", "model.unet.dropout")],
+)
+def test_their_near_misses_are_told(monkeypatch, argument, near):
+    if argument.startswith("data"):
+        pytest.importorskip("dalle2_jax.data.pipeline")
+    with pytest.raises(flags.Error, match=f"did you mean '{near}'"):
+        parse(monkeypatch, f"--config.{argument}")

@@ -78,6 +78,17 @@ def test_clip_pairs_are_worth_log_b_at_chance_and_zero_when_told_apart(clip_fold
     params["text_tower"]["projection"]["kernel"] = jnp.zeros_like(text)
     assert loss_of(task, params, train=False) == pytest.approx(np.log(4), rel=1e-5)
 
+    class Knows(CLIP):
+        """Each pair of a batch lies along an axis of its own."""
+
+        def __call__(self, pictures, tokens):
+            z = jnp.eye(pictures.shape[0], self.dim)
+            return z, z, jnp.float32(100)
+
+    knows = Knows(**{n: getattr(task.network, n) for n in ("dim", "image", "text")})
+    task = dataclasses.replace(task, network=knows)
+    assert loss_of(task, params, train=False) == pytest.approx(0, abs=1e-6)
+
 
 @pytest.mark.parametrize(
     ("stage", "drop", "image_matters"),
@@ -160,5 +171,77 @@ def test_a_missing_clip_is_told(stage, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", 600), ("context_length", 9)])
 def test_captions_that_clip_cannot_read_are_refused(key, value, clip_folder):
+    change = {f"data__{key}": value}
     with pytest.raises(UserError, match=f"data.{key}={value} but the CLIP .* set --config.data"):
-        make("prior", clip_folder, **{f"data__{key}": value})
+        make("prior", clip_folder, **change)
+    with pytest.raises(UserError, match=f"data.{key}={value} but config.model.text has"):
+        make("clip", "", **change)
+
+
+def test_a_vocabulary_that_no_tokenizer_has_is_refused():
+    with pytest.raises(
+        UserError, match=r"config.data: vocab_size=100: CLIP's merges give from 514"
+    ):
+        make("clip", "", data__vocab_size=100)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler"])
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("solver", "ddin", "unknown sampler 'ddin'; did you mean 'ddim'"),
+        ("steps", 5000, "config.task.sampling: .* 5000 .* 20"),
+        ("clip", ("statik", 1.0), "config.task.sampling: .*'statik'"),
+    ],
+)
+def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, told, clip_folder):
+    with pytest.raises(UserError, match=told):
+        make(stage, clip_folder, **{f"task__sampling__{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("clip", {"model__image__heads": 3}, "model.image.heads=3 must divide .*width=16"),
+        ("clip", {"model__activation": "gelu2"}, "unknown key 'gelu2'; did you mean 'gelu'"),
+        ("clip", {"task__max_shift": -1}, "config.task.max_shift=-1 must be 0 or more"),
+        ("prior", {"model__heads": 7}, "config.model.heads=7 must divide config.model.width=16"),
+        ("prior", {"model__activation": "gelu2"}, "unknown key 'gelu2'; did you mean 'gelu'"),
+        ("prior", {"model__dim": 8}, "config.model.dim=8 but the CLIP of .* has 16: set --config"),
+        ("prior", {"task__drop_caption": 3}, "drop_caption=3.0 must be within 0 and 1"),
+        ("decoder", {"model__dim": 128}, "set --config.model.dim=16"),
+        ("decoder", {"model__context_length": 12}, "set --config.model.context_length=8"),
+        ("decoder", {"task__drop_z_img": float("nan")}, "drop_z_img=nan must be within 0 and 1"),
+        ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
+        ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
+        ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),
+        ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):
+    with pytest.raises(UserError, match=told):
+        make(stage, clip_folder, **change)
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_check_before_training_lets_good_configs_through(stage, clip_folder):
+    pytest.importorskip("dalle2_jax.data.pipeline")
+    build.check(config(stage, clip_folder), make(stage, clip_folder))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("decoder", {"task__image_size": 33}, r"multiples of 2, not \(33, 33\)"),
+        ("decoder", {"model__unet__groups": 7}, "[Gg]roups"),
+        ("decoder", {"model__unet__dtype": "float32"}, "dtype"),
+        ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none' or 'min_snr_<"),
+        ("upsampler", {"data__vocab_size": 100}, "vocab_size=100: CLIP's merges give from 514"),
+        ("upsampler", {"model__unet__channel_mults": ()}, "do not fit together"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_before_training(stage, change, told, clip_folder):
+    pytest.importorskip("dalle2_jax.data.pipeline")
+    given = config(stage, clip_folder, **change)
+    with pytest.raises(UserError, match=told):
+        build.check(given, build.task(given))

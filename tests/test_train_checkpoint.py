@@ -137,6 +137,55 @@ def test_no_checkpoint_that_loads_never_means_step_zero(tmp_path, harm):
             restore(tmp_path, template)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("16 GiB"), MemoryError),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError),
+        (ValueError("PERMISSION_DENIED: Error opening"), ValueError),
+        (PermissionError(13, "Permission denied"), UserError),
+    ],
+)
+def test_an_error_that_is_no_damage_moves_nothing(tmp_path, monkeypatch, error, told):
+    template, state = save(tmp_path, 4, 8)
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_restore", fail)
+        with pytest.raises(told, match=str(error.args[-1])[:8]):
+            restore(tmp_path, template)
+    assert kept(tmp_path) == [4, 8]
+    assert_equal(restore(tmp_path, template), at(state, 8))
+
+
+def delete(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def overwrite(path):
+    path.write_bytes(b"\x93" * len(path.read_bytes()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [delete, cut, overwrite])
+@pytest.mark.parametrize("file", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt", "d/"])
+def test_every_kind_of_damage_is_set_aside(tmp_path, harm, file):
+    template, state = save(tmp_path, 4, 8)
+    folder = tmp_path / "checkpoints" / "8"
+    found = [p for p in folder.rglob("*") if p.is_file() and file in str(p.relative_to(folder))]
+    for path in found:
+        harm(path)
+    assert found and kept(tmp_path) == [4, 8]
+    assert_equal(restore(tmp_path, template), at(state, 4))
+    assert kept(tmp_path) == [4]
+
+
 def test_leftovers_of_a_kill_are_no_checkpoint(tmp_path):
     template, state = save(tmp_path, 4)
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)

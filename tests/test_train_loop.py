@@ -1,5 +1,6 @@
 """The loop as a whole: resume, devices, accumulation, NaN, signals, warm start, the lock."""
 
+import itertools
 import json
 import os
 import signal
@@ -168,6 +169,22 @@ def test_warm_start_from_an_exported_folder(tmp_path, one_device):
         loop.train(cfg, ToyTask(width=24), dataset(), tmp_path / "third")
 
 
+def test_warm_start_refuses_what_it_would_load_in_part(tmp_path, one_device):
+    params = jax.device_get(ToyTask().init(jax.random.key(0)))
+    model_folder.write_stage(tmp_path, "toy", {}, {**params, "last": {"bias": np.zeros(3)}})
+    with pytest.raises(UserError, match="last/bias is not in this network"):
+        loop.train(config(init_from=str(tmp_path)), ToyTask(), dataset(), tmp_path / "w")
+
+
+def test_warm_start_knows_models_by_name(tmp_path, one_device, monkeypatch):
+    monkeypatch.setattr(model_folder, "PACKAGED", tmp_path)
+    params = jax.device_get(ToyTask().init(jax.random.key(5)))
+    model_folder.write_stage(tmp_path / "small", "toy", {}, params)
+    cfg = config(init_from="small", num_steps=1, optimizer=dict(learning_rate=0.0))
+    result = loop.train(cfg, ToyTask(), dataset(), tmp_path / "w")
+    np.testing.assert_array_equal(result.state.params["out"]["kernel"], params["out"]["kernel"])
+
+
 def test_warm_start_yields_to_a_checkpoint(tmp_path, one_device):
     loop.train(config(num_steps=4), ToyTask(), dataset(), tmp_path)
     cfg = config(num_steps=5, init_from=str(tmp_path / "nowhere"))
@@ -182,12 +199,28 @@ def test_max_minutes_saves_exports_and_goes_on(tmp_path, one_device):
         assert (tmp_path / "model" / "toy.safetensors").exists()
 
 
-def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device):
-    cfg = config(num_steps=4, eval_every=2, preview_every=4, export_every=2, eval_batches=2)
-    loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
+def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device, monkeypatch):
+    exported, task = [], ToyTask()
+    export = task.export
+    monkeypatch.setattr(task, "export", lambda params: exported.append(params) or export(params))
+    cfg = config(num_steps=5, eval_every=2, preview_every=4, export_every=2, eval_batches=2)
+    result = loop.train(cfg, task, dataset(), tmp_path, eval_dataset=dataset(8))
+    kernels = [params["out"]["kernel"] for params in exported]
+    assert len(kernels) == 3  # steps 2, 4 and the end, each of them other weights
+    assert all((a != b).any() for a, b in itertools.pairwise(kernels))
+    np.testing.assert_array_equal(kernels[-1], result.state.ema_params["out"]["kernel"])
+    read = model_folder.read_params(tmp_path / "model", "toy")
+    np.testing.assert_array_equal(read["out"]["kernel"], kernels[-1])
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "eval/loss" in x] == [2, 4]
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step_000004_first.png"]
+
+
+def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
+    cfg = config(num_steps=2, eval_every=1, preview_every=2, checkpoint_every=0)
+    loop.train(cfg, ToyTask(), dataset(), tmp_path)
+    assert "eval/" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "previews" / "step_000002_first.png").exists()
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, one_device):

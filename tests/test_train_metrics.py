@@ -38,6 +38,19 @@ def test_window_names_the_first_bad_step(bad, told):
         window.check()
 
 
+def test_a_window_that_nobody_reads_stays_small_and_sees_all():
+    def fill(window, bad: int = 0):
+        for step in range(1, 100):
+            window.add(step, entry(np.nan if step == bad else step))
+        return window
+
+    window = fill(Window(most=4))
+    assert len(window._steps) <= 8
+    assert window.mean()["loss"] == pytest.approx(97, abs=3)  # of the newest
+    with pytest.raises(Diverged, match="step 3"):
+        fill(Window(most=4), bad=3)
+
+
 def read(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -47,7 +60,9 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped(tmp_path, capsy
         for step in (1, 2, 3):
             report.scalars(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # the kill came here
+        file.write('[1]\n7\n{"step": "x"}\n{"step": 4, "lo')  # the kill came here
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
     with Reporter(tmp_path, 2, tensorboard=False) as report:
         report.scalars(3, {"loss": 30})
     assert read(tmp_path) == [{"step": s, "loss": v} for s, v in ((1, 1), (2, 2), (3, 30))]

@@ -12,7 +12,8 @@ import optax
 
 from dalle2_jax import images
 from dalle2_jax.nets.clip import CLIP
-from dalle2_jax.options import construct, plain
+from dalle2_jax.options import check_range, construct, plain
+from dalle2_jax.tasks.frozen_clip import check_captions, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -21,7 +22,10 @@ class CLIPTask:
     network: CLIP
     model: Mapping[str, Any]
     max_shift: int = 0  # pictures are moved at random by up to so many pixels, edges repeated
-    stage: str = "clip"
+    stage: str = dataclasses.field(default="clip", init=False)
+
+    def __post_init__(self) -> None:
+        check_range("config.task", 0, max_shift=self.max_shift)
 
     def init(self, key: Array) -> Params:
         return self.network.init(key, *self.network.init_inputs())["params"]
@@ -61,7 +65,13 @@ def random_shift(key: Array, pictures: Array, most: int) -> Array:
     return images.crop(padded, corners, pictures.shape[1])
 
 
+SECTIONS = {"task": CLIPTask, "model": CLIP}
+
+
 def from_config(config: Any) -> CLIPTask:
     options = {key: value for key, value in config.task.items() if key != "name"}
     network = construct(CLIP, config.model, "config.model")
+    check_captions(config, network.text, "config.model.text")
+    for name in ("image", "text"):
+        check_transformer(f"config.model.{name}", config.model[name], network.activation)
     return construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))

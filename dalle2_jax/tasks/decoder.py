@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.nets.clip import text_mask
 from dalle2_jax.nets.decoder import Decoder
-from dalle2_jax.options import construct
+from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
-from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
+from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -31,7 +31,13 @@ class DecoderTask:
     image_size: int
     drop_z_img: float = 0.1
     drop_caption: float = 0.5
-    stage: str = "decoder"
+    stage: str = dataclasses.field(default="decoder", init=False)
+    SECTIONS: ClassVar = {"sampling": Settings}
+
+    def __post_init__(self) -> None:
+        drops = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
+        check_range("config.task", 0, 1, **drops)
+        check_range("config.task", 1, image_size=self.image_size)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
@@ -87,19 +93,25 @@ class DecoderTask:
         return self.entry, params
 
 
+SECTIONS = {"task": DecoderTask, "model": Decoder, "diffusion": Process}
+
+
 def from_config(config: Any) -> DecoderTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     network = construct(Decoder, config.model, "config.model")
     if network.text is not None:
         check_captions(config, network.text, "config.model.text")
+        activation = network.text.get("activation", "gelu")
+        check_transformer("config.model.text", network.text, activation)
+    process = construct(Process, config.diffusion, "config.diffusion")
     task = construct(
         DecoderTask,
         options,
         "config.task",
         network=network,
-        process=construct(Process, config.diffusion, "config.diffusion"),
+        process=process,
         clip=FrozenCLIP.load(config, reads_captions=network.text is None),
-        sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
+        sampling=sampling_settings(config, process),
         entry={},
     )
     return dataclasses.replace(task, entry=stage_entry(config, image_size=task.image_size))

@@ -8,11 +8,29 @@ from typing import Any
 import jax
 
 from dalle2_jax import images
+from dalle2_jax.diffusion import guidance
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.losses import sample_t
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.options import plain
+from dalle2_jax.errors import UserError
+from dalle2_jax.options import construct, plain
+from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.types import Array, Metrics
+
+
+def sampling_settings(config: Any, process: Process) -> Settings:
+    """`config.task.sampling`: how previews, and later the exported model, are drawn.
+
+    Raises UserError for what `process` cannot be sampled with: told now, not after training.
+    """
+    where = "config.task.sampling"
+    settings = construct(Settings, config.task.get("sampling") or {}, where)
+    try:
+        settings.make_solver(settings.schedule(process))
+        guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return settings
 
 
 def denoising_loss(process: Process, apply: Apply, x_0: Array, key: Array) -> tuple[Array, Metrics]:
@@ -47,6 +65,6 @@ def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
     """A diffusion stage's entry in `config.json`: what builds and samples it again."""
     sections = ("model", "diffusion")
     return {name: plain(config[name]) for name in sections} | {
-        "sampling": plain(config.task.sampling),
+        "sampling": plain(config.task.get("sampling") or {}),
         **plain(extra),
     }

@@ -9,6 +9,8 @@ from typing import Any
 from dalle2_jax import images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
+from dalle2_jax.nets.transformer import ACTIVATIONS
+from dalle2_jax.options import check_keys
 from dalle2_jax.sampling import load
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
@@ -17,13 +19,31 @@ from dalle2_jax.types import Array, Params
 def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
     """Raises UserError if the tokens of `config.data` are not those that `text` reads."""
     names = ("context_length", "vocab_size")
-    tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
-    for name in names:
-        if getattr(tokenizer, name) != text[name]:
+    try:
+        tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
+    except ValueError as error:
+        raise UserError(f"config.data: {error}") from error
+    given = {name: getattr(tokenizer, name) for name in names}
+    _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
+
+
+def _check_equal(
+    where: str, given: Mapping[str, Any], wanted: Mapping[str, Any], whose: str
+) -> None:
+    for name, value in wanted.items():
+        if given.get(name) != value:
             raise UserError(
-                f"config.data.{name}={getattr(tokenizer, name)} but {whose} has "
-                f"{text[name]}: set --config.data.{name}={text[name]}"
+                f"{where}.{name}={given.get(name)} but {whose} has {value}: "
+                f"set --{where}.{name}={value}"
             )
+
+
+def check_transformer(where: str, section: Mapping[str, Any], activation: str) -> None:
+    """Raises UserError for heads that do not divide the width and for an unknown activation."""
+    width, heads = section.get("width", 1), section.get("heads", 1)
+    if heads < 1 or width % heads:
+        raise UserError(f"{where}.heads={heads} must divide {where}.width={width}")
+    check_keys([activation], ACTIVATIONS, "config.model.activation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +56,10 @@ class FrozenCLIP:
 
     @classmethod
     def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
-        """From `config.clip_from`; where it `reads_captions`, `config.data` must suit it."""
+        """From `config.clip_from`, with a width that `config.model.dim` must equal.
+
+        Where it `reads_captions`, `config.data` and `config.model.context_length` must suit it.
+        """
         if not config.clip_from:
             raise UserError(
                 "config.clip_from is empty: name the model folder of a trained CLIP, "
@@ -44,9 +67,12 @@ class FrozenCLIP:
             )
         folder = model_folder.resolve(config.clip_from)
         network = load.clip_network(folder)
-        text = network.text
+        text, whose = network.text, f"the CLIP of {folder}"
+        _check_equal("config.model", config.model, {"dim": network.dim}, whose)
         if reads_captions:
-            check_captions(config, text, f"the CLIP of {folder}")
+            check_captions(config, text, whose)
+            length = {"context_length": text["context_length"]}
+            _check_equal("config.model", config.model, length, whose)
         size = network.image["image_size"]
         return cls(network, size, text["context_length"], text["vocab_size"], str(folder))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -12,9 +12,10 @@ from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
-from dalle2_jax.options import construct
-from dalle2_jax.tasks.denoising import denoising_loss, stage_entry
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP
+from dalle2_jax.options import check_range, construct
+from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
+from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -30,7 +31,12 @@ class PriorTask:
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
-    stage: str = "prior"
+    stage: str = dataclasses.field(default="prior", init=False)
+    SECTIONS: ClassVar = {"sampling": Settings}
+
+    def __post_init__(self) -> None:
+        check_range("config.task", 0, 1, drop_caption=self.drop_caption)
+        check_range("config.task", 1e-6, embedding_scale=self.embedding_scale)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
@@ -62,14 +68,21 @@ class PriorTask:
         return self.entry, params
 
 
+SECTIONS = {"task": PriorTask, "model": DiffusionPrior, "diffusion": Process}
+
+
 def from_config(config: Any) -> PriorTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    network = construct(DiffusionPrior, config.model, "config.model")
+    check_transformer("config.model", config.model, network.activation)
+    process = construct(Process, config.diffusion, "config.diffusion")
+    sampling_settings(config, process)  # checked here, used by whoever draws with the export
     task = construct(
         PriorTask,
         options,
         "config.task",
-        network=construct(DiffusionPrior, config.model, "config.model"),
-        process=construct(Process, config.diffusion, "config.diffusion"),
+        network=network,
+        process=process,
         clip=FrozenCLIP.load(config),
         entry={},
     )

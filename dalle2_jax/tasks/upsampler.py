@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
+from dalle2_jax.errors import UserError
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import construct
+from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
-from dalle2_jax.tasks.denoising import denoising_loss, side_by_side, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -32,10 +33,31 @@ class UpsamplerTask:
     crop_fraction: float = 0.25
     blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
     noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
-    stage: str = ""
+    SECTIONS: ClassVar = {"sampling": Settings}
+
+    def __post_init__(self) -> None:
+        check_range("config.task", 1, low_size=self.low_size, image_size=self.image_size)
+        check_range("config.task", 0, 1, crop_fraction=self.crop_fraction)
+        check_range("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
+        factor, rest = divmod(self.image_size, self.low_size)
+        if rest:
+            raise UserError(
+                f"config.task.image_size={self.image_size} must be a multiple of "
+                f"config.task.low_size={self.low_size}"
+            )
+        if not self.crop_size or self.crop_size % factor:
+            raise UserError(
+                f"config.task.crop_fraction={self.crop_fraction} of image_size={self.image_size} "
+                f"makes crops of {self.crop_size} px: they must be a multiple of {factor}, "
+                "which is one pixel of the small picture"
+            )
 
     def init(self, key: Array) -> Params:
         return self.network.init(key, *self.network.init_inputs())["params"]
+
+    @property
+    def stage(self) -> str:
+        return f"upsampler_{self.image_size}"
 
     @property
     def crop_size(self) -> int:
@@ -80,16 +102,20 @@ class UpsamplerTask:
         return self.entry, params
 
 
+SECTIONS = {"task": UpsamplerTask, "model": Upsampler, "diffusion": Process}
+
+
 def from_config(config: Any) -> UpsamplerTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    process = construct(Process, config.diffusion, "config.diffusion")
     task = construct(
         UpsamplerTask,
         options,
         "config.task",
         network=construct(Upsampler, config.model, "config.model"),
-        process=construct(Process, config.diffusion, "config.diffusion"),
-        sampling=construct(Settings, config.task.sampling, "config.task.sampling"),
+        process=process,
+        sampling=sampling_settings(config, process),
         entry={},
     )
     entry = stage_entry(config, image_size=task.image_size, low_size=task.low_size)
-    return dataclasses.replace(task, stage=f"upsampler_{task.image_size}", entry=entry)
+    return dataclasses.replace(task, entry=entry)

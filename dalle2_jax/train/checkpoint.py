@@ -19,10 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dalle2_jax import sharding
+from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import Array, PyTree
+
+# What Orbax raises over files that are missing, cut short or no longer what they were; it tells of
+# array data by a bare Exception. Anything else (no memory, no permission) says nothing of the file.
+_DAMAGE = (
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+_NO_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Too many open files")
 
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -60,11 +73,14 @@ class WorkdirLock:
     """Keeps a second trainer out of a workdir; the kernel drops it when the process dies."""
 
     def __init__(self, workdir: Path):
-        """Raises UserError where another process holds it. One host of several locks for all."""
+        """Raises UserError where another process holds it and where it cannot be written.
+
+        One host of several locks for all.
+        """
         self._file = None
         if jax.process_index():
             return
-        workdir.mkdir(parents=True, exist_ok=True)
+        pictures.prepare_folder(workdir)
         self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,9 +192,10 @@ class Checkpoints:
     def restore_latest(self, template: TrainState) -> TrainState | None:
         """The newest checkpoint that loads, in the shardings of `template`; None if none exists.
 
-        A checkpoint that does not load is moved to WORKDIR/broken_checkpoints with a loud line,
-        and the next older one is tried. Raises UserError where checkpoints exist and none loads,
-        and where the newest is of another config.
+        A damaged checkpoint is moved to WORKDIR/broken_checkpoints with a loud line, and the next
+        older one is tried. Raises UserError where checkpoints exist and none loads, where the
+        newest is of another config and where it may not be read; other errors (no memory) go
+        through, and nothing is moved.
         """
         faults = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -187,6 +204,12 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:
+                if not _is_damage(error):
+                    if isinstance(error, OSError):
+                        raise UserError(
+                            f"cannot read {self._folder / str(step)}: {error}"
+                        ) from error
+                    raise
                 faults.append(f"step {step}: {_first_line(error)}")
                 logging.error("CHECKPOINT %d DOES NOT LOAD: %s", step, _first_line(error))
                 self._set_aside(self._folder / str(step))
@@ -219,7 +242,7 @@ class Checkpoints:
         sums = checksums(restored)
         damaged = [k for k, v in meta["checksums"].items() if sums[k] != v]
         if damaged:
-            raise OSError(f"damaged data: the checksum of {damaged[0]} differs")
+            raise ValueError(f"damaged data: the checksum of {damaged[0]} differs")
         if faults := list(self._broken.glob("*")):
             logging.warning("broken checkpoints lie in %s (%d)", self._broken, len(faults))
         return restored
@@ -240,6 +263,12 @@ class Checkpoints:
         if folder.exists():
             folder.rename(target)
             logging.error("moved it to %s", target)
+
+
+def _is_damage(error: Exception) -> bool:
+    told = f"{error} {error.__cause__}"
+    kind = type(error) is Exception or isinstance(error, _DAMAGE)
+    return kind and not any(sign in told for sign in _NO_DAMAGE)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from dalle2_jax import model_folder, sharding
+from dalle2_jax import model_folder, pictures, sharding
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
+from dalle2_jax.train.checks import check_best_metric, export_folder, local_folder
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.side import Dataset, SideWork
@@ -41,32 +42,40 @@ def train(
 ) -> Result:
     """Trains `task` to config.num_steps, going on from the newest checkpoint in `workdir`.
 
-    `config` is a complete one (build.complete). Raises UserError for mistakes, Diverged where the
-    loss or gradient is no longer finite (the last good checkpoint stays).
+    `config` is a complete one (build.complete). Without `eval_dataset` nothing is evaluated, and
+    previews show training pictures. Raises UserError for mistakes, Diverged where the loss or
+    gradient is no longer finite (the last good checkpoint stays).
     """
-    workdir = Path(workdir).absolute()
+    workdir = local_folder(workdir, "--workdir")
+    model = export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    frozen = place_frozen(task.frozen(), mesh)
+    side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model)
+    if config.best_metric:
+        names = side.metric_names(template.params) if eval_dataset else ()
+        check_best_metric(config, names)
     with (
         WorkdirLock(workdir),
         Checkpoints(workdir, config.keep, config.best_metric) as checkpoints,
         Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
     ):
+        if config.export_to:
+            pictures.prepare_folder(model)  # not only after hours of training
         state = checkpoints.restore_latest(template)
         if state is not None:
             logging.info("going on from step %d of %s", int(state.step), workdir)
         else:
             state = init_state(task, optimizer, config.seed, template)
             if config.init_from:
-                tensors = model_folder.read_params(config.init_from, task.stage)
-                state = warm_start(state, tensors, config.init_from)
+                folder = model_folder.resolve(config.init_from)
+                tensors = model_folder.read_params(folder, task.stage)
+                state = warm_start(state, tensors, folder)
         start = int(state.step)
         train_step = make_train_step(task, optimizer, config, template, mesh)
-        frozen = place_frozen(task.frozen(), mesh)
-        side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, workdir)
-        data, window, stopped_by = dataset(start), Window(), None
+        data, window, stopped_by = dataset(start), Window(max(config.log_every, 1000)), None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         with Reporter(workdir, start, tensorboard) as report:
             report.parameters(template.params)
@@ -83,7 +92,7 @@ def train(
                 if _due(config.log_every, step, config.num_steps):
                     report.log(step, config.num_steps, config.batch_size, window.mean())
                 since = time.perf_counter()
-                if _due(config.eval_every, step):
+                if eval_dataset and _due(config.eval_every, step):
                     scores = side.evaluate(state.ema_params)
                     report.scalars(step, scores)
                 if _due(config.preview_every, step):

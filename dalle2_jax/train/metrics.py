@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import jax
 import numpy as np
 from absl import logging
 
+from dalle2_jax.files import replacing
+from dalle2_jax.pictures import save_png
 from dalle2_jax.types import Metrics, Params
 
 
@@ -32,12 +34,19 @@ class Diverged(RuntimeError):
 
 
 class Window:
-    """Metrics since the last log, left on the devices until they are asked for."""
+    """Metrics since the last log, left on the devices until they are asked for.
 
-    def __init__(self):
+    Of those that nobody asks for (log_every=0) the newest `most` are kept, or up to twice as many.
+    """
+
+    def __init__(self, most: int = 1000):
+        self._most = most
         self._steps: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
+        if len(self._steps) >= 2 * self._most:
+            self.check()  # none goes unseen
+            self._steps = self._steps[-self._most :]
         self._steps.append((step, metrics))
 
     def check(self, newest_only: bool = False) -> None:
@@ -139,27 +148,23 @@ class Reporter:
         """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
         if not self._active:
             return
-        from PIL import Image
-
-        folder = self._folder / "previews"
-        folder.mkdir(exist_ok=True)
         for name, picture in pictures.items():
             picture = np.asarray(picture)
             file = f"step_{step:06d}_{name.replace('/', '_')}.png"
-            Image.fromarray(picture).save(folder / file)
+            save_png(self._folder / "previews" / file, picture)
             if self._clu:
                 self._clu.write_images(step, {name: picture[None]})
 
 
-def _reopen(path: Path, start_step: int):
+def _reopen(path: Path, start_step: int) -> IO[str]:
     """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed."""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                print(f"{path}: a broken line is dropped", file=sys.stderr)
-    path.write_text("".join(kept))
-    return path.open("a")
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= start_step:
+                kept.append(line + b"\n")
+        except (ValueError, LookupError, TypeError):  # no JSON, no UTF-8, no object with a step
+            print(f"{path}: a broken line is dropped", file=sys.stderr)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+    return path.open("a", encoding="utf-8")

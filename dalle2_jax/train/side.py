@@ -30,19 +30,27 @@ class SideWork:
         frozen: Params,
         mesh: Mesh,
         dataset: Dataset,
-        workdir: Path,
+        folder: Path,
     ):
-        """`dataset` is the held-out one; `workdir` holds the model folder if config names none."""
+        """`dataset` is the held-out one if there is one; `folder` the model folder to write."""
         self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
         self._dataset = dataset
         self._eval_step = make_eval_step(task, mesh)
         self._preview = make_preview(task, mesh, config.preview_size)
-        self._folder = Path(config.export_to or workdir / "model")
+        self._folder = folder
 
     @functools.cached_property
     def _batches(self) -> list[Mapping[str, np.ndarray]]:
         """The same first batches every time, read once."""
         return list(itertools.islice(self._dataset(0), max(self._config.eval_batches, 1)))
+
+    def metric_names(self, params: Params) -> list[str]:
+        """Those that `evaluate` would give for parameters of these shapes; nothing is computed."""
+        key = stream(self._config.seed, EVAL_STREAM)
+        return [
+            f"eval/{n}"
+            for n in jax.eval_shape(self._eval_step, params, self._frozen, self._batches[0], key)
+        ]
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Mean metrics over the same first batches, with the same noise, every time."""
@@ -57,7 +65,11 @@ class SideWork:
         return total
 
     def preview(self, params: Params) -> dict[str, np.ndarray]:
-        """Pictures of the same examples and noise every time, so that they can be compared."""
+        """The task's pictures of the same examples of the data, with the same noise, every time.
+
+        They can so be compared over a run. No prompts of one's own: the decoder is shown the true
+        z_img and the caption of each example; CLIP and the prior have no pictures.
+        """
         batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, PREVIEW_STREAM)
         return jax.device_get(self._preview(params, self._frozen, batch, key))

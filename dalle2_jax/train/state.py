@@ -77,8 +77,8 @@ def init_state(task: Task, optimizer: Optimizer, seed: int, template: TrainState
 def warm_start(state: TrainState, tensors: Mapping[str, Any], folder: str | Path) -> TrainState:
     """`state` with params and EMA taken from `tensors`, read from the model folder `folder`.
 
-    Raises UserError that names the tensors which are missing or have another shape. Tensors the
-    network does not know (statistics of a stage) are left alone.
+    Raises UserError that names the tensors which are missing, have another shape or are not the
+    network's: a deeper one would be loaded in part.
     """
     given, wanted = sharding.flatten(tensors), sharding.flatten(state.params)
     missing = [name for name in wanted if name not in given]
@@ -87,8 +87,10 @@ def warm_start(state: TrainState, tensors: Mapping[str, Any], folder: str | Path
         for name, leaf in wanted.items()
         if name in given and tuple(np.shape(given[name])) != tuple(leaf.shape)
     ]
-    if missing or other:
+    extra = [name for name in given if name not in wanted]
+    if missing or other or extra:
         told = [f"{name} is missing" for name in missing] + other
+        told += [f"{name} is not in this network" for name in extra]
         more = f" and {len(told) - 5} more" if len(told) > 5 else ""
         raise UserError(
             f"init_from={folder} does not fit this config: {'; '.join(told[:5])}{more}. "

@@ -1,0 +1,65 @@
+"""What can be known to be wrong before the first step: told in one line, with nothing written."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+from dalle2_jax import model_folder
+from dalle2_jax.errors import UserError
+from dalle2_jax.options import near_miss
+
+
+def local_folder(name: str | os.PathLike[str], setting: str) -> Path:
+    """`name` as an absolute path; UserError where it is empty, remote or a file.
+
+    The lock and metrics.jsonl need a file system: a bucket has neither locks nor appending.
+    """
+    text = os.fspath(name)
+    if not text.strip():
+        raise UserError(f"{setting} is empty: name a folder")
+    if "://" in text:
+        raise UserError(
+            f"{setting}={text} is remote: name a local folder (a mounted bucket will do)"
+        )
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise UserError(f"{setting}={text} is a file: name a folder")
+    return Path(text).absolute()
+
+
+def export_folder(config: Any, workdir: Path) -> Path:
+    """The model folder to write. Raises UserError where writing would fail at the end."""
+    known = get_args(model_folder.StorageDtype)
+    if config.export_dtype not in known:
+        raise UserError(
+            f"config.export_dtype={config.export_dtype!r} is unknown"
+            f"{near_miss(config.export_dtype, known)} ({', '.join(known)})"
+        )
+    folder = local_folder(config.export_to or workdir / "model", "config.export_to")
+    if (folder / model_folder.CONFIG_NAME).exists():
+        model_folder.read_config(folder)  # the stages in it are kept, so it must be sound
+    return folder
+
+
+def check_best_metric(config: Any, names: Iterable[str]) -> None:
+    """Raises UserError where `config.best_metric` would never keep a checkpoint.
+
+    `names` are those that evaluation gives, none where there is no held-out data.
+    """
+    names, every, save = list(names), config.eval_every, config.checkpoint_every
+    told = f"config.best_metric={config.best_metric!r}"
+    if not names or not every:
+        raise UserError(f"{told} needs evaluation: set config.data.eval_split and eval_every")
+    if config.best_metric not in names:
+        raise UserError(
+            f"{told} is nothing that evaluation gives{near_miss(config.best_metric, names)} "
+            f"({', '.join(names)})"
+        )
+    if config.num_steps % every and not (save and math.lcm(every, save) <= config.num_steps):
+        raise UserError(
+            f"{told}: no checkpoint is saved at a step that is evaluated; make "
+            f"config.checkpoint_every={save} a multiple of config.eval_every={every}"
+        )

@@ -1,0 +1,80 @@
+"""Mistakes that would show after hours are told before the first step, and nothing is written."""
+
+import pytest
+from toy_task import ToyTask, config, dataset
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import loop
+from dalle2_jax.train.checks import check_best_metric, export_folder, local_folder
+
+
+class Untrained(ToyTask):
+    """No step is ever made with it."""
+
+    def loss(self, params, frozen, batch, key, train):
+        assert not train, "a step was made"
+        return super().loss(params, frozen, batch, key, train)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "told"),
+    [
+        ("", "--workdir is empty: name a folder"),
+        ("gs://b/run", "--workdir=gs://b/run is remote: name a local folder"),
+        ("file", "--workdir=file is a file: name a folder"),
+        ("file/run", "cannot write to the folder .*file/run"),
+        ("/proc/x", "cannot write to the folder /proc/x"),
+    ],
+)
+def test_a_workdir_that_cannot_be_is_refused(tmp_path, monkeypatch, workdir, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=told):
+        loop.train(config(), Untrained(), dataset(), workdir)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"export_dtype": "float8"}, "export_dtype='float8' is unknown.*float16"),
+        ({"export_to": "gs://b/model"}, "config.export_to=gs://b/model is remote"),
+        ({"export_to": "/proc/x"}, "cannot write to the folder /proc/x"),
+        ({"export_to": "broken"}, "config.json is not valid JSON"),
+        ({"best_metric": "eval/los"}, "evaluation gives; did you mean 'eval/loss'.*eval/rms"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_told_at_the_start(tmp_path, monkeypatch, change, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    cfg = config(eval_every=2, **change)
+    with pytest.raises(UserError, match=told):
+        loop.train(cfg, Untrained(), dataset(), tmp_path / "w", eval_dataset=dataset())
+
+
+def test_a_best_that_is_kept_goes_through():
+    cfg = config(eval_every=3, checkpoint_every=4, num_steps=12, best_metric="eval/rms")
+    check_best_metric(cfg, ["eval/loss", "eval/rms"])
+    check_best_metric(config(eval_every=5, num_steps=10, best_metric="a"), ["a"])  # at the end
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "told"),
+    [
+        ([], {}, "needs evaluation: set config.data.eval_split and eval_every"),
+        (["eval/loss"], {"eval_every": 0}, "needs evaluation"),
+        (["eval/loss"], {"eval_every": 7, "checkpoint_every": 5}, "no checkpoint is saved at a st"),
+    ],
+)
+def test_a_best_that_is_never_kept_is_refused(names, change, told):
+    cfg = config(**{"best_metric": "eval/loss", "eval_every": 2, "num_steps": 20, **change})
+    with pytest.raises(UserError, match=told):
+        check_best_metric(cfg, names)
+
+
+def test_good_places_go_through(tmp_path):
+    assert local_folder(tmp_path / "new", "--workdir") == tmp_path / "new"
+    assert export_folder(config(), tmp_path) == tmp_path / "model"
+    assert export_folder(config(export_to=str(tmp_path / "m")), tmp_path) == tmp_path / "m"
+    assert not list(tmp_path.iterdir())
