@@ -263,6 +263,12 @@ def test_high_contrast_is_grey(fixture):
         (dict(split="test"), "no split 'test'; there are"),
         (dict(subset="concret"), "did you mean 'concrete'"),
         (dict(subset="style=gothic"), "empty"),
+        (dict(subset="style=noto,style=twemoji"), r"'style' stands twice; .* style=noto\|twemoji"),
+        (dict(subset="concrete,concrete"), "'concrete' stands twice"),
+        (dict(subset="concrete=True"), "concrete=True: 'concrete' is true or false: write concrete"),
+        (dict(subset="style"), r"style: 'style' is text: write style=A or style=A\|B"),
+        (dict(subset="tags=a|b"), r"tags=a\|b: 'tags' is neither one text nor true or false"),
+        (dict(subset="image"), "'image' is neither one text nor true or false"),
     ],
 )
 def test_load_errors(change, match):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.data import folder_source, pipeline
+from dalle2_jax.data.examples import Damage
 from dalle2_jax.errors import UserError
 
 COLORS = {"a": "red", "b": "lime", "c": "blue"}
@@ -119,8 +120,25 @@ def test_a_damaged_picture_gives_way_to_the_next_and_is_reported(captioned):
         batch = next(batches(0))
         np.testing.assert_array_equal(batch["image"][1], batch["image"][2])
         assert batch["image"][1, 0, 0].tolist() == [0, 0, 255]
+        # the caption comes with the picture, or the two would be learned as a pair
+        blue = pipeline.Tokenizer(8, 600)(["a blue square", "blue"])
+        assert batch["tokens"][1].tolist() in blue.tolist()
     assert list(batches.damaged) == [str(captioned / "b.png")]
     assert "not a readable picture" in batches.damaged[str(captioned / "b.png")]
+
+
+def test_damaged_pictures_are_counted_and_the_first_ten_named(caplog):
+    damage = Damage()
+    for i in range(45):
+        for _ in range(2):  # met again in the next epoch
+            damage.add(f"{i}.png", ValueError("cut short"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[9] == "damaged picture 10: 9.png: cut short; the next one takes its place"
+    assert lines[10:] == [
+        "damaged pictures: the 10 named and 10 more",
+        "damaged pictures: the 10 named and 30 more",
+    ]
+    assert len(damage.found) == 45
 
 
 def test_nothing_but_damaged_pictures(captioned):

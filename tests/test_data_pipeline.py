@@ -148,7 +148,9 @@ def test_subset_keeps_what_it_says():
 
 
 def test_damaged_records_are_replaced_and_reported(monkeypatch):
-    whole = take(shared(shuffle=False), 1)[0]["image"]
+    source = tfds_source.load_arrays(FIXTURE, "train")
+    whole = source["image"][:BATCH]
+    theirs = Tokenizer(CONTEXT, VOCAB)(source["captions"][3]).tolist()
     real = tfds_source.decode.decode
     records = tfds_source.read_records(tfds_source.open_split(FIXTURE, "train"))
     bad = records[2]["image"]
@@ -161,8 +163,10 @@ def test_damaged_records_are_replaced_and_reported(monkeypatch):
     monkeypatch.setattr(tfds_source.decode, "decode", broken)
     for way in ({}, STREAM):
         batches = dataset(shuffle=False, **way)
-        image = take(batches, 1)[0]["image"]
+        (batch,) = take(batches, 1)
+        image = batch["image"]
         np.testing.assert_array_equal(image[2], whole[3])
+        assert batch["tokens"][2].tolist() in theirs  # the caption comes with the picture
         np.testing.assert_array_equal(np.delete(image, 2, 0), np.delete(whole, 2, 0))
         assert list(batches.damaged.values()) == ["cut short"]
 

@@ -11,7 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,10 +171,10 @@ class Batches:
     def _gather(self, index: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         places = index.tolist()
         run = map if self._cache.holds(places) else self._decoders.map  # idle threads cost as well
-        images = list(run(self._cache.get, places, self._crops(draws)))
+        images, used = zip(*run(self._cache.get, places, self._crops(draws)), strict=True)
         return {
             "image": self._finish(images, draws),
-            "tokens": self._tokens.get(index, draws[:, 0]),
+            "tokens": self._tokens.get(np.array(used), draws[:, 0]),
         }
 
     def _decode_records(
@@ -183,8 +183,9 @@ class Batches:
         del index  # the stream's own order
         window = stream.Window(image, self._config.image_size, self._damage)
         places = range(self._batch_size)[self._share]
-        images = list(self._decoders.map(window.get, places, self._crops(draws)))
-        texts = [c.decode("utf-8", "replace") for c in caption[self._share]]
+        found = self._decoders.map(window.get, places, self._crops(draws))
+        images, used = zip(*found, strict=True)
+        texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
 
     def _crops(self, draws: np.ndarray) -> list[tuple[float, float, float]]:
@@ -193,7 +194,7 @@ class Batches:
         low, high = self._config.crop_scale
         return [(low + (high - low) * float(s), float(y), float(x)) for s, y, x in draws[:, 1:4]]
 
-    def _finish(self, images: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
+    def _finish(self, images: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
         batch = np.stack(images)
         if self._config.flip:
             mirrored = draws[:, 4] < 0.5

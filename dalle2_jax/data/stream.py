@@ -64,16 +64,17 @@ class Window:
     def __init__(self, encoded: np.ndarray, size: int, damage: Damage):
         self._encoded, self._size, self._damage = encoded, size, damage
 
-    def get(self, place: int, crop: tuple[float, float, float]) -> np.ndarray:
-        """uint8 [size, size, 3] for `place` in the batch.
+    def get(self, place: int, crop: tuple[float, float, float]) -> tuple[np.ndarray, int]:
+        """uint8 [size, size, 3] for `place` in the batch, and the place it was found at.
 
         Raises:
           UserError: no picture of the batch is whole.
         """
         for offset in range(len(self._encoded)):
-            data = self._encoded[(place + offset) % len(self._encoded)]
+            used = (place + offset) % len(self._encoded)
+            data = self._encoded[used]
             try:
-                return decode.decode(data, self._size, crop)
+                return decode.decode(data, self._size, crop), used
             except decode.DamagedImage as e:
                 self._damage.add(f"picture of {len(data)} bytes, {data[:8].hex()}...", e)
         raise UserError(f"all {len(self._encoded)} pictures of a batch are damaged")
