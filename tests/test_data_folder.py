@@ -48,6 +48,29 @@ def test_captions_csv(folder):
     assert folder_source.open_folder(folder).captions == [["one, two", "three"]]
 
 
+BOM = "\ufeff"  # what Windows' editors begin a UTF-8 file with
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "red"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "red"}'),
+        ("captions.csv", "file_name,text\na.png,red\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(folder, name, text):
+    for other in "bc":
+        (folder / f"{other}.png").unlink()
+    (folder / name).write_text(BOM + text, "utf-8")
+    assert folder_source.open_folder(folder).captions == [["red"]]
+
+
+def test_a_folder_named_like_a_picture_is_none(captioned):
+    (captioned / "x.png").mkdir()
+    assert len(folder_source.open_folder(captioned)) == 3
+
+
 def test_split_folder(captioned):
     (captioned / "test").mkdir()
     (captioned / "a.png").rename(captioned / "test" / "a.png")
@@ -67,6 +90,8 @@ def test_split_folder(captioned):
         ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
         ("metadata.jsonl", '{"file_name": "../d.png", "text": "x"}', "lies outside"),
         ("captions.csv", "name,words\na.png,x\n", "must name the columns file_name and text"),
+        ("captions.csv", 'file_name,text\na.png,"red\nb.png,green\n', "line 2: not CSV .*close every"),
+        ("captions.csv", 'file_name,text\na.png,"red" square\n', "line 2: not CSV .*close every"),
         ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
     ],
 )
