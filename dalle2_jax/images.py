@@ -119,9 +119,7 @@ def gaussian_blur(
     return images
 
 
-def random_offsets(
-    key: jax.Array, batch: int, image_size: tuple[int, int], crop: int
-) -> jax.Array:
+def random_offsets(key: jax.Array, batch: int, image_size: tuple[int, int], crop: int) -> jax.Array:
     """Uniform corners (y, x) int32 [batch, 2] of crops that fit."""
     height, width = image_size
     if crop > min(height, width):

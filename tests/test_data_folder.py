@@ -90,7 +90,11 @@ def test_split_folder(captioned):
         ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
         ("metadata.jsonl", '{"file_name": "../d.png", "text": "x"}', "lies outside"),
         ("captions.csv", "name,words\na.png,x\n", "must name the columns file_name and text"),
-        ("captions.csv", 'file_name,text\na.png,"red\nb.png,green\n', "line 2: not CSV .*close every"),
+        (
+            "captions.csv",
+            'file_name,text\na.png,"red\nb.png,green\n',
+            "line 2: not CSV .*close every",
+        ),
         ("captions.csv", 'file_name,text\na.png,"red" square\n', "line 2: not CSV .*close every"),
         ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
     ],

@@ -171,6 +171,16 @@ def test_damaged_records_are_replaced_and_reported(monkeypatch):
         assert list(batches.damaged.values()) == ["cut short"]
 
 
+@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_pictures_smaller_than_asked_for_are_told_once(way, caplog):
+    take(dataset(image_size=128, **way), 2)
+    (line,) = [r.getMessage() for r in caplog.records if "image_size" in r.getMessage()]
+    assert "fixtures/emoji (train): pictures of 64 px, enlarged to image_size=128" in line
+    caplog.clear()
+    dataset(image_size=64, **way)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -183,6 +193,7 @@ def test_damaged_records_are_replaced_and_reported(monkeypatch):
         (dict(source="folder", subset="concrete"), "subset is for TFDS"),
         (dict(subset="style=gothic"), "empty"),
         (dict(subset="style=gothic", ram_gb=0.0), "empty"),
+        (dict(subset="style", ram_gb=0.0), "'style' is text"),
         (dict(batch_size=9, process_count=2), "batch_size=9 is not a multiple of 2 hosts"),
     ],
 )

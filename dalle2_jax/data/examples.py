@@ -62,6 +62,17 @@ class Examples:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def read(self, index: int) -> bytes:
+        """Picture `index` as stored. Raises UserError where its file is gone."""
+        picture = self.pictures[index]
+        try:
+            return picture if isinstance(picture, bytes) else picture.read_bytes()
+        except OSError as e:
+            raise UserError(f"{self.picture_name(index)}: cannot be read ({e.strerror})") from e
+
+    def first_picture(self) -> bytes:
+        return self.read(0)
+
     def picture_name(self, index: int) -> str:
         picture = self.pictures[index]
         return str(picture) if isinstance(picture, pathlib.Path) else f"{self.name}, record {index}"
@@ -76,14 +87,10 @@ class Examples:
         """
         for offset in range(min(len(self), _MAX_DAMAGED_IN_A_ROW)):
             i = (index + offset) % len(self)
-            picture = self.pictures[i]
             try:
-                data = picture if isinstance(picture, bytes) else picture.read_bytes()
-                return decode.decode(data, size), i
+                return decode.decode(self.read(i), size), i
             except decode.DamagedImage as e:
                 self.damage.add(self.picture_name(i), e)
-            except OSError as e:
-                raise UserError(f"{self.picture_name(i)}: cannot be read ({e.strerror})") from e
         raise UserError(
             f"{self.name}: {offset + 1} pictures in a row are damaged, the last one "
             f"{self.picture_name(i)} ({self.damage.found[self.picture_name(i)]})"
@@ -102,9 +109,7 @@ class PictureCache:
         """Whether `get` need decode none of these."""
         return all(self._kept[i] is not None for i in indices)
 
-    def get(
-        self, index: int, crop: tuple[float, float, float] = CENTRE
-    ) -> tuple[np.ndarray, int]:
+    def get(self, index: int, crop: tuple[float, float, float] = CENTRE) -> tuple[np.ndarray, int]:
         """uint8 [size, size, 3], and its index: another than asked for in place of a damaged one.
 
         `crop` is as in `decode.decode`, and used where the cache was told.

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from dalle2_jax import options
-from dalle2_jax.data import folder_source, stream, tfds_source
+from dalle2_jax.data import decode, folder_source, stream, tfds_source
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ class Batches:
         source = _open(config, split)
         self._stream = source if isinstance(source, stream.Stream) else None
         self.num_examples = len(source)
+        _warn_if_small(source.first_picture(), f"{config.path} ({split})", config.image_size)
         if isinstance(source, stream.Stream):
             return
         source.damage = self._damage
@@ -219,6 +221,21 @@ def make_dataset(
     """
     data = options.construct(DataConfig, config, "config.data")
     return Batches(data, split or data.split, batch_size, process_index, process_count)
+
+
+def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:
+    """One look at the first picture: a data set prepared too small blurs all it teaches."""
+    try:
+        side = min(decode.decode(picture).shape[:2])
+    except decode.DamagedImage:
+        return  # told when a batch meets it
+    if side < image_size:
+        logging.warning(
+            "%s: pictures of %d px, enlarged to image_size=%d: prepare larger ones",
+            name,
+            side,
+            image_size,
+        )
 
 
 def _open(config: DataConfig, split: str) -> Examples | stream.Stream:

@@ -34,6 +34,14 @@ class Stream:
         """Records in an epoch."""
         return self._count
 
+    def first_picture(self) -> bytes:
+        """Encoded, in file order. Raises UserError where its shard is damaged."""
+        try:
+            return next(self._source.dataset().take(1).as_numpy_iterator())["image"]
+        except tf.errors.OpError as e:
+            said = " ".join(e.message.split())[:200]
+            raise UserError(f"{self._source.path}: cannot be read ({said})") from e
+
     def batches(self, start_step: int, batch_size: int) -> tf.data.Dataset:
         """{"image": bytes [b], "caption": bytes [b]} from `start_step` on; b the global batch."""
         first_epoch, skipped = divmod(start_step * batch_size, self._count)
