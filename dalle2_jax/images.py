@@ -105,15 +105,13 @@ def gaussian_blur(
     return images
 
 
-def random_offsets(
-    key: jax.Array, batch: int, image_size: tuple[int, int], crop: int, multiple: int = 1
-) -> jax.Array:
-    """Uniform corners (y, x) int32 [batch, 2] of crops that fit, each a multiple of `multiple`."""
+def random_offsets(key: jax.Array, batch: int, image_size: tuple[int, int], crop: int) -> jax.Array:
+    """Uniform corners (y, x) int32 [batch, 2] of crops that fit."""
     height, width = image_size
     if crop > min(height, width):
         raise ValueError(f"random_offsets: a crop of {crop} does not fit in {height} x {width}")
-    places = jnp.asarray([(height - crop) // multiple + 1, (width - crop) // multiple + 1])
-    return jax.random.randint(key, (batch, 2), 0, places[None, :]) * multiple
+    places = jnp.asarray([height - crop + 1, width - crop + 1])
+    return jax.random.randint(key, (batch, 2), 0, places[None, :])
 
 
 def crop(images: jax.Array, offsets: jax.Array, size: int) -> jax.Array:

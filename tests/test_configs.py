@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,14 @@ def test_unknown_sampling_keys_are_refused(clips):
     config.task.sampling.step = 3
     with pytest.raises(UserError, match="did you mean 'steps'"):
         build.task(build.complete(config))
+
+
+def test_tiny_stages_and_the_judging_share_one_subset():
+    """A config stands alone, so each repeats it; weights and figures hold for this subset only."""
+    tiny = [(name, v) for name, variants in VARIANTS.items() for v in variants[2:]]
+    (subset,) = {get(name, variant).data.subset for name, variant in tiny}
+    evals = Path(build.__file__).parent / "evals" / "__main__.py"
+    assert f'"{subset}"' in evals.read_text()  # importing it would define its flags here
 
 
 def test_an_unknown_key_of_the_data_is_refused():

@@ -94,17 +94,20 @@ def test_disk_errors_are_named(tmp_path):
     assert "no permission" in npm.disk_error(PermissionError(13, "denied"), tmp_path)
 
 
-def square(color):
-    return {"body": f'<rect width="16" height="16" fill="{color}"/>'}
+def square(color, side=16):
+    return {"body": f'<rect width="{side}" height="{side}" fill="{color}"/>'}
 
 
 def small_sets():
-    """Two sets whose icons are squares, and emojibase entries for them, as `_join` takes them."""
+    """Sets whose icons are squares, and emojibase entries for them, as `_join` takes them."""
     chars = {"1f34e": "red-apple", "1f98a": "fox", "1f43a": "wolf", "1f3b8": "guitar"}
-    icons = {"red-apple": square("red"), "fox": square("orange"), "wolf": square("orange")}
-    icons["guitar"] = square("brown")  # a held-out concept: TFDS writes no empty split
-    one = {"icons": {"icons": icons, "width": 16, "height": 16}, "chars": chars, "license": "MIT"}
-    sets = dict.fromkeys(emoji_words.STYLES, one)
+    # the guitar is a held-out concept: TFDS writes no empty split
+    colors = {"red-apple": "red", "fox": "orange", "wolf": "orange", "guitar": "brown"}
+    sets = {}
+    for i, style in enumerate(emoji_words.STYLES):
+        drawn = {name: square(color, 16 - i) for name, color in colors.items()}
+        icons = {"icons": drawn, "width": 16, "height": 16}
+        sets[style] = {"icons": icons, "chars": chars, "license": "MIT"}
     groups = {
         "groups": {"7": "objects", "4": "food-drink", "3": "animals-nature", "9": "flags"},
         "subgroups": {"42": "food-fruit", "34": "animal-mammal"},
@@ -173,6 +176,19 @@ def test_build_round_trip(tmp_path):
     assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
+def test_held_out_pictures_are_not_those_of_training(tmp_path):
+    """Other SVG, the same pixels: the large orange diamond in black and white is the blue one."""
+    entries, groups, sets = small_sets()
+    for style in sets:  # the guitar is held out in all of them, and looks like noto's red apple
+        color = "blue" if style == "twemoji" else "#f00"
+        sets[style]["icons"]["icons"]["guitar"] = square(color)
+    concepts = list(emoji_source._join(entries, groups, sets))
+    counts = emoji.build(tmp_path / "out", size=8, concepts=concepts)
+    assert sum(counts.values()) == 13
+    found = tfds_source.load_arrays(tmp_path / "out", "held_out_concepts")
+    assert list(found["style"]) == ["twemoji"]
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(28, "No space left"), tf.errors.ResourceExhaustedError(None, None, "No space left")],
@@ -198,13 +214,23 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
         emoji.build(tmp_path / "out", size=64, concepts=concepts)
 
 
-def test_command_prints_one_line_and_exits_2(tmp_path):
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--out=file", "file: already there; choose another --out or pass --overwrite"),
+        ("--sise=4", "'sise'. Did you mean: size ?"),
+        ("--size=4", "--size=4"),
+        ("data", "unknown argument 'data'"),
+    ],
+)
+def test_command_prints_one_line_and_exits_2(tmp_path, argument, said):
     (tmp_path / "file").write_text("here")
-    command = [sys.executable, "-m", "dalle2_jax.data.emoji", "--out", str(tmp_path / "file")]
+    argument = argument.replace("=file", f"={tmp_path / 'file'}")
+    command = [sys.executable, "-m", "dalle2_jax.data.emoji", argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in run.stderr
+    (line,) = run.stderr.splitlines()
+    assert said in line
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +289,12 @@ def test_high_contrast_is_grey(fixture):
         (dict(split="test"), "no split 'test'; there are"),
         (dict(subset="concret"), "did you mean 'concrete'"),
         (dict(subset="style=gothic"), "empty"),
+        (dict(subset="style=noto,style=twemoji"), r"'style' stands twice; .* style=A\|B"),
+        (dict(subset="concrete,concrete"), "'concrete' stands twice"),
+        (dict(subset="concrete=True"), "'concrete' is true or false: write concrete alone"),
+        (dict(subset="style"), r"'style' is text: write style=A or style=A\|B"),
+        (dict(subset="tags=a|b"), r"'tags' is neither one text nor true or false"),
+        (dict(subset="image"), "'image' is neither one text nor true or false"),
     ],
 )
 def test_load_errors(change, match):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.data import folder_source, pipeline
+from dalle2_jax.data.examples import Damage
 from dalle2_jax.errors import UserError
 
 COLORS = {"a": "red", "b": "lime", "c": "blue"}
@@ -47,6 +48,29 @@ def test_captions_csv(folder):
     assert folder_source.open_folder(folder).captions == [["one, two", "three"]]
 
 
+BOM = "\ufeff"  # what Windows' editors begin a UTF-8 file with
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "red"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "red"}'),
+        ("captions.csv", "file_name,text\na.png,red\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(folder, name, text):
+    for other in "bc":
+        (folder / f"{other}.png").unlink()
+    (folder / name).write_text(BOM + text, "utf-8")
+    assert folder_source.open_folder(folder).captions == [["red"]]
+
+
+def test_a_folder_named_like_a_picture_is_none(captioned):
+    (captioned / "x.png").mkdir()
+    assert len(folder_source.open_folder(captioned)) == 3
+
+
 def test_split_folder(captioned):
     (captioned / "test").mkdir()
     (captioned / "a.png").rename(captioned / "test" / "a.png")
@@ -66,6 +90,12 @@ def test_split_folder(captioned):
         ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
         ("metadata.jsonl", '{"file_name": "../d.png", "text": "x"}', "lies outside"),
         ("captions.csv", "name,words\na.png,x\n", "must name the columns file_name and text"),
+        (
+            "captions.csv",
+            'file_name,text\na.png,"red\nb.png,green\n',
+            "line 2: not CSV .*close every",
+        ),
+        ("captions.csv", 'file_name,text\na.png,"red" square\n', "line 2: not CSV .*close every"),
         ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
     ],
 )
@@ -119,8 +149,25 @@ def test_a_damaged_picture_gives_way_to_the_next_and_is_reported(captioned):
         batch = next(batches(0))
         np.testing.assert_array_equal(batch["image"][1], batch["image"][2])
         assert batch["image"][1, 0, 0].tolist() == [0, 0, 255]
+        # the caption comes with the picture, or the two would be learned as a pair
+        blue = pipeline.Tokenizer(8, 600)(["a blue square", "blue"])
+        assert batch["tokens"][1].tolist() in blue.tolist()
     assert list(batches.damaged) == [str(captioned / "b.png")]
     assert "not a readable picture" in batches.damaged[str(captioned / "b.png")]
+
+
+def test_damaged_pictures_are_counted_and_the_first_ten_named(caplog):
+    damage = Damage()
+    for i in range(45):
+        for _ in range(2):  # met again in the next epoch
+            damage.add(f"{i}.png", ValueError("cut short"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[9] == "damaged picture 10: 9.png: cut short; the next one takes its place"
+    assert lines[10:] == [
+        "damaged pictures: the 10 named and 10 more",
+        "damaged pictures: the 10 named and 30 more",
+    ]
+    assert len(damage.found) == 45
 
 
 def test_nothing_but_damaged_pictures(captioned):

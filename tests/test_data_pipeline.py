@@ -148,7 +148,9 @@ def test_subset_keeps_what_it_says():
 
 
 def test_damaged_records_are_replaced_and_reported(monkeypatch):
-    whole = take(shared(shuffle=False), 1)[0]["image"]
+    source = tfds_source.load_arrays(FIXTURE, "train")
+    whole = source["image"][:BATCH]
+    theirs = Tokenizer(CONTEXT, VOCAB)(source["captions"][3]).tolist()
     real = tfds_source.decode.decode
     records = tfds_source.read_records(tfds_source.open_split(FIXTURE, "train"))
     bad = records[2]["image"]
@@ -161,10 +163,22 @@ def test_damaged_records_are_replaced_and_reported(monkeypatch):
     monkeypatch.setattr(tfds_source.decode, "decode", broken)
     for way in ({}, STREAM):
         batches = dataset(shuffle=False, **way)
-        image = take(batches, 1)[0]["image"]
+        (batch,) = take(batches, 1)
+        image = batch["image"]
         np.testing.assert_array_equal(image[2], whole[3])
+        assert batch["tokens"][2].tolist() in theirs  # the caption comes with the picture
         np.testing.assert_array_equal(np.delete(image, 2, 0), np.delete(whole, 2, 0))
         assert list(batches.damaged.values()) == ["cut short"]
+
+
+@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_pictures_smaller_than_asked_for_are_told_once(way, caplog):
+    take(dataset(image_size=128, **way), 2)
+    (line,) = [r.getMessage() for r in caplog.records if "image_size" in r.getMessage()]
+    assert "fixtures/emoji (train): pictures of 64 px, enlarged to image_size=128" in line
+    caplog.clear()
+    dataset(image_size=64, **way)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -179,6 +193,7 @@ def test_damaged_records_are_replaced_and_reported(monkeypatch):
         (dict(source="folder", subset="concrete"), "subset is for TFDS"),
         (dict(subset="style=gothic"), "empty"),
         (dict(subset="style=gothic", ram_gb=0.0), "empty"),
+        (dict(subset="style", ram_gb=0.0), "'style' is text"),
         (dict(batch_size=9, process_count=2), "batch_size=9 is not a multiple of 2 hosts"),
     ],
 )

@@ -35,6 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
 ARROWS = {
     ("options", "errors"),
+    ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
     ("tasks", "sampling"),
     ("evals", "dalle2"),

@@ -1,7 +1,6 @@
 """CLIP's tokenizer: known ids, round trips, and what a smaller vocabulary keeps."""
 
 import hashlib
-import time
 
 import numpy as np
 import pytest
@@ -95,13 +94,6 @@ def test_lone_surrogates_become_replacement_characters(tok, text):
 def test_surrogate_pairs_are_joined(tok):
     assert repair_text("hi \ud83d\ude00") == "hi 😀"
     assert repair_text("hi 😀") == "hi 😀"
-
-
-def test_batch_is_fast(tok):
-    texts = [f"a glossy 3d emoji of a red apple number {i}" for i in range(5000)]
-    start = time.perf_counter()
-    tok(texts)
-    assert time.perf_counter() - start < 5.0  # 0.1 s on two quiet cores
 
 
 def test_mistakes_are_named(tok):

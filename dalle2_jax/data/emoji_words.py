@@ -2,7 +2,8 @@
 
 A caption always holds the concept's full name and words that name the style. Caption 0 of a style
 is the canonical one, for evaluation and examples: `caption("red apple", "fluent-emoji-flat")`.
-Splits depend on sha256 of names alone, so they survive other orders and other package versions.
+Splits depend on sha256 of names alone, so they survive other orders and other package versions;
+`emoji_builder` then leaves out held-out pictures that equal a training one.
 """
 
 from __future__ import annotations
@@ -128,6 +129,10 @@ def split_of(concept_id: str, styles: Sequence[str]) -> dict[str, str]:
 
     2 % of concepts are `held_out_concepts` in all their styles. Of the others 10 % of pairs are
     `held_out_pairs`, while at least two styles of the concept stay in `train`.
+
+    What is held out is the pictures, not the words. Seven held-out concepts (crab, drum, egg, herb,
+    microphone, mountain, tongue) are also keywords of training pictures, and five of them stand so
+    in training captions: "a noto emoji of a hatching chick, egg".
     """
     if unit_hash("held_out_concepts", concept_id) < HELD_OUT_CONCEPTS:
         return dict.fromkeys(styles, "held_out_concepts")

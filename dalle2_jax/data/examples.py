@@ -20,23 +20,34 @@ from dalle2_jax.tokenizer import Tokenizer
 
 CENTRE = (1.0, 0.5, 0.5)
 _MAX_DAMAGED_IN_A_ROW = 100
-_MAX_WARNINGS = 10
+_MAX_NAMED = 10
 
 
 @dataclasses.dataclass
 class Damage:
-    """Pictures that could not be used: name -> why. The first few are logged as they are met."""
+    """Pictures that could not be used: name -> why. Logged as they are met, the first few by name.
+
+    Past those only the count is logged, each time it has doubled.
+    """
 
     found: dict[str, str] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def add(self, name: str, why: Exception) -> None:
-        if name in self.found:
-            return
-        self.found[name] = str(why)
-        if len(self.found) <= _MAX_WARNINGS:
-            logging.warning("%s: %s; the next picture takes its place", name, why)
-        if len(self.found) == _MAX_WARNINGS:
-            logging.warning("%d damaged pictures so far; no more are named", len(self.found))
+        with self._lock:  # threads decode, and a count that is skipped would not be logged
+            if name in self.found:
+                return
+            self.found[name] = str(why)
+            count = len(self.found)
+        doublings, rest = divmod(count, _MAX_NAMED)
+        if count <= _MAX_NAMED:
+            logging.warning(
+                "damaged picture %d: %s: %s; the next one takes its place", count, name, why
+            )
+        elif not rest and doublings.bit_count() == 1:
+            logging.warning(
+                "damaged pictures: the %d named and %d more", _MAX_NAMED, count - _MAX_NAMED
+            )
 
 
 @dataclasses.dataclass
@@ -51,26 +62,35 @@ class Examples:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def read(self, index: int) -> bytes:
+        """Picture `index` as stored. Raises UserError where its file is gone."""
+        picture = self.pictures[index]
+        try:
+            return picture if isinstance(picture, bytes) else picture.read_bytes()
+        except OSError as e:
+            raise UserError(f"{self.picture_name(index)}: cannot be read ({e.strerror})") from e
+
+    def first_picture(self) -> bytes:
+        return self.read(0)
+
     def picture_name(self, index: int) -> str:
         picture = self.pictures[index]
         return str(picture) if isinstance(picture, pathlib.Path) else f"{self.name}, record {index}"
 
-    def decode(self, index: int, size: int | None) -> np.ndarray:
-        """Picture `index`, or the next that is whole: uint8 [size, size, 3], or its own size.
+    def decode(self, index: int, size: int | None) -> tuple[np.ndarray, int]:
+        """Picture `index`, or the next that is whole, and the index of the one that it is.
+
+        The picture is uint8 [size, size, 3], or of its own size where `size` is None.
 
         Raises:
           UserError: a file is gone, or 100 pictures in a row are damaged.
         """
         for offset in range(min(len(self), _MAX_DAMAGED_IN_A_ROW)):
             i = (index + offset) % len(self)
-            picture = self.pictures[i]
             try:
-                data = picture if isinstance(picture, bytes) else picture.read_bytes()
-                return decode.decode(data, size)
+                return decode.decode(self.read(i), size), i
             except decode.DamagedImage as e:
                 self.damage.add(self.picture_name(i), e)
-            except OSError as e:
-                raise UserError(f"{self.picture_name(i)}: cannot be read ({e.strerror})") from e
         raise UserError(
             f"{self.name}: {offset + 1} pictures in a row are damaged, the last one "
             f"{self.picture_name(i)} ({self.damage.found[self.picture_name(i)]})"
@@ -82,23 +102,27 @@ class PictureCache:
 
     def __init__(self, examples: Examples, size: int, crops: bool, budget: int):
         self._examples, self._size, self._crops = examples, size, crops
-        self._kept: list[np.ndarray | None] = [None] * len(examples)
+        self._kept: list[tuple[np.ndarray, int] | None] = [None] * len(examples)
         self._budget, self._lock = budget, threading.Lock()
 
     def holds(self, indices: Sequence[int]) -> bool:
         """Whether `get` need decode none of these."""
         return all(self._kept[i] is not None for i in indices)
 
-    def get(self, index: int, crop: tuple[float, float, float] = CENTRE) -> np.ndarray:
-        """uint8 [size, size, 3]; `crop` as in `decode.decode`, used where the cache was told."""
-        base = self._kept[index]
-        if base is None:
-            base = self._examples.decode(index, None if self._crops else self._size)
+    def get(self, index: int, crop: tuple[float, float, float] = CENTRE) -> tuple[np.ndarray, int]:
+        """uint8 [size, size, 3], and its index: another than asked for in place of a damaged one.
+
+        `crop` is as in `decode.decode`, and used where the cache was told.
+        """
+        kept = self._kept[index]
+        if kept is None:
+            kept = self._examples.decode(index, None if self._crops else self._size)
             with self._lock:
-                if self._kept[index] is None and self._budget >= base.nbytes:
-                    self._kept[index] = base
-                    self._budget -= base.nbytes
-        return decode.crop_resize(base, self._size, crop) if self._crops else base
+                if self._kept[index] is None and self._budget >= kept[0].nbytes:
+                    self._kept[index] = kept
+                    self._budget -= kept[0].nbytes
+        base, used = kept
+        return (decode.crop_resize(base, self._size, crop) if self._crops else base), used
 
 
 class TokenTable:

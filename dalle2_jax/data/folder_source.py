@@ -1,7 +1,8 @@
 """A folder of pictures with captions: `cat.png` beside `cat.txt`, or one table for all.
 
 The table is `metadata.jsonl` (lines such as {"file_name": "a.png", "text": "a cat"}) or
-`captions.csv` (columns file_name, text). In a `.txt` every line is one caption.
+`captions.csv` (columns file_name, text). In a `.txt` every line is one caption. All are UTF-8, with
+or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dalle2_jax.data.examples import Examples
 from dalle2_jax.errors import UserError
 
 TABLES = ("metadata.jsonl", "captions.csv")
+_ENCODING = "utf-8-sig"
 
 
 def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
@@ -48,8 +50,10 @@ def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
     for picture in path.rglob("*"):
         if picture.suffix.lower() not in SUFFIXES or picture.name.startswith("."):
             continue
+        if picture.is_dir():  # not `is_file`: a link to nowhere shall be told
+            continue
         text = picture.with_suffix(".txt")
-        lines = text.read_text("utf-8", "replace").splitlines() if text.is_file() else []
+        lines = text.read_text(_ENCODING, "replace").splitlines() if text.is_file() else []
         found[picture] = [line.strip() for line in lines if line.strip()]
         if not found[picture]:
             lacking.append(picture)
@@ -82,7 +86,7 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
 
 
 def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(table.read_text("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(table.read_text(_ENCODING, "replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -95,9 +99,15 @@ def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"file_name", "text"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{table}: the first line must name the columns file_name and text")
-        for row in reader:
-            yield f"{table}, line {reader.line_num}", row
+    with table.open(encoding=_ENCODING, errors="replace", newline="") as file:
+        reader = csv.DictReader(file, strict=True)  # else a lone quote swallows the lines after it
+        try:
+            if not {"file_name", "text"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{table}: the first line must name the columns file_name and text")
+            for row in reader:
+                yield f"{table}, line {reader.line_num}", row
+        except csv.Error as e:  # line_num is still that of the row before
+            raise UserError(
+                f"{table}, line {reader.line_num + 1}: not CSV ({e}): close every quote that is "
+                'open, and write " inside of quotes as ""'
+            ) from e

@@ -11,14 +11,15 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from dalle2_jax import options
-from dalle2_jax.data import folder_source, stream, tfds_source
+from dalle2_jax.data import decode, folder_source, stream, tfds_source
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ class Batches:
         source = _open(config, split)
         self._stream = source if isinstance(source, stream.Stream) else None
         self.num_examples = len(source)
+        _warn_if_small(source.first_picture(), f"{config.path} ({split})", config.image_size)
         if isinstance(source, stream.Stream):
             return
         source.damage = self._damage
@@ -171,10 +173,10 @@ class Batches:
     def _gather(self, index: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         places = index.tolist()
         run = map if self._cache.holds(places) else self._decoders.map  # idle threads cost as well
-        images = list(run(self._cache.get, places, self._crops(draws)))
+        images, used = zip(*run(self._cache.get, places, self._crops(draws)), strict=True)
         return {
             "image": self._finish(images, draws),
-            "tokens": self._tokens.get(index, draws[:, 0]),
+            "tokens": self._tokens.get(np.array(used), draws[:, 0]),
         }
 
     def _decode_records(
@@ -183,8 +185,9 @@ class Batches:
         del index  # the stream's own order
         window = stream.Window(image, self._config.image_size, self._damage)
         places = range(self._batch_size)[self._share]
-        images = list(self._decoders.map(window.get, places, self._crops(draws)))
-        texts = [c.decode("utf-8", "replace") for c in caption[self._share]]
+        found = self._decoders.map(window.get, places, self._crops(draws))
+        images, used = zip(*found, strict=True)
+        texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
 
     def _crops(self, draws: np.ndarray) -> list[tuple[float, float, float]]:
@@ -193,7 +196,7 @@ class Batches:
         low, high = self._config.crop_scale
         return [(low + (high - low) * float(s), float(y), float(x)) for s, y, x in draws[:, 1:4]]
 
-    def _finish(self, images: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
+    def _finish(self, images: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
         batch = np.stack(images)
         if self._config.flip:
             mirrored = draws[:, 4] < 0.5
@@ -218,6 +221,21 @@ def make_dataset(
     """
     data = options.construct(DataConfig, config, "config.data")
     return Batches(data, split or data.split, batch_size, process_index, process_count)
+
+
+def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:
+    """One look at the first picture: a data set prepared too small blurs all it teaches."""
+    try:
+        side = min(decode.decode(picture).shape[:2])
+    except decode.DamagedImage:
+        return  # told when a batch meets it
+    if side < image_size:
+        logging.warning(
+            "%s: pictures of %d px, enlarged to image_size=%d: prepare larger ones",
+            name,
+            side,
+            image_size,
+        )
 
 
 def _open(config: DataConfig, split: str) -> Examples | stream.Stream:

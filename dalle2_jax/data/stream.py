@@ -34,6 +34,14 @@ class Stream:
         """Records in an epoch."""
         return self._count
 
+    def first_picture(self) -> bytes:
+        """Encoded, in file order. Raises UserError where its shard is damaged."""
+        try:
+            return next(self._source.dataset().take(1).as_numpy_iterator())["image"]
+        except tf.errors.OpError as e:
+            said = " ".join(e.message.split())[:200]
+            raise UserError(f"{self._source.path}: cannot be read ({said})") from e
+
     def batches(self, start_step: int, batch_size: int) -> tf.data.Dataset:
         """{"image": bytes [b], "caption": bytes [b]} from `start_step` on; b the global batch."""
         first_epoch, skipped = divmod(start_step * batch_size, self._count)
@@ -64,16 +72,17 @@ class Window:
     def __init__(self, encoded: np.ndarray, size: int, damage: Damage):
         self._encoded, self._size, self._damage = encoded, size, damage
 
-    def get(self, place: int, crop: tuple[float, float, float]) -> np.ndarray:
-        """uint8 [size, size, 3] for `place` in the batch.
+    def get(self, place: int, crop: tuple[float, float, float]) -> tuple[np.ndarray, int]:
+        """uint8 [size, size, 3] for `place` in the batch, and the place it was found at.
 
         Raises:
           UserError: no picture of the batch is whole.
         """
         for offset in range(len(self._encoded)):
-            data = self._encoded[(place + offset) % len(self._encoded)]
+            used = (place + offset) % len(self._encoded)
+            data = self._encoded[used]
             try:
-                return decode.decode(data, self._size, crop)
+                return decode.decode(data, self._size, crop), used
             except decode.DamagedImage as e:
                 self._damage.add(f"picture of {len(data)} bytes, {data[:8].hex()}...", e)
         raise UserError(f"all {len(self._encoded)} pictures of a batch are damaged")

@@ -7,7 +7,6 @@ will do. Records are read in file order and their pictures stay encoded.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from dalle2_jax import options
 from dalle2_jax.data import decode
 from dalle2_jax.errors import UserError
 
@@ -48,17 +48,14 @@ class Prepared:
     def _splits(self) -> list[Any]:
         return [self.builder.info.splits[name] for name in self.split.split("+")]
 
-    def dataset(self, shuffle_files_seed: int | None = None) -> tf.data.Dataset:
+    def dataset(self) -> tf.data.Dataset:
         """Records as dicts in a fixed order, pictures encoded, `subset` applied."""
         dataset = self.builder.as_dataset(
             split=self.split,
             decoders={"image": tfds.decode.SkipDecoding()},
-            shuffle_files=shuffle_files_seed is not None,
+            shuffle_files=False,
             read_config=tfds.ReadConfig(
-                shuffle_seed=shuffle_files_seed,
-                interleave_cycle_length=1,
-                skip_prefetch=True,
-                try_autocache=False,
+                interleave_cycle_length=1, skip_prefetch=True, try_autocache=False
             ),
         )
         for feature, values in parse_subset(self.subset).items():
@@ -74,7 +71,7 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
 
     Raises:
       UserError: no such folder, no TFDS dataset in it, no such split, no picture or caption
-        feature, or `subset` names a feature that is not there.
+        feature, or `subset` names a feature twice, or one that is not there or of another kind.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -98,20 +95,30 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
             f"{path}: needs a feature `image` and one of {CAPTION_FEATURES}; "
             f"it has {sorted(features)}"
         )
-    for feature in parse_subset(subset):
+    for feature, values in parse_subset(subset).items():
         if feature not in features:
-            near = difflib.get_close_matches(feature, list(features), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(features)}"
+            hint = options.near_miss(feature, features)
             raise UserError(f"{path}: subset {subset!r}: no feature {feature!r}{hint}")
+        if wrong := _mismatch(feature, values, features[feature]):
+            raise UserError(f"{path}: subset {subset!r}: {wrong}")
     return Prepared(path, split, builder, caption, subset)
 
 
 def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:
-    """`"concrete,style=noto|twemoji"` -> {"concrete": None, "style": ("noto", "twemoji")}."""
+    """`"concrete,style=noto|twemoji"` -> {"concrete": None, "style": ("noto", "twemoji")}.
+
+    Raises:
+      UserError: a feature stands twice.
+    """
     terms: dict[str, tuple[str, ...] | None] = {}
     for term in filter(None, (t.strip() for t in (subset or "").split(","))):
-        feature, equals, values = term.partition("=")
-        terms[feature.strip()] = tuple(v.strip() for v in values.split("|")) if equals else None
+        feature, equals, values = (part.strip() for part in term.partition("="))
+        if feature in terms:
+            raise UserError(
+                f"subset {subset!r}: {feature!r} stands twice; to keep several of its values "
+                f"write {feature}=A|B"
+            )
+        terms[feature] = tuple(v.strip() for v in values.split("|")) if equals else None
     return terms
 
 
@@ -184,6 +191,16 @@ def _objects(values: list[Any]) -> np.ndarray:
     out = np.empty(len(values), object)
     out[:] = values
     return out
+
+
+def _mismatch(name: str, values: tuple[str, ...] | None, feature: Any) -> str:
+    """What is wrong with asking for these `values` of a TFDS feature; empty if nothing is."""
+    scalar = feature.shape == ()
+    if scalar and feature.dtype == tf.bool:
+        return f"{name!r} is true or false: write {name} alone" if values else ""
+    if scalar and feature.dtype == tf.string:
+        return "" if values else f"{name!r} is text: write {name}=A or {name}=A|B"
+    return f"{name!r} is neither one text nor true or false: choose by another feature"
 
 
 def _keeps(feature: str, values: tuple[str, ...] | None) -> Any:
