@@ -203,21 +203,21 @@ def write_stage(
         raise UserError(f"cannot write model folder {folder}: {reason}") from error
 
 
+def stage_hash(folder: str | os.PathLike[str], stage: str) -> str:
+    """16 hex digits that name a stage's tensors: sha256 of its file."""
+    path = stage_path(folder, stage)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def weights_hash(folder: str | os.PathLike[str]) -> str:
-    """16 hex digits that name the model: sha256 over its stages' entries and files."""
-    digest = hashlib.sha256()
+    """16 hex digits that name the model: sha256 over its stages' entries and tensors."""
     stages = read_config(folder)["stages"]
-    digest.update(json.dumps(stages, sort_keys=True).encode())
-    for stage in sorted(stages):
-        path = stage_path(folder, stage)
-        try:
-            with path.open("rb") as file:
-                digest.update(
-                    f"{stage}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-                )
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()[:16]
+    named = {stage: (entry, stage_hash(folder, stage)) for stage, entry in stages.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stage_path(folder: str | os.PathLike[str], stage: str) -> Path:

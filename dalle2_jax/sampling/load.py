@@ -42,12 +42,14 @@ def clip(folder: Path, dtype: str = "float32") -> tuple[CLIP, Params]:
 
 def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSampler, Params]:
     """The folder's prior, for the CLIP `text`. UserError: there is none, or it is damaged."""
+    _check_clip(folder, "prior")
     sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype)
     return sampler, _params(folder, "prior", sampler.network, _text_inputs(sampler, text))
 
 
 def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
     """The folder's decoder, for the CLIP `text`. UserError: there is none, or it is damaged."""
+    _check_clip(folder, "decoder")
     sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, "image_size")
     return sampler, _params(folder, "decoder", sampler.network, _text_inputs(sampler, text))
 
@@ -97,6 +99,16 @@ def _entry(folder: Path, stage: str, *keys: str) -> tuple[Mapping[str, Any], str
         if key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing: export the stage again")
     return entry, where
+
+
+def _check_clip(folder: Path, stage: str) -> None:
+    """UserError where the stage was trained with another CLIP than the folder's."""
+    trained_with = model_folder.read_stage(folder, stage).get("clip")
+    if trained_with and trained_with != model_folder.stage_hash(folder, "clip"):
+        raise UserError(
+            f"{folder}: the {stage} was trained with another CLIP ({trained_with}) than the one "
+            f"here: train the {stage} again, or copy its clip.safetensors back"
+        )
 
 
 def _sampler(

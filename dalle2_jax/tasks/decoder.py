@@ -114,4 +114,5 @@ def from_config(config: Any) -> DecoderTask:
         sampling=sampling_settings(config, process),
         entry={},
     )
-    return dataclasses.replace(task, entry=stage_entry(config, image_size=task.image_size))
+    entry = stage_entry(config, image_size=task.image_size, clip=task.clip.hash)
+    return dataclasses.replace(task, entry=entry)

@@ -53,6 +53,7 @@ class FrozenCLIP:
     context_length: int
     vocab_size: int
     folder: str
+    hash: str  # names its tensors in the entries of the stages that learn from it
 
     @classmethod
     def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
@@ -73,8 +74,14 @@ class FrozenCLIP:
             check_captions(config, text, whose)
             length = {"context_length": text["context_length"]}
             _check_equal("config.model", config.model, length, whose)
-        size = network.image["image_size"]
-        return cls(network, size, text["context_length"], text["vocab_size"], str(folder))
+        return cls(
+            network=network,
+            image_size=network.image["image_size"],
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            folder=str(folder),
+            hash=model_folder.stage_hash(folder, "clip"),
+        )
 
     def params(self) -> Params:
         return model_folder.read_params(self.folder, "clip")

@@ -86,5 +86,5 @@ def from_config(config: Any) -> PriorTask:
         clip=FrozenCLIP.load(config),
         entry={},
     )
-    entry = stage_entry(config, embedding_scale=task.embedding_scale)
+    entry = stage_entry(config, embedding_scale=task.embedding_scale, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)
