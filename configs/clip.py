@@ -4,7 +4,7 @@ python train.py --config=configs/clip.py:VARIANT --workdir=W
 
 paper  H/16 at 256 px of the unCLIP paper; a v5e-256 or larger; weeks on ~650M pairs
 tpu    the same with the text tower's width a multiple of the TPU's 128 lanes (it is already)
-tiny   64 px emoji, 3.2M parameters; 2 CPU cores, a quarter of an hour
+tiny   64 px emoji, 3.2M parameters; 2 CPU cores, half an hour
 judge  tiny's shape, other data: all splits; it scores pictures and never draws
 """
 
@@ -80,7 +80,7 @@ def tiny(variant):
                 clip_norm=1.0,
             ),
             batch_size=128,
-            num_steps=1500,
+            num_steps=2000,
             ema_decay=0.995,
             seed=1 if judge else 0,
             log_every=25,

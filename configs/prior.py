@@ -6,7 +6,7 @@ paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Ta
        It reads captions through CLIP's text tower, 77 tokens; the table's 256 are the decoder's.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same: 2048 is a multiple of the TPU's 128 lanes already
-tiny   1.4M parameters; 2 CPU cores, a quarter of an hour
+tiny   1.4M parameters; 2 CPU cores, half an hour
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ python train.py --config=configs/upsampler_256.py:VARIANT --workdir=W
 
 paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps
 tpu    the same with 384 channels for 320: a multiple of the TPU's 128 lanes
-tiny   32 -> 128 px, 1.8M parameters, trained on 32 px crops; 2 CPU cores, half an hour
+tiny   32 -> 128 px, 1.8M parameters, trained on 32 px crops; 2 CPU cores, a quarter of an hour
 """
 
 from ml_collections import ConfigDict
@@ -86,7 +86,7 @@ def tiny():
                 clip_norm=1.0,
             ),
             batch_size=64,
-            num_steps=3000,
+            num_steps=2500,
             ema_decay=0.999,
             log_every=50,
             checkpoint_every=500,
