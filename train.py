@@ -49,9 +49,10 @@ def run(config: build.Config, workdir: str) -> int:
             f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
             "the same command again to go on"
         )
-    # As shells count it, so that a script (make train-tiny) does not take a stop for the end.
-    by_signal = result.stopped_by in signal.Signals.__members__
-    return 128 + signal.Signals[result.stopped_by] if by_signal else 0
+        # As shells count it, so that a script (make train-tiny) does not take a stop for the end.
+        if result.stopped_by in signal.Signals.__members__:
+            return 128 + signal.Signals[result.stopped_by]
+    return 0
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dalle2_jax import images, model_folder, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding, text_mask
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.decoder import DecoderSampler
@@ -35,8 +36,8 @@ Choice = Any
 class Captions(NamedTuple):
     """Tokens int32 [b, n] of b captions, for CLIP and for the decoder's text encoder."""
 
-    clip: Array
-    decoder: Array  # CLIP's again where the decoder shares its text tower
+    clip: Array | np.ndarray
+    decoder: Array | np.ndarray  # CLIP's again where the decoder shares its text tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +231,8 @@ class DALLE2:
         if own is None:
             cond |= {"txt_enc": text.txt_enc, "txt_mask": text.txt_mask}
         else:
-            mask = text_mask(captions.decoder, own["vocab_size"] - 1)
-            cond |= {"tokens": captions.decoder, "txt_mask": mask}
+            tokens = jnp.asarray(captions.decoder)
+            cond |= {"tokens": tokens, "txt_mask": text_mask(tokens, own["vocab_size"] - 1)}
         return self.decoder(self.params["decoder"], cond, keys, progress)
 
 
@@ -253,13 +254,13 @@ def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
-    return clip.apply({"params": params}, tokens, method="encode_text")
+    return forward(clip, params, tokens, method="encode_text")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_image(clip: CLIP, params: Params, pictures: Array) -> Array:
     small = images.resize(images.to_float(pictures), clip.image["image_size"], "area")
-    return clip.apply({"params": params}, small, method="encode_image")
+    return forward(clip, params, small, method="encode_image")
 
 
 def _keys(seed: int, index: Array, stages: Sequence[str]) -> dict[str, Array]:
@@ -298,10 +299,10 @@ def _by_batch() -> NamedSharding:
 
 def _overall(progress: StageProgress | None, batch: int, batches: int) -> Callable:
     """stage -> Progress that counts the steps of all batches together."""
+    if progress is None:
+        return lambda stage: None
 
-    def stage_progress(stage: str) -> Progress | None:
-        if progress is None:
-            return None
+    def stage_progress(stage: str) -> Progress:
         return lambda done, steps: progress(stage, batch * steps + done, batches * steps)
 
     return stage_progress

@@ -31,7 +31,7 @@ def generate(
         # All batches are of one size, so that one program serves them.
         places = np.minimum(np.arange(start, start + size), len(captions) - 1)
         pictures = model.generate(
-            [captions[i] for i in places],
+            [captions[int(i)] for i in places],
             seed=(seed + start // size) % 2**32,
             z_img=None if z_img is None else z_img[places],
             batch_size=size,

@@ -13,6 +13,7 @@ from dalle2_jax import images, model_folder
 from dalle2_jax.data import emoji_words
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling import load
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
@@ -91,12 +92,12 @@ class Judge:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_pictures(network: CLIP, params: Params, pictures: Array) -> Array:
     small = images.resize(images.to_float(pictures), network.image["image_size"], "area")
-    return network.apply({"params": params}, small, method="encode_image")
+    return forward(network, params, small, method="encode_image")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_captions(network: CLIP, params: Params, tokens: Array) -> Array:
-    return network.apply({"params": params}, tokens, method="encode_text").z_txt
+    return forward(network, params, tokens, method="encode_text").z_txt
 
 
 def _in_batches(encode: functools.partial, rows: np.ndarray, size: int) -> np.ndarray:

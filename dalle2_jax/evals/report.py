@@ -67,7 +67,8 @@ def _judge_group(
     z_captions = judge.embed_captions(group.captions)
     z_true = judge.embed_pictures(group.pictures)
 
-    rows, items = {}, [{"caption": caption} for caption in group.captions]
+    rows = {}
+    items: list[dict[str, Any]] = [{"caption": caption} for caption in group.captions]
     for name, made in {**drawn, "true pictures": group.pictures}.items():
         z_img = judge.embed_pictures(made)
         concept, style = retrieval.ranks(z_img, z_names), retrieval.ranks(z_img, z_styles)

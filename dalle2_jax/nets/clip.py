@@ -109,8 +109,8 @@ class CLIP(nn.Module):
     """
 
     dim: int
-    image: Mapping[str, int]
-    text: Mapping[str, int]
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
     activation: str = "gelu"
     dtype: Any = jnp.float32
     SECTIONS: ClassVar = {"image": ImageTower, "text": TextTower}

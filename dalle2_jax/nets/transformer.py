@@ -65,7 +65,7 @@ class Transformer(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # typed by its default, 0
             length=self.depth,
         )
         block = blocks(self.heads, self.activation, self.dtype, name="blocks")

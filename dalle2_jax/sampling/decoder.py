@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.types import Array, Params
 
@@ -16,7 +17,7 @@ class DecoderSampler(StageSampler):
     image_size: int = 64
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
-        return self.network.apply({"params": params}, x_t, t, cond, False)
+        return forward(self.network, params, x_t, t, cond, False)
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
         masks = {name: jnp.zeros_like(cond[name]) for name in ("z_mask", "txt_mask")}

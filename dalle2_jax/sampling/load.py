@@ -82,7 +82,7 @@ def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list
             )
         del left[nexts[0]]
         chain += nexts
-        size = entries[nexts[0]].get("image_size")
+        size = entries[nexts[0]].get("image_size", 0)
     if left:
         stage, low = min(left.items())
         raise UserError(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.clip import TextEncoding, normalise
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.types import Array, Params
 
@@ -21,7 +22,7 @@ class PriorSampler(StageSampler):
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
         args = (cond["z_txt"], cond["txt_enc"], cond["txt_mask"])
-        return self.network.apply({"params": params}, x_t, t, *args)
+        return forward(self.network, params, x_t, t, *args)
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
         return {**cond, "txt_mask": jnp.zeros_like(cond["txt_mask"])}

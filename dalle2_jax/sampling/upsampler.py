@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.errors import UserError
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.types import Array, Params
 
@@ -23,7 +24,7 @@ class UpsamplerSampler(StageSampler):
             raise UserError("an upsampler has nothing to be guided by: its cfg_scale must be 1")
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
-        return self.network.apply({"params": params}, x_t, t, cond["low_res"], False)
+        return forward(self.network, params, x_t, t, cond["low_res"], False)
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
         return cond

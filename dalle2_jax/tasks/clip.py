@@ -12,6 +12,7 @@ import optax
 
 from dalle2_jax import images
 from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct, plain
 from dalle2_jax.tasks.frozen_clip import check_captions, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
@@ -41,15 +42,15 @@ class CLIPTask:
         if train and self.max_shift:
             pictures = random_shift(key, pictures, self.max_shift)
         pictures = images.resize(pictures, self.network.image["image_size"], "area")
-        z_img, z_txt, scale = self.network.apply({"params": params}, pictures, batch["tokens"])
+        z_img, z_txt, scale = forward(self.network, params, pictures, batch["tokens"])
         logits = scale * z_img @ z_txt.T  # image by text
         labels = jnp.arange(logits.shape[0])
         both = (logits, logits.T)
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        loss = sum(cross_entropy(side, labels).mean() for side in both) / 2
+        losses = [cross_entropy(side, labels).mean() for side in both]
         hits = [(jnp.argmax(side, axis=1) == labels).mean() for side in both]
         metrics = {"image_to_text": hits[0], "text_to_image": hits[1], "logit_scale": scale}
-        return loss, metrics
+        return (losses[0] + losses[1]) / 2, metrics
 
     def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
         return {}

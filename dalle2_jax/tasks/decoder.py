@@ -13,6 +13,7 @@ from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.nets.clip import text_mask
 from dalle2_jax.nets.decoder import Decoder
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
@@ -76,7 +77,7 @@ class DecoderTask:
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
-            return self.network.apply({"params": params}, x_t, t, cond, train, rngs=rngs)
+            return forward(self.network, params, x_t, t, cond, train, rngs=rngs)
 
         x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         return denoising_loss(self.process, apply, x_0, key_loss)

@@ -9,6 +9,7 @@ from typing import Any
 from dalle2_jax import images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.transformer import ACTIVATIONS
 from dalle2_jax.options import check_keys
 from dalle2_jax.sampling import load
@@ -89,7 +90,7 @@ class FrozenCLIP:
     def encode_image(self, params: Params, pictures: Array) -> Array:
         """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim], unit length."""
         pictures = images.resize(pictures, self.image_size, "area")
-        return self.network.apply({"params": params}, pictures, method="encode_image")
+        return forward(self.network, params, pictures, method="encode_image")
 
     def encode_text(self, params: Params, tokens: Array) -> TextEncoding:
-        return self.network.apply({"params": params}, tokens, method="encode_text")
+        return forward(self.network, params, tokens, method="encode_text")

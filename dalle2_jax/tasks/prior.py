@@ -11,6 +11,7 @@ import jax
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.nets.clip import TextEncoding
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.stage import Settings
@@ -55,9 +56,7 @@ class PriorTask:
         txt_mask = text.txt_mask & keep[:, None] if train else text.txt_mask
 
         def apply(x_t: Array, t: Array) -> Array:
-            return self.network.apply(
-                {"params": params}, x_t, t, text.z_txt, text.txt_enc, txt_mask
-            )
+            return forward(self.network, params, x_t, t, text.z_txt, text.txt_enc, txt_mask)
 
         return denoising_loss(self.process, apply, z_img * self.embedding_scale, key_loss)
 

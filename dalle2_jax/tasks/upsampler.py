@@ -11,6 +11,7 @@ import jax
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.stage import Settings
@@ -85,7 +86,7 @@ class UpsamplerTask:
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
-            return self.network.apply({"params": params}, x_t, t, low_res, train, rngs=rngs)
+            return forward(self.network, params, x_t, t, low_res, train, rngs=rngs)
 
         return denoising_loss(self.process, apply, x_0, key_loss)
 

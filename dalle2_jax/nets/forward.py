@@ -1,0 +1,24 @@
+"""Running a network on given parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+from dalle2_jax.types import Array, Params
+
+
+def forward(
+    network: nn.Module,
+    params: Params,
+    *args: Any,
+    method: str | None = None,
+    rngs: dict[str, Array] | None = None,
+) -> Any:
+    """What `network` (its `__call__`, or `method`) returns for `args`.
+
+    The output alone: Flax's `apply` gives changed variables beside it only where some are mutable,
+    which none are here.
+    """
+    return network.apply({"params": params}, *args, method=method, rngs=rngs)
