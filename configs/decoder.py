@@ -69,7 +69,7 @@ def tiny():
                 image_size=32,
                 drop_z_img=0.1,
                 drop_caption=0.5,
-                sampling=dict(steps=25, solver="ddim", cfg_scale=2.0, clip=("static", 1.0)),
+                sampling=dict(steps=25, solver="ddim", cfg_scale=1.3, clip=("static", 1.0)),
             ),
             model=dict(
                 unet=dict(
