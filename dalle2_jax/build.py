@@ -140,7 +140,7 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
         return config
 
 
-def complete(config: Mapping[str, Any]) -> Config:
+def complete(config: Config) -> Config:
     """`config` over the defaults, checked and frozen.
 
     Raises UserError for unknown keys outside the free sections and for values of the wrong type or

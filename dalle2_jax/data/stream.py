@@ -37,7 +37,8 @@ class Stream:
     def first_picture(self) -> bytes:
         """Encoded, in file order. Raises UserError where its shard is damaged."""
         try:
-            return next(self._source.dataset().take(1).as_numpy_iterator())["image"]
+            record: Any = next(self._source.dataset().take(1).as_numpy_iterator())
+            return record["image"]
         except tf.errors.OpError as e:
             said = " ".join(e.message.split())[:200]
             raise UserError(f"{self._source.path}: cannot be read ({said})") from e
