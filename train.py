@@ -7,8 +7,6 @@ input, 130 or 143 stopped by SIGINT or SIGTERM with everything saved.
 
 from __future__ import annotations
 
-import signal
-
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
@@ -49,10 +47,7 @@ def run(config: build.Config, workdir: str) -> int:
             f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
             "the same command again to go on"
         )
-        # As shells count it, so that a script (make train-tiny) does not take a stop for the end.
-        if result.stopped_by in signal.Signals.__members__:
-            return 128 + signal.Signals[result.stopped_by]
-    return 0
+    return result.exit_status
 
 
 def main() -> int:

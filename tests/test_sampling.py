@@ -116,7 +116,7 @@ def test_too_few_steps_are_refused(steps):
 def test_too_many_steps_and_unknown_solvers_are_refused():
     with pytest.raises(UserError, match="steps must be at most 20, not 21"):
         draw(sampler(steps=21))
-    with pytest.raises(UserError, match="unknown sampler 'ddin': did you mean 'ddim'"):
+    with pytest.raises(UserError, match="unknown sampler 'ddin'; did you mean 'ddim'"):
         draw(sampler(solver="ddin"))
 
 
@@ -130,7 +130,7 @@ def test_the_prior_keeps_the_candidate_nearer_to_the_text():
     settings = Settings(steps=2, clip=None)
     near = []
     for k in (1, 2, 16):
-        made = Prior(Nothing(), PROCESS, settings, embedding_scale=2.0, candidates=k)
+        made = Prior(Nothing(), PROCESS, settings, candidates=k)
         z = made({}, text, keys())
         np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
         near.append(jnp.sum(z * z_txt, axis=-1))

@@ -101,3 +101,4 @@ if __name__ == "__main__":  # python toy_task.py WORKDIR NUM_STEPS: a run to sen
     settings = config(num_steps=int(sys.argv[2]), checkpoint_every=5, mesh=dict(data=1))
     result = loop.train(settings, ToyTask(), slow_dataset(0.02), sys.argv[1])
     print("stopped by", result.stopped_by, "after", result.step)
+    sys.exit(result.exit_status)

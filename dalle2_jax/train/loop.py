@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,12 @@ class Result(NamedTuple):
     step: int
     stopped_by: str | None  # None: num_steps reached; else SIGTERM, SIGINT or max_minutes
     state: TrainState
+
+    @property
+    def exit_status(self) -> int:
+        """0, or that of a signal as shells count it: a script must not take a stop for the end."""
+        number = signal.Signals.__members__.get(self.stopped_by or "")
+        return 128 + number if number else 0
 
 
 def train(
