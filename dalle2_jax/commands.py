@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from dalle2_jax.errors import UserError
 
 NOISY = ("orbax", "xla_bridge")  # lines that say nothing to a user: which backends there are not
-TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax")
+TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax", "resvg_py")
 
 
 def say(error: Exception | str, status: int = 2) -> int:
