@@ -56,6 +56,7 @@ EVERY_WAY = [
     dict(flip=True),
     dict(crop_scale=(0.3, 0.9), image_size=16),
     dict(subset="concrete", shuffle_seed=3),
+    dict(group_by="style", group_size=3),
     dict(STREAM, subset="concrete", crop_scale=(0.5, 0.5), image_size=32, flip=True),
 ]
 
@@ -111,6 +112,41 @@ def test_pictures_keep_their_captions(way):
     assert all(drawn[key] <= texts[key] for key in texts)
     # ten draws of eight captions: nearly every picture is met with several
     assert np.mean([len(found) for found in drawn.values()]) > 3
+
+
+def test_groups_stay_together_and_every_record_comes_about_once_an_epoch():
+    """The fixture's records share six styles; n is no multiple of the group's size."""
+    source = tfds_source.load_arrays(FIXTURE, "train")
+    n, size = len(source["image"]), 4
+    assert n % size
+    style = dict(zip([i.tobytes() for i in source["image"]], source["style"], strict=True))
+    whole = n - n % size
+    epochs = take(dataset(batch_size=whole, group_by="style", group_size=size), 3)
+    orders = [[image.tobytes() for image in batch["image"]] for batch in epochs]
+    for order in orders:
+        assert len(set(order)) == whole
+        blocks = [[style[image] for image in order[i : i + size]] for i in range(0, whole, size)]
+        # Sorted by style and cut into blocks, at most one block a style spans its end.
+        assert sum(len(set(block)) > 1 for block in blocks) <= len(set(style.values()))
+        assert [block[0] for block in blocks] != sorted(block[0] for block in blocks)
+    assert orders[0] != orders[1] != orders[2]
+    assert set().union(*orders) == set(style)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(group_by="stile"), "no feature 'stile'; did you mean 'style'?"),
+        (dict(group_by="tags"), "feature 'tags' holds several values a record"),
+        (dict(group_by="style", group_size=0), "group_size=0: 1 at least"),
+        (dict(group_by="style", group_size=999), "group_size=999 but .* holds only"),
+        (dict(group_by="style", shuffle=False), "group_by is for TFDS directories, shuffled"),
+        (dict(group_by="style", ram_gb=0.0), "group_by='style' needs .* in memory: ram_gb="),
+    ],
+)
+def test_groups_that_cannot_be_made_are_told(given, said):
+    with pytest.raises(UserError, match=said):
+        dataset(**given)
 
 
 def test_file_order_without_shuffle():

@@ -40,6 +40,9 @@ class DataConfig:
       image_size: side of the pictures in a batch.
       context_length, vocab_size: of the tokenizer.
       shuffle: a new order every epoch, by shuffle_seed; else file order.
+      group_by, group_size: records with the same value of this feature stay together in that order,
+        so many at a time: a contrastive loss then has to tell apart pictures that differ in little
+        else, such as the styles of one concept. Of a TFDS split held in memory.
       flip: mirror half of the pictures.
       crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
       ram_gb: encoded TFDS splits above this are streamed through a shuffle buffer.
@@ -57,6 +60,8 @@ class DataConfig:
     vocab_size: int = 49408
     shuffle: bool = True
     shuffle_seed: int = 0
+    group_by: str = ""
+    group_size: int = 4
     flip: bool = False
     crop_scale: tuple[float, float] = (1.0, 1.0)
     ram_gb: float = 2.0
@@ -75,6 +80,10 @@ class DataConfig:
             raise UserError(f"data: crop_scale={self.crop_scale}: needs 0 < low <= high <= 1")
         if self.subset and self.source == "folder":
             raise UserError("data: subset is for TFDS directories; use a folder of its own instead")
+        if self.group_by and (self.source == "folder" or not self.shuffle):
+            raise UserError("data: group_by is for TFDS directories, shuffled")
+        if self.group_size < 1:
+            raise UserError(f"data: group_size={self.group_size}: 1 at least")
 
 
 class Batches:
@@ -106,6 +115,12 @@ class Batches:
         source = _open(config, split)
         self._stream = source if isinstance(source, stream.Stream) else None
         self.num_examples = len(source)
+        self._group_size = config.group_size if config.group_by else 1
+        if self._group_size > self.num_examples:
+            raise UserError(
+                f"data: group_size={config.group_size} but {config.path} ({split}) holds only "
+                f"{self.num_examples} records"
+            )
         _warn_if_small(source.first_picture(), f"{config.path} ({split})", config.image_size)
         if isinstance(source, stream.Stream):
             return
@@ -154,21 +169,28 @@ class Batches:
     @tf.autograph.experimental.do_not_convert
     def _plan(self, step: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this host draws at `step`: example, caption, mirror and crop for each place."""
-        config, n = self._config, self.num_examples
+        config, n, size = self._config, self.num_examples, self._group_size
         place = step * self._batch_size + tf.range(self._batch_size, dtype=tf.int64)
-        epoch, index = place // n, place % n
+        epoch, index = place // (n - n % size), place % (n - n % size)
         if config.shuffle and self._stream is None:
-            # the op itself: tf.random.experimental.index_shuffle takes one seed for all only
-            seed = tf.fill(tf.shape(epoch), tf.constant(config.shuffle_seed, tf.int64))
-            index = tf.raw_ops.RandomIndexShuffle(
-                index=index,
-                seed=tf.stack([seed, epoch, tf.zeros_like(seed)], 1),
-                max_index=tf.fill(tf.shape(index), tf.constant(n - 1, tf.int64)),
-            )
+            within = index % size
+            index = self._shuffled(index // size, epoch, 0, n // size) * size + within
+            if size > 1:  # where the groups begin moves, so that none is always cut in two
+                index = (index + self._shuffled(tf.zeros_like(index), epoch, 1, n)) % n
         draws = tf.random.stateless_uniform(
             [self._batch_size, 5], tf.stack([tf.cast(config.shuffle_seed, tf.int64), step])
         )
         return {"index": index[self._share], "draws": draws[self._share]}
+
+    def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor, salt: int, n: int) -> tf.Tensor:
+        """Where a permutation of 0 ... n - 1, named by `epoch` [b] and `salt`, puts `index` [b]."""
+        ones = tf.ones_like(epoch)
+        # the op itself: tf.random.experimental.index_shuffle takes one seed for all only
+        return tf.raw_ops.RandomIndexShuffle(
+            index=index,
+            seed=tf.stack([self._config.shuffle_seed * ones, epoch, salt * ones], 1),
+            max_index=(n - 1) * ones,
+        )
 
     def _gather(self, index: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         places = index.tolist()
@@ -242,9 +264,17 @@ def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
     if config.source == "folder":
         return folder_source.open_folder(config.path, split)
     source = tfds_source.open_split(config.path, split, config.subset)
-    if source.num_bytes > config.ram_gb * 2**30:
+    streamed = source.num_bytes > config.ram_gb * 2**30
+    if streamed and not config.group_by:
         return stream.Stream(source, config.shuffle, config.shuffle_seed, config.shuffle_buffer)
+    if streamed:
+        raise UserError(
+            f"data: group_by={config.group_by!r} needs {config.path} in memory: "
+            f"ram_gb={source.num_bytes / 2**30:.1f} or more"
+        )
     records = tfds_source.read_records(source)
+    if config.group_by:
+        records = tfds_source.sort_records(source, records, config.group_by)
     captions = [tfds_source.captions_of(r, source.caption_feature) for r in records]
     name = f"{config.path} ({split})"
     return Examples(name, [r["image"] for r in records], captions)

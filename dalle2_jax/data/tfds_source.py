@@ -139,6 +139,23 @@ def read_records(source: Prepared) -> list[Mapping[str, Any]]:
     return records
 
 
+def sort_records(
+    source: Prepared, records: list[Mapping[str, Any]], feature: str
+) -> list[Mapping[str, Any]]:
+    """`records` by the value of a scalar `feature`; those of one value keep their order.
+
+    Raises:
+      UserError: no such feature, or it holds several values a record.
+    """
+    features = source.builder.info.features
+    if feature not in features:
+        hint = options.near_miss(feature, features)
+        raise UserError(f"{source.path}: no feature {feature!r}{hint}")
+    if features[feature].shape != ():
+        raise UserError(f"{source.path}: feature {feature!r} holds several values a record")
+    return sorted(records, key=lambda record: record[feature])
+
+
 def captions_of(record: Mapping[str, Any], feature: str) -> list[str]:
     """The record's captions as text; a single caption becomes a list of one."""
     found = np.atleast_1d(record[feature])
