@@ -66,6 +66,9 @@ def tiny(variant):
                 split="train+held_out_pairs+held_out_concepts" if judge else "train",
                 eval_split="" if judge else "held_out_pairs",
                 subset=TINY_SUBSET,
+                group_by="concept" if judge else "",  # styles of one thing side by side
+                group_size=2,
+                flip=judge,
                 image_size=64,
                 context_length=24,
                 vocab_size=4608,
@@ -86,6 +89,7 @@ def tiny(variant):
             log_every=25,
             checkpoint_every=250,
             eval_every=0 if judge else 250,
+            preview_every=0 if judge else 500,
             export_dtype="float16",
         )
     )

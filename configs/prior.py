@@ -92,6 +92,7 @@ def tiny():
             log_every=25,
             checkpoint_every=250,
             eval_every=250,
+            preview_every=500,
             export_dtype="float16",
         )
     )

@@ -67,8 +67,10 @@ class Task(Protocol):
         """Mean loss over the global batch (float32 scalar) and scalar metrics."""
         ...
 
-    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        """Named pictures for TensorBoard, each uint8 [h, w, 3]; empty where there are none."""
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
+        """Named pictures for TensorBoard, each uint8 [h, w, 3], of the first `rows` examples."""
         ...
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

@@ -9,7 +9,7 @@ import pytest
 import small_cascade
 from small_cascade import CONFIGS, batch, config, randomised
 
-from dalle2_jax import build, model_folder
+from dalle2_jax import build, images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
@@ -123,16 +123,63 @@ def test_a_dropped_z_img_does_not_reach_the_decoder(clip_folder):
     assert loss_of(task, cut) == pytest.approx(loss_of(task, params), rel=1e-6)
 
 
-def test_previews_are_pictures_beside_the_true_ones(clip_folder):
-    for stage, shape in (("decoder", (4 * 8, 2 * 8, 3)), ("upsampler", (4 * 16, 3 * 16, 3))):
-        task = make(stage, clip_folder)
-        params = randomised(jax.jit(task.init)(jax.random.key(0)), std=0.05)
-        shown = task.preview(params, task.frozen(), batch(), jax.random.key(1))
-        (picture,) = shown.values()
-        assert picture.shape == shape and picture.dtype == jnp.uint8
-        assert list(shown) == [task.stage]
-    true = batch()["image"][0]  # the upsampler's last column, at its own size
-    np.testing.assert_array_equal(picture[:16, 32:], true)
+def test_a_disturbed_z_img_is_as_near_as_asked(clip_folder):
+    """Noise of length l across a unit vector leaves a cosine of 1 / sqrt(1 + l^2)."""
+    from dalle2_jax.tasks.decoder import disturb
+
+    z = np.random.default_rng(0).normal(size=(2000, 512)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    near = np.sum(np.asarray(disturb(jax.random.key(0), z, 1.5)) * z, axis=1)
+    length = np.random.default_rng(1).uniform(0, 1.5, 100_000)
+    want = np.quantile(1 / np.sqrt(1 + length**2), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(np.quantile(near, [0.1, 0.5, 0.9]), want, atol=0.03)
+
+    task = make("decoder", clip_folder, task__drop_z_img=0.0, task__drop_caption=0.0)
+    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    noisy = dataclasses.replace(task, noise_z_img=1.0)
+    assert loss_of(noisy, params, train=False) == loss_of(task, params, train=False)
+    assert abs(loss_of(noisy, params) - loss_of(task, params)) > 1e-6
+
+
+def test_random_shift_moves_and_keeps_the_rest():
+    from dalle2_jax.tasks.clip import random_shift
+
+    pictures = jnp.arange(3 * 6 * 6.0).reshape(3, 6, 6, 1)
+    moved = np.asarray(random_shift(jax.random.key(0), pictures, 2))
+    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    for picture, source in zip(moved, padded, strict=True):
+        places = [(i, j) for i in range(5) for j in range(5)]
+        assert any((picture == source[i : i + 6, j : j + 6]).all() for i, j in places)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "columns"),
+    [("clip", 16, 5), ("prior", 16, 5), ("decoder", 8, 2), ("upsampler", 16, 3)],
+)
+def test_previews_are_pictures_beside_the_true_ones(stage, size, columns, clip_folder):
+    task = make(stage, clip_folder)
+    params = randomised(jax.jit(task.init)(jax.random.key(0)), std=0.05)
+    for rows, shown in ((3, 3), (9, 4)):  # of a batch of 4
+        (name, picture), *rest = task.preview(
+            params, task.frozen(), batch(), jax.random.key(1), rows
+        ).items()
+        assert (name, rest) == (task.stage, [])
+        assert picture.shape == (shown * size, columns * size, 3) and picture.dtype == jnp.uint8
+    # the upsampler's true picture stands last, the others' first
+    place = slice(-size, None) if stage == "upsampler" else slice(0, size)
+    true = images.resize(images.to_float(batch()["image"]), size, "area")
+    np.testing.assert_array_equal(picture[:size, place], images.to_uint8(true)[0])
+
+
+def test_the_nearest_pictures_come_in_order():
+    from dalle2_jax.tasks import previews
+
+    angles = np.deg2rad([0, 50, 100, 20, 170])
+    z = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    pictures = jnp.arange(5.0)[:, None, None, None] / 4 * jnp.ones((5, 1, 1, 3)) * 2 - 1
+    shown = previews.nearest(pictures, z, np.asarray([z[3], z[4]]))
+    grey = [round(value / 63.75) for value in shown[:, :, 0].ravel()]
+    assert grey == [0, 3, 0, 1, 2, 1, 4, 2, 1, 3]
 
 
 def test_frozen_parameters_are_clips(clip_folder):
@@ -148,17 +195,6 @@ def test_the_prior_learns_the_scaled_embedding(clip_folder):
     params = jax.jit(task.init)(jax.random.key(0))
     params["out"] = jax.tree.map(jnp.zeros_like, params["out"])
     assert loss_of(task, params) == pytest.approx(task.embedding_scale**2 / 16, rel=1e-4)
-
-
-def test_random_shift_moves_and_keeps_the_rest():
-    from dalle2_jax.tasks.clip import random_shift
-
-    pictures = jnp.arange(3 * 6 * 6.0).reshape(3, 6, 6, 1)
-    moved = np.asarray(random_shift(jax.random.key(0), pictures, 2))
-    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    for picture, source in zip(moved, padded, strict=True):
-        places = [(i, j) for i in range(5) for j in range(5)]
-        assert any((picture == source[i : i + 6, j : j + 6]).all() for i, j in places)
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
@@ -212,6 +248,7 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ("decoder", {"model__dim": 128}, "set --config.model.dim=16"),
         ("decoder", {"model__context_length": 12}, "set --config.model.context_length=8"),
         ("decoder", {"task__drop_z_img": float("nan")}, "drop_z_img=nan must be within 0 and 1"),
+        ("decoder", {"task__noise_z_img": -1}, "noise_z_img=-1 must be 0 or more"),
         ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
         ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
         ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),

@@ -47,7 +47,7 @@ class ToyTask:
         poison = jnp.all(batch["image"] == 255)
         return jnp.where(poison, jnp.nan, loss), {"rms": jnp.sqrt(loss)}
 
-    def preview(self, params, frozen, batch, key):
+    def preview(self, params, frozen, batch, key, rows):
         return {"first": batch["image"][0]}
 
     def export(self, params):

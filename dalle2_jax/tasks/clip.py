@@ -14,6 +14,7 @@ from dalle2_jax import images
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct, plain
+from dalle2_jax.tasks import previews
 from dalle2_jax.tasks.frozen_clip import check_captions, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -52,8 +53,14 @@ class CLIPTask:
         metrics = {"image_to_text": hits[0], "text_to_image": hits[1], "logit_scale": scale}
         return (losses[0] + losses[1]) / 2, metrics
 
-    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        return {}
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
+        """Each caption's own picture, then those of the batch that CLIP finds nearest to it."""
+        pictures = images.to_float(batch["image"])
+        small = images.resize(pictures, self.network.image["image_size"], "area")
+        z_img, z_txt, _ = forward(self.network, params, small, batch["tokens"])
+        return {"clip": previews.nearest(pictures, z_img, z_txt[:rows])}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return {"model": self.model}, params

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.nets.clip import text_mask
+from dalle2_jax.nets.clip import normalise, text_mask
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
-from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
+from dalle2_jax.tasks import previews
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
 from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -32,12 +33,14 @@ class DecoderTask:
     image_size: int
     drop_z_img: float = 0.1
     drop_caption: float = 0.5
+    noise_z_img: float = 0.0  # most that z_img is disturbed in training, see `disturb`
     stage: str = dataclasses.field(default="decoder", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
         drops = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
         check_range("config.task", 0, 1, **drops)
+        check_range("config.task", 0, noise_z_img=self.noise_z_img)
         check_range("config.task", 1, image_size=self.image_size)
 
     def init(self, key: Array) -> Params:
@@ -66,7 +69,7 @@ class DecoderTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        key_z, key_txt, key_loss, key_dropout = jax.random.split(key, 4)
+        key_z, key_txt, key_loss, key_dropout, key_noise = jax.random.split(key, 5)
         cond = self.condition(frozen, batch)
         if train:
             b = batch["tokens"].shape[0]
@@ -74,6 +77,8 @@ class DecoderTask:
             keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
             cond["z_mask"] &= keep_z
             cond["txt_mask"] &= keep_txt[:, None]
+            if self.noise_z_img:
+                cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
@@ -82,16 +87,30 @@ class DecoderTask:
         x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         return denoising_loss(self.process, apply, x_0, key_loss)
 
-    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
         """Each true picture beside the one drawn from its z_img and caption."""
+        batch = previews.first(batch, rows)
         sampler = DecoderSampler(self.network, self.process, self.sampling, self.image_size)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         drawn = sampler(params, self.condition(frozen, batch), keys)
         true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
-        return {"decoder": side_by_side(true, drawn)}
+        return {"decoder": previews.side_by_side(true, drawn)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
+
+
+def disturb(key: Array, z: Array, most: float) -> Array:
+    """Unit vectors [b, dim] moved by noise of a length drawn from [0, most], and unit again.
+
+    A prior errs, the more the less it knows what is asked; a decoder that has seen true z_img alone
+    follows its errors and heeds the caption little (conditioning augmentation, 2106.15282).
+    """
+    key_length, key_direction = jax.random.split(key)
+    length = jax.random.uniform(key_length, (z.shape[0], 1), maxval=most)
+    return normalise(z + length * jax.random.normal(key_direction, z.shape) / z.shape[1] ** 0.5)
 
 
 SECTIONS = {"task": DecoderTask, "model": Decoder, "diffusion": Process}

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from dalle2_jax import images
 from dalle2_jax.diffusion import guidance
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.losses import sample_t
@@ -45,20 +44,6 @@ def denoising_loss(process: Process, apply: Apply, x_0: Array, key: Array) -> tu
     losses = process.losses(apply, x_0, t, noise)
     metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}
     return losses["loss"].mean(), metrics
-
-
-def grid(pictures: Array, columns: int) -> Array:
-    """float [b, h, w, 3] in [-1, 1] -> one uint8 picture, row by row; what is over is left out."""
-    b, h, w, c = pictures.shape
-    rows = b // columns
-    pictures = pictures[: rows * columns].reshape(rows, columns, h, w, c)
-    return images.to_uint8(pictures.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c))
-
-
-def side_by_side(*columns: Array) -> Array:
-    """Pictures [b, h, w, 3] in [-1, 1] of one size -> uint8, example by example: a row each."""
-    stacked = jax.numpy.stack(columns, axis=1)
-    return grid(stacked.reshape(-1, *columns[0].shape[1:]), len(columns))
 
 
 def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:

@@ -14,7 +14,9 @@ from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.options import check_range, construct
+from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.tasks import previews
 from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
 from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
@@ -29,6 +31,7 @@ class PriorTask:
     network: DiffusionPrior
     process: Process
     clip: FrozenCLIP
+    sampling: Settings
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
@@ -60,8 +63,16 @@ class PriorTask:
 
         return denoising_loss(self.process, apply, z_img * self.embedding_scale, key_loss)
 
-    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        return {}
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
+        """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
+        pictures = images.to_float(batch["image"])
+        z_img = self.clip.encode_image(frozen["clip"], pictures)
+        text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
+        sampler = PriorSampler(self.network, self.process, self.sampling)
+        z = sampler(params, text, jax.random.split(key, text.z_txt.shape[0]))
+        return {"prior": previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
@@ -75,7 +86,6 @@ def from_config(config: Any) -> PriorTask:
     network = construct(DiffusionPrior, config.model, "config.model")
     check_transformer("config.model", config.model, network.activation)
     process = construct(Process, config.diffusion, "config.diffusion")
-    sampling_settings(config, process)  # checked here, used by whoever draws with the export
     task = construct(
         PriorTask,
         options,
@@ -83,6 +93,7 @@ def from_config(config: Any) -> PriorTask:
         network=network,
         process=process,
         clip=FrozenCLIP.load(config),
+        sampling=sampling_settings(config, process),
         entry={},
     )
     entry = stage_entry(config, embedding_scale=task.embedding_scale, clip=task.clip.hash)

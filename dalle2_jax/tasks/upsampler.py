@@ -16,7 +16,8 @@ from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
-from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, side_by_side, stage_entry
+from dalle2_jax.tasks import previews
+from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -90,14 +91,17 @@ class UpsamplerTask:
 
         return denoising_loss(self.process, apply, x_0, key_loss)
 
-    def preview(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
         """The small picture, the one drawn from it, the true one: a row an example."""
-        true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        pictures = images.to_float(previews.first(batch, rows)["image"])
+        true = images.resize(pictures, self.image_size, "area")
         low = images.resize(true, self.low_size, "area")
         sampler = UpsamplerSampler(self.network, self.process, self.sampling, self.image_size)
         drawn = sampler(params, low, jax.random.split(key, low.shape[0]))
         shown = images.resize(low, self.image_size, "nearest")
-        return {self.stage: side_by_side(shown, drawn, true)}
+        return {self.stage: previews.side_by_side(shown, drawn, true)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params

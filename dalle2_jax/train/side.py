@@ -67,8 +67,7 @@ class SideWork:
     def preview(self, params: Params) -> dict[str, np.ndarray]:
         """The task's pictures of the same examples of the data, with the same noise, every time.
 
-        They can so be compared over a run. No prompts of one's own: the decoder is shown the true
-        z_img and the caption of each example; CLIP and the prior have no pictures.
+        They can so be compared over a run. The prompts are the captions of these examples.
         """
         batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, PREVIEW_STREAM)

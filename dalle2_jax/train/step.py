@@ -94,11 +94,11 @@ def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Params, Params, Batch, A
 
 
 def make_preview(
-    task: Task, mesh: Mesh, size: int
+    task: Task, mesh: Mesh, rows: int
 ) -> Callable[[Params, Params, Batch, Array], dict[str, Array]]:
-    """(params, frozen, batch, key) -> the task's pictures for the first `size` of the batch."""
+    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch."""
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        return task.preview(params, frozen, jax.tree.map(lambda x: x[:size], batch), key)
+        return task.preview(params, frozen, batch, key, rows)
 
     return jax.jit(preview, out_shardings=sharding.replicated(mesh))

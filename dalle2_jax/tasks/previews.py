@@ -1,0 +1,33 @@
+"""What training shows now and then: pictures laid out so that progress can be seen."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax import images
+from dalle2_jax.types import Array, Batch
+
+_NEAREST = 4
+
+
+def first(batch: Batch, rows: int) -> Batch:
+    """The first `rows` examples of a batch."""
+    return jax.tree.map(lambda x: x[:rows], batch)
+
+
+def side_by_side(*columns: Array) -> Array:
+    """Pictures [b, h, w, 3] in [-1, 1] of one size -> one uint8 picture, a row an example."""
+    stacked = jnp.stack(columns, axis=1)  # b columns h w 3
+    b, n, h, w, c = stacked.shape
+    return images.to_uint8(stacked.transpose(0, 2, 1, 3, 4).reshape(b * h, n * w, c))
+
+
+def nearest(pictures: Array, z_img: Array, z: Array) -> Array:
+    """For each row what was asked and what was found: the true picture, then the nearest ones.
+
+    pictures [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
+    them. Where the second column equals the first, z says what it should.
+    """
+    order = jnp.argsort(-z @ z_img.T, axis=1)[:, :_NEAREST]  # r k
+    return side_by_side(pictures[: len(z)], *(pictures[column] for column in order.T))
