@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from dalle2_jax import sharding
+from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.types import Array, Params, PyTree, Task
@@ -74,34 +73,22 @@ def init_state(task: Task, optimizer: Optimizer, seed: int, template: TrainState
     return make()
 
 
-def warm_start(state: TrainState, tensors: Mapping[str, Any], folder: str | Path) -> TrainState:
+def warm_start(state: TrainState, tensors: Params, folder: str | Path) -> TrainState:
     """`state` with params and EMA taken from `tensors`, read from the model folder `folder`.
 
     Raises UserError that names the tensors which are missing, have another shape or are not the
     network's: a deeper one would be loaded in part.
     """
-    given, wanted = sharding.flatten(tensors), sharding.flatten(state.params)
-    missing = [name for name in wanted if name not in given]
-    other = [
-        f"{name} {tuple(np.shape(given[name]))} there, {tuple(leaf.shape)} here"
-        for name, leaf in wanted.items()
-        if name in given and tuple(np.shape(given[name])) != tuple(leaf.shape)
-    ]
-    extra = [name for name in given if name not in wanted]
-    if missing or other or extra:
-        told = [f"{name} is missing" for name in missing] + other
-        told += [f"{name} is not in this network" for name in extra]
-        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
-        raise UserError(
-            f"init_from={folder} does not fit this config: {'; '.join(told[:5])}{more}. "
-            "Use the config it was trained with."
-        )
+    try:
+        model_folder.check_params(tensors, state.params, f"init_from={folder}")
+    except UserError as error:
+        raise UserError(f"{error}: use the config it was trained with") from error
 
-    def load(path: tuple[Any, ...], leaf: Array) -> Array:
-        value = np.asarray(given[sharding.path_name(path)], leaf.dtype)
+    def load(leaf: Array, given: Any) -> Array:
+        value = np.asarray(given, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
     def load_all() -> Params:
-        return jax.tree_util.tree_map_with_path(load, state.params)
+        return jax.tree.map(load, state.params, tensors)
 
     return state.replace(params=load_all(), ema_params=load_all())
