@@ -7,6 +7,7 @@ or bfloat16, in memory always in float32.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -207,10 +208,18 @@ def stage_hash(folder: str | os.PathLike[str], stage: str) -> str:
     """16 hex digits that name a stage's tensors: sha256 of its file."""
     path = stage_path(folder, stage)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        stat = path.stat()
+        return _file_hash(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+    """Kept while the file has this size and time: CLIP's is asked for by each stage on it."""
+    del size, mtime_ns
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:

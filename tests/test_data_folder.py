@@ -1,5 +1,7 @@
 """A user's own folder of pictures and captions."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +48,18 @@ def test_metadata_jsonl(folder):
 def test_captions_csv(folder):
     (folder / "captions.csv").write_text('file_name,text\na.png,"one, two"\na.png,three\n')
     assert folder_source.open_folder(folder).captions == [["one, two", "three"]]
+
+
+def test_only_line_feeds_end_a_line(folder):
+    """JSON allows a bare U+2028 inside of text, and form feeds stand in captions of PDFs."""
+    text = "one\u2028two\x0cthree"
+    row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(row + "\r\n", "utf-8")
+    assert folder_source.open_folder(folder).captions == [[text]]
+    (folder / "metadata.jsonl").unlink()
+    for name in COLORS:
+        (folder / f"{name}.txt").write_text(f"{text}\r\nfour\n", "utf-8")
+    assert folder_source.open_folder(folder).captions[0] == [text, "four"]
 
 
 BOM = "\ufeff"  # what Windows' editors begin a UTF-8 file with

@@ -53,7 +53,7 @@ def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         if picture.is_dir():  # not `is_file`: a link to nowhere shall be told
             continue
         text = picture.with_suffix(".txt")
-        lines = text.read_text(_ENCODING, "replace").splitlines() if text.is_file() else []
+        lines = text.read_text(_ENCODING, "replace").split("\n") if text.is_file() else []
         found[picture] = [line.strip() for line in lines if line.strip()]
         if not found[picture]:
             lacking.append(picture)
@@ -86,7 +86,7 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
 
 
 def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(table.read_text(_ENCODING, "replace").splitlines(), 1):
+    for number, line in enumerate(table.read_text(_ENCODING, "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
