@@ -4,7 +4,7 @@ python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_fr
 
 paper  3.5B parameters at 64 px, batch 2048, 800K steps
 tpu    the same: 512 channels and heads of 64 suit the TPU already
-tiny   5.6M parameters at 32 px; 2 CPU cores, two hours
+tiny   5.6M parameters at 32 px; 2 CPU cores, three hours
 """
 
 from ml_collections import ConfigDict
@@ -105,7 +105,7 @@ def tiny():
                 schedule="cosine",
                 clip_norm=1.0,
             ),
-            batch_size=64,
+            batch_size=128,
             num_steps=8000,
             ema_decay=0.999,
             log_every=50,
