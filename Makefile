@@ -26,7 +26,7 @@ TINY_FLAGS ?=# for every stage, such as --config.num_steps=100
 TINY_XLA_FLAGS ?= --xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false
 TINY_STAGES := clip prior decoder upsampler_256
 TEST_JOBS ?= 2
-PYTEST := $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
+PYTEST := $(PY) -m pytest --ignore=tests/parity -n $(TEST_JOBS) --dist loadfile
 PARITY := torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
 
 # $(call install,what,says): the project itself (editable) with extras, at the versions of .ci/.
@@ -58,7 +58,7 @@ test-slow: $(VENV)/.train ## the tests that take longer
 	$(PYTEST) -m "slow and not tpu_aot and not parity"
 
 test-parity: $(VENV)/.parity ## against torch, diffusers and transformers
-	$(PY) -m pytest -m parity
+	$(PY) -m pytest -m parity tests/parity
 
 data: $(EMOJI) ## the emoji data set, drawn from npm packages (needs npm)
 

@@ -1,8 +1,8 @@
 """Trains one stage: python train.py --config=configs/decoder.py:tiny --workdir=W
 
 The same command goes on where the last one ended. --config.batch_size=32 changes a setting.
-Exit status: 0 done (or out of max_minutes), 1 the loss is no longer finite, 2 a mistake in the
-input, 130 or 143 stopped by SIGINT or SIGTERM with everything saved.
+Exit status: 0 done, 1 the loss is no longer finite, 2 a mistake in the input; stopped with
+everything saved: 75 out of max_minutes, 130 by SIGINT, 143 by SIGTERM.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     """What to install; raises `error` again where it is no library of training."""
     if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
         raise error
-    return f"{error.name} is not installed: pip install 'dalle2-jax[train]'"
+    return f"{error.name} is not installed: in the project's folder, pip install -e '.[train]'"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

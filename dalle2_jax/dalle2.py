@@ -127,7 +127,11 @@ class DALLE2:
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 
     def generate(
-        self, prompts: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        **options: Any,
     ) -> np.ndarray:
         """Draws n pictures of each prompt -> uint8 [len(prompts) * n, h, w, 3], prompt by prompt.
 
@@ -137,7 +141,8 @@ class DALLE2:
         Args:
             prompts: one sentence or several; what is beyond the context length is cut off.
             n: pictures a prompt.
-            seed: any integer from 0 to 2**32 - 1.
+            seed: an integer from 0 to 2**32 - 1, or one a prompt. Pictures i of two prompts with
+                one seed begin from the same noise.
             **options: see `stream`.
 
         Raises:
@@ -149,7 +154,7 @@ class DALLE2:
         self,
         prompts: str | Sequence[str],
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         z_img: np.ndarray | None = None,
         steps: Choice = None,
@@ -173,9 +178,13 @@ class DALLE2:
         if not prompts or not all(p.strip() for p in prompts):
             raise UserError("a prompt is empty: write what is to be drawn")
         n, batch_size = _whole("n", n, 1), _whole("batch_size", batch_size, 1)
-        seed = _whole("seed", seed, 0, 2**32 - 1)
+        seeds = seed if isinstance(seed, Sequence | np.ndarray) else [seed] * len(prompts)
+        seeds = [_whole("seed", s, 0, 2**32 - 1) for s in seeds]
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
         model = self.with_settings(steps, cfg_scale, solver)
         rows = {
+            "seed": np.repeat(np.array(seeds, np.uint32), n),
             "index": np.tile(np.arange(n, dtype=np.uint32), len(prompts)),
             "captions": jax.tree.map(lambda t: np.repeat(t, n, axis=0), self.captions(prompts)),
         }
@@ -187,7 +196,7 @@ class DALLE2:
         batches = list(_batches(rows, batch_size))
         for i, (count, batch) in enumerate(batches):
             report = _overall(progress, i, len(batches))
-            keys = _keys(seed, batch["index"], list(model.samplers()))
+            keys = _keys(batch["seed"], batch["index"], list(model.samplers()))
             pictures = model._draw(batch["captions"], keys, report, batch.get("z_img"))
             yield np.asarray(images.to_uint8(pictures))[:count]
 
@@ -198,7 +207,21 @@ class DALLE2:
         return Captions(tokens, _tokenizer(own)(prompts) if own else tokens)
 
     def encode_image(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim], unit length."""
+        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim], unit length.
+
+        Of a picture that is not square the middle is read, as in training.
+
+        Raises:
+            UserError: pictures of another type or shape.
+        """
+        pictures = np.asarray(pictures)
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+            given = f"{pictures.dtype} {list(pictures.shape)}"
+            raise UserError(f"pictures must be uint8 [b, h, w, 3], not {given}")
+        h, w = pictures.shape[1:3]
+        side = min(h, w)
+        top, left = (h - side) // 2, (w - side) // 2
+        pictures = pictures[:, top : top + side, left : left + side]
         return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
 
     def _draw(
@@ -263,16 +286,16 @@ def _encode_image(clip: CLIP, params: Params, pictures: Array) -> Array:
     return forward(clip, params, small, method="encode_image")
 
 
-def _keys(seed: int, index: Array, stages: Sequence[str]) -> dict[str, Array]:
-    """A stage's key for every picture: a function of the seed, the picture's and the stage's place.
+def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:
+    """A stage's key for every picture: a function of its seed, its index and the stage's place.
 
     Were it the same for two stages, the noise of one would begin with that of the other.
     """
 
-    def one(place: int, i: Array) -> Array:
+    def one(place: int, seed: Array, i: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), place)
 
-    return {name: jax.vmap(functools.partial(one, k))(index) for k, name in enumerate(stages)}
+    return {name: jax.vmap(functools.partial(one, k))(seed, index) for k, name in enumerate(stages)}
 
 
 def _batches(rows: Mapping[str, Any], batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -181,13 +181,7 @@ def write_stage(
     if dtype not in _DTYPES:
         raise UserError(f"storage dtype {dtype!r}: know {', '.join(_DTYPES)}")
     folder = Path(folder)
-    if (folder / CONFIG_NAME).exists():
-        config = read_config(folder)
-    else:
-        config = {"stages": {}}
-    stages = config["stages"] | {stage: dict(entry)}
-    config |= {"format": FORMAT, "version": __version__, "stages": stages}
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    _config_with(folder, stage, entry)  # what is wrong with it is told before anything is written
     tensors = {
         name: _to_storage(name, tensor, _DTYPES[dtype]) for name, tensor in _flatten(params).items()
     }
@@ -198,10 +192,19 @@ def write_stage(
             # One entry of metadata: the order of several would differ from run to run.
             save_file(tensors, temporary, metadata={"stage": stage})
         with replacing(folder / CONFIG_NAME) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # Read again: another stage may have been exported here meanwhile.
+            temporary.write_text(_config_with(folder, stage, entry), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write model folder {folder}: {reason}") from error
+
+
+def _config_with(folder: Path, stage: str, entry: Mapping[str, Any]) -> str:
+    """The text of the folder's `config.json` with `entry` for the stage."""
+    config = read_config(folder) if (folder / CONFIG_NAME).exists() else {"stages": {}}
+    stages = config["stages"] | {stage: dict(entry)}
+    config |= {"format": FORMAT, "version": __version__, "stages": stages}
+    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def stage_hash(folder: str | os.PathLike[str], stage: str) -> str:

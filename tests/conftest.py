@@ -26,3 +26,22 @@ def folder(tmp_path_factory) -> str:
     import small_cascade  # late: most tests need none of it
 
     return small_cascade.write(tmp_path_factory.mktemp("cascade") / "model")
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """For tests that build the same programs again and again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Eight simulated devices are only slow where one shows the same."""
+    from dalle2_jax import sharding
+
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make({}, jax.devices()[:1]))

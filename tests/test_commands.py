@@ -29,7 +29,11 @@ commands.run(main)
     [
         ("UserError('one', 'two')", 2, "c.py: ('one', 'two')"),
         ("UserError('a\\nb')", 2, "c.py: a b"),
-        ("ModuleNotFoundError(name='optax')", 2, "optax is not installed: pip install 'dalle2-"),
+        (
+            "ModuleNotFoundError(name='optax')",
+            2,
+            "optax is not installed: in the project's",
+        ),
         ("ModuleNotFoundError('other', name='other')", 1, "Traceback"),
     ],
 )

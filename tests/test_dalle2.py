@@ -155,6 +155,8 @@ def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
         ({"prompts": "a", "seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
         ({"prompts": "a", "seed": 1.5}, "seed must be a whole number"),
         ({"prompts": "a", "seed": 2**32}, "not 4294967296"),
+        ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 1 prompts: give one for each"),
+        ({"prompts": ["a", "b"], "seed": [1, -2]}, "seed must be a whole number .* not -2"),
     ],
 )
 def test_wrong_arguments_are_told(model, arguments, told):
@@ -180,6 +182,20 @@ def test_z_img_takes_the_priors_place(model, pictures):
         model.generate(PROMPTS, n=3, z_img=z_img[:1])
 
 
+def test_every_prompt_may_have_a_seed_of_its_own(model, pictures):
+    drawn = model.generate(PROMPTS, n=3, seed=[8, 7])
+    assert close(drawn[3:], pictures[3:]) and not close(drawn[:3], pictures[:3])
+    assert close(drawn[:3], model.generate(PROMPTS[0], n=3, seed=8))
+
+
+def test_the_middle_of_a_picture_is_encoded(model, pictures):
+    wide = np.concatenate([255 - pictures[:, :, :5], pictures, pictures[:, :, :5]], axis=2)
+    np.testing.assert_allclose(model.encode_image(wide), model.encode_image(pictures), atol=1e-6)
+    for wrong in (pictures / 127.5 - 1, pictures[0], pictures[..., :1]):
+        with pytest.raises(UserError, match=r"pictures must be uint8 \[b, h, w, 3\], not .* \["):
+            model.encode_image(wrong)
+
+
 def test_batches_come_as_they_are_drawn(model, pictures):
     batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
     np.testing.assert_array_equal(next(batches), pictures)
@@ -199,7 +215,8 @@ def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model):
 
 
 def test_stages_take_different_noise():
-    keys = dalle2._keys(0, np.arange(2, dtype=np.uint32), ["prior", "decoder", "a", "b"])
+    two = np.arange(2, dtype=np.uint32)
+    keys = dalle2._keys(np.zeros_like(two), two, ["prior", "decoder", "a", "b"])
     data = [tuple(row) for key in keys.values() for row in np.asarray(jax.random.key_data(key))]
     assert len(set(data)) == 8
 

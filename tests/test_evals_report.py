@@ -156,21 +156,25 @@ def model(folder):
     return DALLE2.from_pretrained(folder)
 
 
-def test_drawing_gives_a_picture_a_caption(model, groups):
+def test_drawing_gives_a_picture_a_caption_whatever_stands_beside_it(model, groups):
     group, counts = groups[0][0], []
     same = dict(seed=3, batch_size=4, progress=counts.append)
     drawn = draw.generate(model, group.captions, **same)
-    assert drawn.shape == (6, 16, 16, 3) and drawn.dtype == np.uint8 and counts == [4, 2]
-    np.testing.assert_array_equal(
-        drawn[4:], model.generate(group.captions[4:], seed=4, batch_size=4)
-    )
+    assert drawn.shape == (6, 16, 16, 3) and drawn.dtype == np.uint8 and sum(counts) == 6
     z_img = model.encode_image(group.pictures)
     rebuilt = draw.generate(model, group.captions, **same, z_img=z_img)
-    assert rebuilt.shape == drawn.shape and rebuilt.dtype == np.uint8 and counts == [4, 2, 4, 2]
-    np.testing.assert_array_equal(
-        rebuilt[4:], model.generate(group.captions[4:], seed=4, z_img=z_img[4:])
-    )
+    assert rebuilt.shape == drawn.shape and rebuilt.dtype == np.uint8 and sum(counts) == 12
     assert not np.array_equal(rebuilt, drawn)
+    other = dict(same, batch_size=16)
+    for last in (slice(5, 6), slice(2, 6)):
+        captions = group.captions[last]
+        alone = draw.generate(model, captions, **other).astype(int)
+        assert np.abs(alone - drawn[last]).max() <= 1  # another batch rounds otherwise
+        alone = draw.generate(model, captions, **other, z_img=z_img[last]).astype(int)
+        assert np.abs(alone - rebuilt[last]).max() <= 1
+    again = draw.generate(model, [group.captions[0]] * 2, **other)
+    assert np.array_equal(*again)
+    assert not np.array_equal(again[0], draw.generate(model, group.captions[:1], 4, 4, print)[0])
 
 
 def evals(*flags):

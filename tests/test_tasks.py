@@ -249,6 +249,18 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ("decoder", {"model__context_length": 12}, "set --config.model.context_length=8"),
         ("decoder", {"task__drop_z_img": float("nan")}, "drop_z_img=nan must be within 0 and 1"),
         ("decoder", {"task__noise_z_img": -1}, "noise_z_img=-1 must be 0 or more"),
+        (
+            "decoder",
+            {"data__image_size": 8},
+            "image_size=8 but the CLIP of .* asks for 16: set --con",
+        ),
+        ("clip", {"data__image_size": 8}, "image_size=8 but config.model.image asks for 16: set"),
+        ("upsampler", {"data__image_size": 8}, "image_size=8 but config.task asks for 16: set"),
+        (
+            "upsampler",
+            {"task__sampling__cfg_scale": 2.0},
+            "config.task.sampling: an upsampler has not",
+        ),
         ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
         ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
         ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),

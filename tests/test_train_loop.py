@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import toy_task
-from toy_task import ToyTask, config, dataset
+from toy_task import ToyTask, config, dataset, losses
 
 from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
@@ -23,27 +22,7 @@ from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Most tests build the same programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Eight simulated devices are only slow where one shows the same."""
-    make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make({}, jax.devices()[:1]))
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def run_on(
@@ -198,6 +177,7 @@ def test_max_minutes_saves_exports_and_goes_on(tmp_path, one_device):
     for step, reason in ((1, "max_minutes"), (2, "max_minutes"), (3, "max_minutes"), (3, None)):
         result = loop.train(cfg, ToyTask(), dataset(), tmp_path)
         assert (result.step, result.stopped_by) == (step, reason)
+        assert result.exit_status == (75 if reason else 0)
         assert (tmp_path / "model" / "toy.safetensors").exists()
 
 

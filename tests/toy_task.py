@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,11 @@ def slow_dataset(seconds: float):
             yield batch
 
     return batches
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 if __name__ == "__main__":  # python toy_task.py WORKDIR NUM_STEPS: a run to send signals to

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.data.emoji_words import unit_hash
 
 Progress = Callable[[int], None]
 """Called with the number of pictures that were just drawn."""
@@ -22,20 +23,14 @@ def generate(
 ) -> np.ndarray:
     """One picture of each caption by the whole cascade -> uint8 [n, h, w, 3].
 
-    Batch i is drawn with seed + i: the pictures of one call of DALLE2.generate share their noise.
-    With the true pictures' `z_img` [n, dim] in place of the prior's, and all noise the same, what
-    is found more than without is lost by the prior, the rest by the decoder and the upsamplers.
+    Each has noise of its own, named by `seed` and its caption: it depends neither on the batch nor
+    on the other captions. With the true pictures' `z_img` [n, dim] in place of the prior's, and all
+    noise the same, what is found more than without is lost by the prior, the rest by the decoder
+    and the upsamplers.
     """
-    drawn, size = [], min(batch_size, len(captions))
-    for start in range(0, len(captions), size):
-        # All batches are of one size, so that one program serves them.
-        places = np.minimum(np.arange(start, start + size), len(captions) - 1)
-        pictures = model.generate(
-            [captions[int(i)] for i in places],
-            seed=(seed + start // size) % 2**32,
-            z_img=None if z_img is None else z_img[places],
-            batch_size=size,
-        )
-        drawn.append(pictures[: len(captions) - start])
-        progress(len(drawn[-1]))
+    seeds = [int(unit_hash("evals noise", str(seed), caption) * 2**32) for caption in captions]
+    drawn = []
+    for pictures in model.stream(captions, seed=seeds, z_img=z_img, batch_size=batch_size):
+        drawn.append(pictures)
+        progress(len(pictures))
     return np.concatenate(drawn)

@@ -55,10 +55,6 @@ class Judge:
             batch_size=batch_size,
         )
 
-    @property
-    def dim(self) -> int:
-        return self.network.dim
-
     def is_clip(self, params: Params) -> bool:
         """Whether these are the judge's own weights, so that it would judge itself."""
         mine, other = jax.tree.leaves_with_path(self.params), jax.tree.leaves_with_path(params)

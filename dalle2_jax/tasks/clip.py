@@ -15,7 +15,7 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct, plain
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.frozen_clip import check_captions, check_transformer
+from dalle2_jax.tasks.frozen_clip import check_captions, check_pictures, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -80,6 +80,7 @@ def from_config(config: Any) -> CLIPTask:
     options = {key: value for key, value in config.task.items() if key != "name"}
     network = construct(CLIP, config.model, "config.model")
     check_captions(config, network.text, "config.model.text")
+    check_pictures(config, network.image["image_size"], "config.model.image")
     for name in ("image", "text"):
         check_transformer(f"config.model.{name}", config.model[name], network.activation)
     return construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))

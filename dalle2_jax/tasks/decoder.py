@@ -18,8 +18,13 @@ from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_captions, check_transformer
+from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
+from dalle2_jax.tasks.frozen_clip import (
+    FrozenCLIP,
+    check_captions,
+    check_pictures,
+    check_transformer,
+)
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -28,7 +33,7 @@ class DecoderTask:
     network: Decoder
     process: Process
     clip: FrozenCLIP
-    sampling: Settings
+    sampler: DecoderSampler
     entry: Mapping[str, Any]
     image_size: int
     drop_z_img: float = 0.1
@@ -92,9 +97,8 @@ class DecoderTask:
     ) -> dict[str, Array]:
         """Each true picture beside the one drawn from its z_img and caption."""
         batch = previews.first(batch, rows)
-        sampler = DecoderSampler(self.network, self.process, self.sampling, self.image_size)
         keys = jax.random.split(key, batch["tokens"].shape[0])
-        drawn = sampler(params, self.condition(frozen, batch), keys)
+        drawn = self.sampler(params, self.condition(frozen, batch), keys)
         true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         return {"decoder": previews.side_by_side(true, drawn)}
 
@@ -124,6 +128,7 @@ def from_config(config: Any) -> DecoderTask:
         activation = network.text.get("activation", "gelu")
         check_transformer("config.model.text", network.text, activation)
     process = construct(Process, config.diffusion, "config.diffusion")
+    size = {"image_size": config.task.get("image_size", 1)}  # `construct` tells where it lacks
     task = construct(
         DecoderTask,
         options,
@@ -131,8 +136,9 @@ def from_config(config: Any) -> DecoderTask:
         network=network,
         process=process,
         clip=FrozenCLIP.load(config, reads_captions=network.text is None),
-        sampling=sampling_settings(config, process),
+        sampler=make_sampler(DecoderSampler, config, network, process, **size),
         entry={},
     )
+    check_pictures(config, task.image_size, "config.task")
     entry = stage_entry(config, image_size=task.image_size, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)

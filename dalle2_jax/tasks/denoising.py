@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 
 from dalle2_jax.diffusion import guidance
@@ -13,23 +14,26 @@ from dalle2_jax.diffusion.losses import sample_t
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import construct, plain
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.stage import Settings, StageSampler
 from dalle2_jax.types import Array, Metrics
 
+Sampler = TypeVar("Sampler", bound=StageSampler)
 
-def sampling_settings(config: Any, process: Process) -> Settings:
-    """`config.task.sampling`: how previews, and later the exported model, are drawn.
+
+def make_sampler(
+    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **sizes: int
+) -> Sampler:
+    """How previews, and later the exported model, are drawn: with `config.task.sampling`.
 
     Raises UserError for what `process` cannot be sampled with: told now, not after training.
     """
     where = "config.task.sampling"
     settings = construct(Settings, config.task.get("sampling") or {}, where)
     try:
-        settings.make_solver(settings.schedule(process))
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
+        return cls(network, process, settings, **sizes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return settings
 
 
 def denoising_loss(process: Process, apply: Apply, x_0: Array, key: Array) -> tuple[Array, Metrics]:

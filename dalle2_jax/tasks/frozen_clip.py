@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dalle2_jax import images, model_folder
@@ -26,6 +27,16 @@ def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
         raise UserError(f"config.data: {error}") from error
     given = {name: getattr(tokenizer, name) for name in names}
     _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
+
+
+def check_pictures(config: Any, least: int, whose: str) -> None:
+    """Raises UserError if the pictures of `config.data` are smaller than those learned from."""
+    size = config.data.get("image_size", 64)  # DataConfig's default
+    if size < least:
+        raise UserError(
+            f"config.data.image_size={size} but {whose} asks for {least}: "
+            f"set --config.data.image_size={least}"
+        )
 
 
 def _check_equal(
@@ -51,8 +62,6 @@ def check_transformer(where: str, section: Mapping[str, Any], activation: str) -
 class FrozenCLIP:
     network: CLIP
     image_size: int
-    context_length: int
-    vocab_size: int
     folder: str
     hash: str  # names its tensors in the entries of the stages that learn from it
 
@@ -65,12 +74,13 @@ class FrozenCLIP:
         if not config.clip_from:
             raise UserError(
                 "config.clip_from is empty: name the model folder of a trained CLIP, "
-                "as in --config.clip_from=runs/tiny"
+                "as in --config.clip_from=runs/tiny/model"
             )
         folder = model_folder.resolve(config.clip_from)
         network = load.clip_network(folder)
         text, whose = network.text, f"the CLIP of {folder}"
         _check_equal("config.model", config.model, {"dim": network.dim}, whose)
+        check_pictures(config, network.image["image_size"], whose)
         if reads_captions:
             check_captions(config, text, whose)
             length = {"context_length": text["context_length"]}
@@ -78,14 +88,12 @@ class FrozenCLIP:
         return cls(
             network=network,
             image_size=network.image["image_size"],
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
             folder=str(folder),
             hash=model_folder.stage_hash(folder, "clip"),
         )
 
     def params(self) -> Params:
-        return model_folder.read_params(self.folder, "clip")
+        return load.clip(Path(self.folder))[1]
 
     def encode_image(self, params: Params, pictures: Array) -> Array:
         """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim], unit length."""

@@ -17,7 +17,7 @@ from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
 from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -31,7 +31,7 @@ class PriorTask:
     network: DiffusionPrior
     process: Process
     clip: FrozenCLIP
-    sampling: Settings
+    sampler: PriorSampler
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
@@ -70,8 +70,7 @@ class PriorTask:
         pictures = images.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
-        sampler = PriorSampler(self.network, self.process, self.sampling)
-        z = sampler(params, text, jax.random.split(key, text.z_txt.shape[0]))
+        z = self.sampler(params, text, jax.random.split(key, text.z_txt.shape[0]))
         return {"prior": previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
@@ -93,7 +92,7 @@ def from_config(config: Any) -> PriorTask:
         network=network,
         process=process,
         clip=FrozenCLIP.load(config),
-        sampling=sampling_settings(config, process),
+        sampler=make_sampler(PriorSampler, config, network, process),
         entry={},
     )
     entry = stage_entry(config, embedding_scale=task.embedding_scale, clip=task.clip.hash)

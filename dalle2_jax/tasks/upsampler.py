@@ -17,7 +17,8 @@ from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, sampling_settings, stage_entry
+from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
+from dalle2_jax.tasks.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 
@@ -28,7 +29,7 @@ class UpsamplerTask:
 
     network: Upsampler
     process: Process
-    sampling: Settings
+    sampler: UpsamplerSampler
     entry: Mapping[str, Any]
     low_size: int
     image_size: int
@@ -98,8 +99,7 @@ class UpsamplerTask:
         pictures = images.to_float(previews.first(batch, rows)["image"])
         true = images.resize(pictures, self.image_size, "area")
         low = images.resize(true, self.low_size, "area")
-        sampler = UpsamplerSampler(self.network, self.process, self.sampling, self.image_size)
-        drawn = sampler(params, low, jax.random.split(key, low.shape[0]))
+        drawn = self.sampler(params, low, jax.random.split(key, low.shape[0]))
         shown = images.resize(low, self.image_size, "nearest")
         return {self.stage: previews.side_by_side(shown, drawn, true)}
 
@@ -113,14 +113,17 @@ SECTIONS = {"task": UpsamplerTask, "model": Upsampler, "diffusion": Process}
 def from_config(config: Any) -> UpsamplerTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     process = construct(Process, config.diffusion, "config.diffusion")
+    network = construct(Upsampler, config.model, "config.model")
+    size = {"image_size": config.task.get("image_size", 1)}  # `construct` tells where it lacks
     task = construct(
         UpsamplerTask,
         options,
         "config.task",
-        network=construct(Upsampler, config.model, "config.model"),
+        network=network,
         process=process,
-        sampling=sampling_settings(config, process),
+        sampler=make_sampler(UpsamplerSampler, config, network, process, **size),
         entry={},
     )
+    check_pictures(config, task.image_size, "config.task")
     entry = stage_entry(config, image_size=task.image_size, low_size=task.low_size)
     return dataclasses.replace(task, entry=entry)

@@ -8,6 +8,7 @@ after the restore. Sums of integers do not depend on the order, so they hold on 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -107,8 +108,17 @@ class WorkdirLock:
 class Checkpoints:
     """The checkpoints of one workdir, in WORKDIR/checkpoints/STEP."""
 
-    def __init__(self, workdir: Path, keep: int, best_metric: str = ""):
-        """Keeps the `keep` newest, and the one with the lowest `best_metric` if one is named."""
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        best_metric: str = "",
+        identity: Mapping[str, Any] | None = None,
+    ):
+        """Keeps the `keep` newest, and the one with the lowest `best_metric` if one is named.
+
+        `identity` (JSON values) says what the weights are of; only checkpoints of the same load.
+        """
         import orbax.checkpoint as ocp  # late: half a second that drawing never needs
 
         self._ocp = ocp
@@ -128,6 +138,7 @@ class Checkpoints:
                 )
             )
         self._best_metric = best_metric
+        self._identity = json.loads(json.dumps(identity or {}))  # as it is read back
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -159,6 +170,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"arrays": describe(state), "checksums": checksums(state)}
+        meta["identity"] = self._identity
         best = {k: float(v) for k, v in (metrics or {}).items()}
         try:
             self._manager.wait_until_finished()  # a full disk shows here, not in save()
@@ -236,6 +248,14 @@ class Checkpoints:
                 f"there and {here.get(name, 'absent')} here ({len(changed)} such array(s)). "
                 "Use the config it was started with, or another --workdir."
             )
+        there, here = meta.get("identity", self._identity), self._identity
+        for name in sorted({*here, *there}):
+            if here.get(name) != there.get(name):
+                raise UserError(
+                    f"{self._folder} learned with another {name}: {there.get(name)} there, "
+                    f"{here.get(name)} here. Use the config (and the CLIP) it was started with, or "
+                    "another --workdir, where --config.init_from goes on from exported weights."
+                )
         restored = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(template))
         )["state"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -34,9 +35,14 @@ class Result(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        """0, or that of a signal as shells count it: a script must not take a stop for the end."""
-        number = signal.Signals.__members__.get(self.stopped_by or "")
-        return 128 + number if number else 0
+        """0 at the end alone: a script must not take a stop for it.
+
+        A signal's as shells count it; 75 ("try again", sysexits.h) out of `max_minutes`.
+        """
+        if self.stopped_by is None:
+            return 0
+        number = signal.Signals.__members__.get(self.stopped_by)
+        return 128 + number if number else os.EX_TEMPFAIL
 
 
 def train(
@@ -64,9 +70,10 @@ def train(
     if config.best_metric:
         names = side.metric_names(template.params) if eval_dataset else ()
         check_best_metric(config, names)
+    identity = _identity(task, template)
     with (
         WorkdirLock(workdir),
-        Checkpoints(workdir, config.keep, config.best_metric) as checkpoints,
+        Checkpoints(workdir, config.keep, config.best_metric, identity) as checkpoints,
         Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
     ):
         if config.export_to:
@@ -74,6 +81,8 @@ def train(
         state = checkpoints.restore_latest(template)
         if state is not None:
             logging.info("going on from step %d of %s", int(state.step), workdir)
+            if config.init_from:
+                logging.info("init_from=%s was for its first step", config.init_from)
         else:
             state = init_state(task, optimizer, config.seed, template)
             if config.init_from:
@@ -117,6 +126,13 @@ def train(
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)
         return Result(int(state.step), stopped_by, state)
+
+
+def _identity(task: Task, template: TrainState) -> dict[str, Any]:
+    """What a checkpoint's weights are of: the stage's entry in `config.json` but for how it is
+    sampled, which may change."""
+    entry, _ = task.export(template.params)
+    return {name: value for name, value in entry.items() if name != "sampling"}
 
 
 def _due(every: int, step: int, last: int | None = None) -> bool:

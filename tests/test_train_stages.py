@@ -1,0 +1,64 @@
+"""Every stage from pictures on disk to a model folder: data, task, loop, checkpoint, export."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import small_cascade
+from toy_task import losses
+
+from dalle2_jax import build, model_folder
+from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import loop
+
+pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
+
+FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
+
+
+def config(stage, model, steps=4, **changes):
+    data = dict(small_cascade.DATA, source="emoji", path=FIXTURE, image_size=16)
+    run = dict(num_steps=steps, checkpoint_every=2, log_every=1, export_to=str(model))
+    run |= dict(eval_every=2, eval_batches=1, preview_every=4, preview_size=2)
+    return small_cascade.config(stage, str(model), data=data, **run, **changes)
+
+
+def train(config, workdir):
+    datasets = [build.dataset(config, split) for split in ("train", "held_out_pairs")]
+    return loop.train(config, build.task(config), datasets[0], workdir, datasets[1])
+
+
+def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
+    """Two steps and two more give the losses and the very bytes of four at once; then it draws."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for stage in small_cascade.CONFIGS:
+        train(config(stage, whole), tmp_path / "w" / stage)
+        train(config(stage, parts, steps=2), tmp_path / "p" / stage)
+        train(config(stage, parts), tmp_path / "p" / stage)
+        told = losses(tmp_path / "w" / stage)
+        assert len(told) == 4 and told == losses(tmp_path / "p" / stage)
+        assert len(list((tmp_path / "w" / stage / "previews").iterdir())) == 1
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) == 1 + len(small_cascade.CONFIGS)
+    for name in names:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    drawn = DALLE2.from_pretrained(str(whole)).generate("a red apple", n=2)
+    assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
+
+
+def test_weights_are_not_taken_for_those_of_another_clip_or_model(tmp_path):
+    small_cascade.write(tmp_path / "model", ["clip"])
+    train(config("prior", tmp_path / "model", steps=2), tmp_path / "w")
+    train(config("prior", tmp_path / "model", task__sampling__steps=2), tmp_path / "w")
+    before = (tmp_path / "model" / "prior.safetensors").read_bytes()
+    other = config("prior", tmp_path / "model", diffusion__prediction="v")
+    with pytest.raises(UserError, match=r"learned with another diffusion: .*another --workdir"):
+        train(other, tmp_path / "w")
+    entry = model_folder.read_stage(tmp_path / "model", "clip")
+    tensors = model_folder.read_params(tmp_path / "model", "clip")
+    tensors["logit_scale"] = tensors["logit_scale"] + 1
+    model_folder.write_stage(tmp_path / "model", "clip", entry, tensors)
+    with pytest.raises(UserError, match="learned with another clip: "):
+        train(config("prior", tmp_path / "model"), tmp_path / "w")
+    assert (tmp_path / "model" / "prior.safetensors").read_bytes() == before
