@@ -2,7 +2,8 @@
 
 python train.py --config=configs/clip.py:VARIANT --workdir=W
 
-paper  H/16 at 256 px of the unCLIP paper; a v5e-256 or larger; weeks on ~650M pairs
+paper  H/16 at 256 px of the unCLIP paper, without its SAM; a v5e-256 or larger; weeks on ~650M
+       pairs
 tpu    the same with the text tower's width a multiple of the TPU's 128 lanes (it is already)
 tiny   64 px emoji, 3.2M parameters; 2 CPU cores, half an hour
 judge  tiny's shape, other data: all splits; it scores pictures and never draws

@@ -2,7 +2,8 @@
 
 python train.py --config=configs/upsampler_1024.py:VARIANT --workdir=W
 
-paper  300M parameters, trained on 256 px crops, batch 512, 1M steps
+paper  300M parameters, trained on 256 px crops, batch 512, 1M steps. The paper corrupts the small
+       picture by BSR degradation; here it is blurred as for the first upsampler.
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
 """
 

@@ -1,5 +1,6 @@
 """configs/*.py: every variant builds, and `paper` is Table 3 of the unCLIP paper."""
 
+import functools
 import importlib
 import math
 from pathlib import Path
@@ -42,9 +43,12 @@ def clips(tmp_path_factory):
     return folders
 
 
+FROZEN = ("prior", "decoder")  # what learns on a trained CLIP
+
+
 def task(clips, name, variant="paper", **changes):
     config = get(name, variant, **changes)
-    if name in ("prior", "decoder"):
+    if name in FROZEN:
         config.clip_from = clips[variant]
     return build.task(build.complete(config))
 
@@ -61,7 +65,22 @@ def count(tree) -> int:
 def test_every_variant_builds_its_network(clips, name, variant):
     made = task(clips, name, variant)
     assert made.stage == (name if "upsampler" not in name else f"upsampler_{made.image_size}")
-    assert {x.dtype for x in jax.tree.leaves(shapes(made))} == {jnp.dtype("float32")}
+    params = shapes(made)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+    # the gradient of the very loss that a run would take, at its own sizes
+    config = build.complete(get(name, variant))
+    size, length = config.data.image_size, config.data.get("context_length", 77)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32),
+    }
+    frozen = {"clip": shapes(task(clips, "clip", variant))} if config.task.name in FROZEN else {}
+    loss = jax.value_and_grad(functools.partial(made.loss, train=True), has_aux=True)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    (value, metrics), grad = jax.eval_shape(loss, params, frozen, batch, key)
+    assert {x.shape for x in (value, *metrics.values())} == {()} and value.dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.shape, grad) == jax.tree.map(lambda x: x.shape, params)
 
 
 def test_parameters_of_table_3(clips):

@@ -183,7 +183,8 @@ def test_z_img_takes_the_priors_place(model, pictures):
 
 
 def test_every_prompt_may_have_a_seed_of_its_own(model, pictures):
-    drawn = model.generate(PROMPTS, n=3, seed=[8, 7])
+    drawn = model.generate(PROMPTS, n=3, seed=np.array([8, 7]))
+    assert close(model.generate(PROMPTS, n=3, seed=np.array(7)), pictures)
     assert close(drawn[3:], pictures[3:]) and not close(drawn[:3], pictures[:3])
     assert close(drawn[:3], model.generate(PROMPTS[0], n=3, seed=8))
 

@@ -64,6 +64,7 @@ def test_logit_scale_starts_at_the_papers_and_is_clipped_at_100(clip):
     assert float(scale(fresh)) == pytest.approx(1 / 0.07, rel=1e-5)
     assert float(scale(math.log(50.0))) == pytest.approx(50.0, rel=1e-5)
     assert float(scale(9.0)) == pytest.approx(100.0, rel=1e-5)
+    assert float(jax.grad(scale)(9.0)) == pytest.approx(100.0, rel=1e-5)  # so it can come down
 
 
 def test_wrong_picture_size_is_refused(clip):

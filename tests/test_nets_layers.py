@@ -80,6 +80,15 @@ def test_attention_of_a_query_that_sees_nothing_is_finite():
     np.testing.assert_allclose(out[0, 1], q[0, 0], rtol=1e-6)
 
 
+def test_attention_tells_near_logits_apart_in_bfloat16():
+    """Logits of 100.25 and 100 are one number in bfloat16; their weights are not."""
+    q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16).at[..., :2].set(jnp.asarray([20, 1], jnp.bfloat16))
+    k = jnp.asarray([[10, 0.5, 0, 0], [10, 0, 0, 0]], jnp.bfloat16)[None, :, None]
+    v = jnp.asarray([1, 0], jnp.bfloat16)[None, :, None, None]
+    weight = float(attention(q, k, v)[0, 0, 0, 0])
+    assert weight == pytest.approx(1 / (1 + np.exp(-0.25)), abs=4e-3)
+
+
 def test_heads_round_trip():
     x = normal(0, 2, 3, 12)
     assert split_heads(x, 4).shape == (2, 3, 4, 3)

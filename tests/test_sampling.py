@@ -118,6 +118,9 @@ def test_too_many_steps_and_unknown_solvers_are_refused():
         draw(sampler(steps=21))
     with pytest.raises(UserError, match="unknown sampler 'ddin'; did you mean 'ddim'"):
         draw(sampler(solver="ddin"))
+    with pytest.raises(UserError, match="spacing='even' takes one number of steps, not"):
+        Settings(steps=(2, 3), spacing="even")
+    assert Settings(steps=(2, 3), spacing="sections").num_steps == 5
 
 
 def test_the_prior_keeps_the_candidate_nearer_to_the_text():

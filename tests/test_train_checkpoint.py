@@ -79,6 +79,15 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert kept(tmp_path) == [2, 5]
 
 
+def test_the_best_is_known_to_the_next_run(tmp_path):
+    scores = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.4, 5: float("nan")}
+    save(tmp_path, 1, 2, keep=1, scores=scores, best="eval/loss")
+    save(tmp_path, 3, 4, keep=1, scores=scores, best="eval/loss")
+    assert kept(tmp_path) == [1, 4]
+    save(tmp_path, 5, keep=1, scores=scores, best="eval/loss")
+    assert kept(tmp_path) == [1, 5]
+
+
 def test_the_best_may_be_unknown_at_some_steps(tmp_path):
     template, state = make()
     with Checkpoints(tmp_path, 1, "eval/loss") as checkpoints:
@@ -126,6 +135,32 @@ def test_a_damaged_newest_falls_back_to_the_older(tmp_path, harm, caplog):
     assert [p.name.split(".")[0] for p in (tmp_path / "broken_checkpoints").iterdir()] == ["8"]
     save(tmp_path, 8)
     assert_equal(restore(tmp_path, template), at(state, 8))
+
+
+def test_a_step_that_was_damaged_is_saved_when_it_is_reached_again(tmp_path):
+    template, state = save(tmp_path, 4, 8, keep=2)
+    truncate(tmp_path / "checkpoints" / "8")
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert int(checkpoints.restore_latest(template).step) == 4
+        checkpoints.save(at(state, 8))
+    assert kept(tmp_path) == [4, 8]
+    assert_equal(restore(tmp_path, template), at(state, 8))
+
+
+def test_what_the_weights_are_of_is_compared_and_how_they_are_computed_is_not(tmp_path):
+    template, state = make()
+    model = {"dim": 8, "unet": {"heads": [1, 2], "remat": False}}
+    with Checkpoints(tmp_path, 1, identity={"model": model, "clip": "ab"}) as checkpoints:
+        checkpoints.save(state)
+
+    def again(**changes):
+        identity = {"model": {**model, **changes}, "clip": "ab", "new": 1}
+        with Checkpoints(tmp_path, 1, identity=identity) as checkpoints:
+            return checkpoints.restore_latest(template)
+
+    assert_equal(again(unet={"heads": (1, 2), "remat": True}, later=3), state)
+    with pytest.raises(UserError, match=r"learned with another model\.dim: 8 there, 9 here"):
+        again(dim=9)
 
 
 @pytest.mark.parametrize("harm", [truncate, empty])

@@ -47,6 +47,11 @@ def test_decay_spares_vectors_biases_and_scales():
     }
 
 
+def test_decay_spares_vectors_with_leading_axes_of_one():
+    mask = decay_mask({"query": jnp.ones((1, 1, 8)), "positions": jnp.ones((4, 8))})
+    assert mask == {"query": False, "positions": True}
+
+
 def test_first_update_of_adamw():
     """With zero moments Adam's first step is lr * sign(grad); decay adds lr * wd * weight."""
     opt = optimizer(learning_rate=0.1, weight_decay=0.5, clip_norm=0.0, eps=1e-12)

@@ -17,8 +17,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     query may look. Returns [b, n, heads, d] in v's dtype. A query that may look nowhere
     averages over all keys.
     """
-    logits = jnp.einsum("bnkd,bmkd->bknm", q / math.sqrt(q.shape[-1]), k)
-    logits = logits.astype(jnp.float32)
+    q = q / math.sqrt(q.shape[-1])
+    # Sums that are kept in float32: of two logits near 100 bfloat16 cannot tell which is larger.
+    logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

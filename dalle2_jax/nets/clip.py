@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.layers import LayerNorm
@@ -136,7 +137,9 @@ class CLIP(nn.Module):
         return TextEncoding(normalise(z), txt_enc, txt_mask)
 
     def logit_scale(self) -> Array:
-        return jnp.exp(jnp.minimum(self.log_scale, MAX_LOGIT_SCALE))
+        clipped = jnp.minimum(self.log_scale, MAX_LOGIT_SCALE)
+        # Straight through: once past the limit it could not come down again without a gradient.
+        return jnp.exp(self.log_scale + jax.lax.stop_gradient(clipped - self.log_scale))
 
     def __call__(self, images: Array, tokens: Array) -> tuple[Array, Array, Array]:
         """(z_img, z_txt, the scale of their dot products)."""

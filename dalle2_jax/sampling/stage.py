@@ -42,6 +42,9 @@ class Settings:
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
         if not counts or not all(type(n) is int and n >= 1 for n in counts):
             raise UserError(f"steps must be whole numbers of 1 or more, not {self.steps!r}")
+        if isinstance(self.steps, tuple) and self.spacing not in ("", "sections"):
+            told = f"spacing={self.spacing!r} takes one number of steps"
+            raise UserError(f"{told}, not {self.steps!r}")
         for name in ("cfg_scale", "eta"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):

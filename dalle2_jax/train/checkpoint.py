@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
@@ -36,6 +38,8 @@ _DAMAGE = (
     TypeError,
     AttributeError,
 )
+# How a network is computed, not what it is.
+_MAY_CHANGE = ("remat", "dtype", "dropout")
 _NO_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Too many open files")
 
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -137,6 +141,8 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        # Orbax writes the scores to disk, for the next run to know them, only with a best_fn.
+        best = {"best_fn": lambda metrics: metrics[best_metric], "best_mode": "min"}
         self._best_metric = best_metric
         self._identity = json.loads(json.dumps(identity or {}))  # as it is read back
         self._manager = ocp.CheckpointManager(
@@ -145,6 +151,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                **(best if best_metric else {}),
             ),
         )
 
@@ -171,7 +178,7 @@ class Checkpoints:
             return
         meta = {"arrays": describe(state), "checksums": checksums(state)}
         meta["identity"] = self._identity
-        best = {k: float(v) for k, v in (metrics or {}).items()}
+        best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         try:
             self._manager.wait_until_finished()  # a full disk shows here, not in save()
             self._manager.save(
@@ -225,6 +232,7 @@ class Checkpoints:
                 faults.append(f"step {step}: {_first_line(error)}")
                 logging.error("CHECKPOINT %d DOES NOT LOAD: %s", step, _first_line(error))
                 self._set_aside(self._folder / str(step))
+                self._manager.reload()  # else the step, reached again, would not be saved
         self._manager.reload()
         if faults or self._broken.exists():  # a later run must not start over in silence either
             told = "; ".join(faults) or "not complete"
@@ -248,12 +256,12 @@ class Checkpoints:
                 f"there and {here.get(name, 'absent')} here ({len(changed)} such array(s)). "
                 "Use the config it was started with, or another --workdir."
             )
-        there, here = meta.get("identity", self._identity), self._identity
-        for name in sorted({*here, *there}):
-            if here.get(name) != there.get(name):
+        there, here = (_flat(identity) for identity in (meta.get("identity", {}), self._identity))
+        for name in sorted(here.keys() & there.keys()):  # a key may be newer than the checkpoint
+            if here[name] != there[name] and name.rpartition(".")[2] not in _MAY_CHANGE:
                 raise UserError(
-                    f"{self._folder} learned with another {name}: {there.get(name)} there, "
-                    f"{here.get(name)} here. Use the config (and the CLIP) it was started with, or "
+                    f"{self._folder} learned with another {name}: {there[name]} there, "
+                    f"{here[name]} here. Use the config (and the CLIP) it was started with, or "
                     "another --workdir, where --config.init_from goes on from exported weights."
                 )
         restored = self._manager.restore(
@@ -283,6 +291,11 @@ class Checkpoints:
         if folder.exists():
             folder.rename(target)
             logging.error("moved it to %s", target)
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """{"model": {"dim": 8}} -> {"model.dim": 8}."""
+    return traverse_util.flatten_dict(dict(identity), sep=".")
 
 
 def _is_damage(error: Exception) -> bool:

@@ -108,6 +108,7 @@ def train(
                 if _due(config.log_every, step, config.num_steps):
                     report.log(step, config.num_steps, config.batch_size, window.mean())
                 since = time.perf_counter()
+                stopper.rest()
                 if eval_dataset and _due(config.eval_every, step):
                     scores = side.evaluate(state.ema_params)
                     report.scalars(step, scores)
@@ -120,8 +121,10 @@ def train(
                     window.check()  # a state that is not finite must not be kept
                     checkpoints.save(state, scores)
                 report.pause(time.perf_counter() - since)
+                stopper.alive()
                 if stopped_by:
                     break
+        stopper.rest()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)

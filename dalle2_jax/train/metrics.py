@@ -50,9 +50,9 @@ class Window:
         self._steps.append((step, metrics))
 
     def check(self, newest_only: bool = False) -> None:
-        """Raises Diverged naming the first step whose loss or gradient norm is not finite."""
+        """Raises Diverged naming the first step whose loss or norms are not finite."""
         for step, metrics in self._steps[-1:] if newest_only else self._steps:
-            for name in ("loss", "grad_norm"):
+            for name in ("loss", "grad_norm", "param_norm"):
                 value = float(metrics[name])
                 if not math.isfinite(value):
                     raise Diverged(step, f"{name} is {value}")

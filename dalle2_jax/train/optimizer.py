@@ -38,7 +38,8 @@ def decay_mask(params: Params) -> PyTree:
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf.ndim >= 2 and name not in ("bias", "scale")
+        axes = sum(size > 1 for size in leaf.shape)  # a vector may have leading axes of one
+        return axes >= 2 and name not in ("bias", "scale")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

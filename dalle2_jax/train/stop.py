@@ -32,13 +32,16 @@ class Stopper:
         if single and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
+        elif threading.current_thread() is threading.main_thread():
+            # The preemption service hears SIGTERM alone.
+            interrupt = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+            self._previous[signal.SIGINT] = interrupt
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._watchdog > 0:
-            faulthandler.cancel_dump_traceback_later()
+        self.rest()
 
     def _handle(self, number: int, frame: object) -> None:
         self._signal = signal.Signals(number).name
@@ -49,6 +52,11 @@ class Stopper:
         exits, as a host that hangs would hold all the others for ever."""
         if self._watchdog > 0:
             faulthandler.dump_traceback_later(self._watchdog, exit=True)
+
+    def rest(self) -> None:
+        """Called before work that may take longer than a step; `alive` watches again."""
+        if self._watchdog > 0:
+            faulthandler.cancel_dump_traceback_later()
 
     def reason(self, step: int) -> str | None:
         """`SIGTERM`, `SIGINT` or `max_minutes` where the run is to end after `step`."""
