@@ -1,6 +1,7 @@
 """A user's own folder of pictures and captions."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -118,6 +119,17 @@ def test_malformed_tables(folder, table, text, match):
     with pytest.raises(UserError, match=match) as error:
         folder_source.open_folder(folder)
     assert "\n" not in str(error.value)
+
+
+UNREADABLE = pathlib.Path("/proc/self/mem")  # a file to the eye, whose reading fails for all users
+
+
+@pytest.mark.skipif(not UNREADABLE.is_file(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "captions.csv"])
+def test_an_unreadable_file_is_named(folder, name):
+    (folder / name).symlink_to(UNREADABLE)
+    with pytest.raises(UserError, match=rf"/{name}: cannot be read \(Input/output error\)$"):
+        folder_source.open_folder(folder)
 
 
 def test_missing_things_are_named(captioned, tmp_path):
