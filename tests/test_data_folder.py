@@ -112,6 +112,11 @@ def test_split_folder(captioned):
         ),
         ("captions.csv", 'file_name,text\na.png,"red" square\n', "line 2: not CSV .*close every"),
         ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
+        (
+            "captions.csv",
+            "file_name,text\na.png,red\na.png,red, and square\n",
+            r"captions.csv, line 3: more columns than the first line .* text in quotes",
+        ),
     ],
 )
 def test_malformed_tables(folder, table, text, match):

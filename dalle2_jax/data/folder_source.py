@@ -115,7 +115,12 @@ def _csv(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not {"file_name", "text"} <= set(reader.fieldnames or ()):
             raise UserError(f"{table}: the first line must name the columns file_name and text")
         for row in reader:
-            yield f"{table}, line {reader.line_num}", row
+            where = f"{table}, line {reader.line_num}"
+            if None in row:
+                raise UserError(
+                    f"{where}: more columns than the first line names: put the text in quotes"
+                )
+            yield where, row
     except csv.Error as e:  # line_num is still that of the row before
         raise UserError(
             f"{table}, line {reader.line_num + 1}: not CSV ({e}): close every quote that is "
