@@ -61,7 +61,7 @@ class Stream:
 
     @tf.autograph.experimental.do_not_convert
     def _pick(self, place: tf.Tensor, record: dict) -> dict[str, tf.Tensor]:
-        captions = tf.reshape(record[self._source.caption_feature], [-1])
+        captions = record[self._source.caption_feature]
         seed = tf.stack([tf.cast(self._seed, tf.int64), place])
         which = tf.random.stateless_uniform([], seed, 0, tf.size(captions), tf.int32)
         return {"image": record["image"], "caption": captions[which]}
