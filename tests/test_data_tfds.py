@@ -93,3 +93,11 @@ def test_a_caption_feature_of_another_kind_is_named(tmp_path, name, feature, val
     with pytest.raises(UserError, match=rf"feature {name!r} is {kind}; .*Sequence\(Text\)") as e:
         tfds_source.open_split(path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("way", [MEMORY, STREAM], ids=str)
+def test_a_record_without_a_caption_is_named(tmp_path, way):
+    path = prepare(tmp_path, "captions", Sequence(Text()), [["a cat"], [], ["a dog"]])
+    with pytest.raises(UserError, match=r"\(train\), record 1: no caption.*prepare") as error:
+        next(batches(path, batch_size=3, **way)(0))
+    assert "\n" not in str(error.value)

@@ -126,14 +126,23 @@ class PictureCache:
 
 
 class TokenTable:
-    """Every caption of `examples` as tokens, made once: 4 bytes a token."""
+    """Every caption of `examples` as tokens, made once: 4 bytes a token.
+
+    Raises UserError where a record has none.
+    """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer):
+        self._counts = np.array([len(c) for c in examples.captions], np.int64)
+        bare = np.flatnonzero(self._counts == 0).tolist()
+        if bare:
+            raise UserError(
+                f"{examples.picture_name(bare[0])}: no caption ({len(bare)} of {len(examples)} "
+                "records lack one); prepare the data again without such records"
+            )
         texts: dict[str, int] = {}
         rows = [texts.setdefault(t, len(texts)) for c in examples.captions for t in c]
         self._tokens = tokenizer(list(texts))
         self._rows = np.array(rows, np.int64)
-        self._counts = np.array([len(c) for c in examples.captions], np.int64)
         self._starts = np.cumsum(self._counts) - self._counts
 
     def get(self, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
