@@ -213,3 +213,20 @@ def test_a_picture_that_goes_away(captioned):
     (captioned / "c.png").unlink()
     with pytest.raises(UserError, match=r"c\.png: cannot be read"):
         next(batches(0))
+
+
+def test_the_share_of_captions_that_are_cut_is_told_once(captioned, caplog):
+    """A space and a letter outside of the merges take one token each at this vocabulary."""
+    tokenizer = pipeline.Tokenizer(8, 600)
+    fits, longer = "x y z x y z", "x y z x y z x"
+    assert [tokenizer.length(text) for text in (fits, longer)] == [8, 9]
+    (captioned / "a.txt").write_text(f"{fits}\n")
+    for name in "bc":
+        (captioned / f"{name}.txt").write_text(f"{longer}\nshort\n")
+    batches = dataset(captioned)
+    next(batches(0))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{captioned}: 2 of 5 captions (40.0%) are longer than context_length=8")
+    caplog.clear()
+    dataset(captioned, context_length=9)
+    assert not caplog.records
