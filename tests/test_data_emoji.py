@@ -176,6 +176,22 @@ def test_build_round_trip(tmp_path):
     assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_build_never_replaces_what_is_no_dataset(tmp_path, overwrite):
+    concepts = list(emoji_source._join(*small_sets()))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("more of it")
+    for name in ("out", "file"):
+        with pytest.raises(UserError, match=rf"/{name}: .*no dataset_info.json.*another --out$"):
+            emoji.build(tmp_path / name, size=8, concepts=concepts, overwrite=overwrite)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "more of it"
+    (tmp_path / "empty").mkdir()
+    emoji.build(tmp_path / "empty", size=8, concepts=concepts, overwrite=overwrite)
+    assert (tmp_path / "empty" / "dataset_info.json").is_file()
+
+
 def test_held_out_pictures_are_not_those_of_training(tmp_path):
     """Other SVG, the same pixels: the large orange diamond in black and white is the blue one."""
     entries, groups, sets = small_sets()
@@ -217,7 +233,7 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("--out=file", "file: already there; choose another --out or pass --overwrite"),
+        ("--out=file", "file: not a TFDS directory"),
         ("--sise=4", "'sise'. Did you mean: size ?"),
         ("--size=4", "--size=4"),
         ("data", "unknown argument 'data'"),

@@ -1,6 +1,7 @@
 """A user's own folder of pictures and captions."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -111,6 +112,11 @@ def test_split_folder(captioned):
         ),
         ("captions.csv", 'file_name,text\na.png,"red" square\n', "line 2: not CSV .*close every"),
         ("captions.csv", "file_name,text\na.png,\n", "line 2: needs a file_name and a text"),
+        (
+            "captions.csv",
+            "file_name,text\na.png,red\na.png,red, and square\n",
+            r"captions.csv, line 3: more columns than the first line .* text in quotes",
+        ),
     ],
 )
 def test_malformed_tables(folder, table, text, match):
@@ -118,6 +124,17 @@ def test_malformed_tables(folder, table, text, match):
     with pytest.raises(UserError, match=match) as error:
         folder_source.open_folder(folder)
     assert "\n" not in str(error.value)
+
+
+UNREADABLE = pathlib.Path("/proc/self/mem")  # a file to the eye, whose reading fails for all users
+
+
+@pytest.mark.skipif(not UNREADABLE.is_file(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "captions.csv"])
+def test_an_unreadable_file_is_named(folder, name):
+    (folder / name).symlink_to(UNREADABLE)
+    with pytest.raises(UserError, match=rf"/{name}: cannot be read \(Input/output error\)$"):
+        folder_source.open_folder(folder)
 
 
 def test_missing_things_are_named(captioned, tmp_path):
@@ -196,3 +213,20 @@ def test_a_picture_that_goes_away(captioned):
     (captioned / "c.png").unlink()
     with pytest.raises(UserError, match=r"c\.png: cannot be read"):
         next(batches(0))
+
+
+def test_the_share_of_captions_that_are_cut_is_told_once(captioned, caplog):
+    """A space and a letter outside of the merges take one token each at this vocabulary."""
+    tokenizer = pipeline.Tokenizer(8, 600)
+    fits, longer = "x y z x y z", "x y z x y z x"
+    assert [tokenizer.length(text) for text in (fits, longer)] == [8, 9]
+    (captioned / "a.txt").write_text(f"{fits}\n")
+    for name in "bc":
+        (captioned / f"{name}.txt").write_text(f"{longer}\nshort\n")
+    batches = dataset(captioned)
+    next(batches(0))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{captioned}: 2 of 5 captions (40.0%) are longer than context_length=8")
+    caplog.clear()
+    dataset(captioned, context_length=9)
+    assert not caplog.records

@@ -40,11 +40,18 @@ def build(
     The work is done in a hidden folder beside `out`, which takes its place by one rename.
 
     Raises:
-      UserError: `out` holds something else, cannot be written, the disk is full, npm fails.
+      UserError: `out` holds a dataset and `overwrite` is not set, or it holds something else; it
+        cannot be written, the disk is full, npm fails.
     """
     out = pathlib.Path(out)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already there; choose another --out or pass --overwrite")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / "dataset_info.json").is_file():
+            raise UserError(
+                f"{out}: not a TFDS directory (no dataset_info.json), so it is not replaced; "
+                "choose another --out"
+            )
+        if not overwrite:
+            raise UserError(f"{out}: already there; choose another --out or pass --overwrite")
     from dalle2_jax.data.emoji_builder import SPLITS, Emoji  # late: TensorFlow; mistakes come first
 
     temp = None
@@ -107,7 +114,7 @@ def run() -> None:
     # Defined here, not at import: other commands have an --out too.
     flags.DEFINE_string("out", "data/emoji", "Folder to write the dataset to; created.")
     flags.DEFINE_integer("size", DEFAULT_SIZE, "Side of the pictures in pixels.", 8, MAX_SIZE)
-    flags.DEFINE_bool("overwrite", False, "Replace what --out holds.")
+    flags.DEFINE_bool("overwrite", False, "Replace the dataset that --out holds.")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # clean up first
     commands.run(main)
 

@@ -126,15 +126,41 @@ class PictureCache:
 
 
 class TokenTable:
-    """Every caption of `examples` as tokens, made once: 4 bytes a token."""
+    """Every caption of `examples` as tokens, made once: 4 bytes a token.
+
+    The share of captions that the context cuts is logged. Raises UserError where a record has none.
+    """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer):
+        self._counts = np.array([len(c) for c in examples.captions], np.int64)
+        bare = np.flatnonzero(self._counts == 0).tolist()
+        if bare:
+            raise UserError(
+                f"{examples.picture_name(bare[0])}: no caption ({len(bare)} of {len(examples)} "
+                "records lack one); prepare the data again without such records"
+            )
         texts: dict[str, int] = {}
         rows = [texts.setdefault(t, len(texts)) for c in examples.captions for t in c]
         self._tokens = tokenizer(list(texts))
         self._rows = np.array(rows, np.int64)
-        self._counts = np.array([len(c) for c in examples.captions], np.int64)
+        self._warn_if_cut(examples.name, list(texts), tokenizer)
         self._starts = np.cumsum(self._counts) - self._counts
+
+    def _warn_if_cut(self, name: str, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        context = tokenizer.context_length
+        is_cut = self._tokens[:, -1] != 0  # full at least: only these are measured
+        full = np.flatnonzero(is_cut).tolist()
+        is_cut[full] = [tokenizer.length(texts[i]) > context for i in full]
+        cut = is_cut[self._rows]
+        if cut.any():
+            logging.warning(
+                "%s: %d of %d captions (%.1f%%) are longer than context_length=%d and are cut",
+                name,
+                cut.sum(),
+                len(cut),
+                100 * cut.mean(),
+                context,
+            )
 
     def get(self, indices: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """int32 [b, context]: for each index [b] the caption that its draw [b] in [0, 1) picks."""

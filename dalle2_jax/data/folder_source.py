@@ -8,6 +8,7 @@ or without a byte order mark.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -26,8 +27,8 @@ def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
     """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
 
     Raises:
-      UserError: the folder is missing or holds no pictures, a picture lacks its caption, or a table
-        is malformed or names a file that is not there.
+      UserError: the folder is missing or holds no pictures, a picture lacks its caption, a file of
+        captions cannot be read, or a table is malformed or names a file that is not there.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -44,6 +45,15 @@ def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
     return Examples(str(path), pictures, [captions[p] for p in pictures])
 
 
+def _read(path: pathlib.Path, newline: str | None = None) -> str:
+    """The text of a file; `newline` is as in `open`."""
+    try:
+        with path.open(encoding=_ENCODING, errors="replace", newline=newline) as file:
+            return file.read()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+
+
 def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
     found: dict[pathlib.Path, list[str]] = {}
     lacking = []
@@ -53,7 +63,7 @@ def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         if picture.is_dir():  # not `is_file`: a link to nowhere shall be told
             continue
         text = picture.with_suffix(".txt")
-        lines = text.read_text(_ENCODING, "replace").split("\n") if text.is_file() else []
+        lines = _read(text).split("\n") if text.is_file() else []
         found[picture] = [line.strip() for line in lines if line.strip()]
         if not found[picture]:
             lacking.append(picture)
@@ -86,7 +96,7 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
 
 
 def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(table.read_text(_ENCODING, "replace").split("\n"), 1):
+    for number, line in enumerate(_read(table).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -99,15 +109,20 @@ def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with table.open(encoding=_ENCODING, errors="replace", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # else a lone quote swallows the lines after it
-        try:
-            if not {"file_name", "text"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{table}: the first line must name the columns file_name and text")
-            for row in reader:
-                yield f"{table}, line {reader.line_num}", row
-        except csv.Error as e:  # line_num is still that of the row before
-            raise UserError(
-                f"{table}, line {reader.line_num + 1}: not CSV ({e}): close every quote that is "
-                'open, and write " inside of quotes as ""'
-            ) from e
+    lines = io.StringIO(_read(table, newline=""), newline="")
+    reader = csv.DictReader(lines, strict=True)  # else a lone quote swallows the lines after it
+    try:
+        if not {"file_name", "text"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{table}: the first line must name the columns file_name and text")
+        for row in reader:
+            where = f"{table}, line {reader.line_num}"
+            if None in row:
+                raise UserError(
+                    f"{where}: more columns than the first line names: put the text in quotes"
+                )
+            yield where, row
+    except csv.Error as e:  # line_num is still that of the row before
+        raise UserError(
+            f"{table}, line {reader.line_num + 1}: not CSV ({e}): close every quote that is "
+            'open, and write " inside of quotes as ""'
+        ) from e

@@ -138,7 +138,8 @@ class Batches:
         """Numpy batches from `start_step` on, made ahead in a thread.
 
         Raises:
-          UserError: while reading: a file is gone, a shard is damaged, too many damaged pictures.
+          UserError: while reading: a file is gone, a shard is damaged, too many damaged pictures,
+            a streamed record without a caption.
         """
         plans = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
         if self._stream is not None:
@@ -202,9 +203,16 @@ class Batches:
         }
 
     def _decode_records(
-        self, index: np.ndarray, draws: np.ndarray, image: np.ndarray, caption: np.ndarray
+        self,
+        index: np.ndarray,
+        draws: np.ndarray,
+        image: np.ndarray,
+        caption: np.ndarray,
+        bare: np.ndarray,
     ) -> dict[str, np.ndarray]:
         del index  # the stream's own order
+        assert self._stream is not None
+        self._stream.require_captions(bare)
         window = stream.Window(image, self._config.image_size, self._damage)
         places = range(self._batch_size)[self._share]
         found = self._decoders.map(window.get, places, self._crops(draws))

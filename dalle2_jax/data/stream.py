@@ -44,12 +44,15 @@ class Stream:
             raise UserError(f"{self._source.path}: cannot be read ({said})") from e
 
     def batches(self, start_step: int, batch_size: int) -> tf.data.Dataset:
-        """{"image": bytes [b], "caption": bytes [b]} from `start_step` on; b the global batch."""
+        """{"image": bytes [b], "caption": bytes [b], "bare": int64 [b]} from `start_step` on.
+
+        b is the global batch; `bare` is for `require_captions`.
+        """
         first_epoch, skipped = divmod(start_step * batch_size, self._count)
 
         @tf.autograph.experimental.do_not_convert
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
-            records = self._source.dataset()
+            records = self._source.dataset().enumerate()
             if self._shuffle:
                 seed: Any = self._seed + 1_000_003 * number  # a tensor will do
                 records = records.shuffle(self._buffer, seed, reshuffle_each_iteration=False)
@@ -59,12 +62,30 @@ class Stream:
         epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
         return epochs.flat_map(epoch).skip(skipped).map(self._pick).batch(batch_size)
 
+    def require_captions(self, bare: np.ndarray) -> None:
+        """`bare` [b]: the places in file order of a batch's records that lack captions, else -1.
+
+        Raises:
+          UserError: a record has no caption.
+        """
+        if (bare >= 0).any():
+            raise UserError(
+                f"{self._source.path} ({self._source.split}), record {bare.max()}: no caption; "
+                "prepare the data again without such records"
+            )
+
     @tf.autograph.experimental.do_not_convert
-    def _pick(self, place: tf.Tensor, record: dict) -> dict[str, tf.Tensor]:
-        captions = tf.reshape(record[self._source.caption_feature], [-1])
+    def _pick(self, place: tf.Tensor, numbered: tuple[tf.Tensor, dict]) -> dict[str, tf.Tensor]:
+        number, record = numbered
+        captions = record[self._source.caption_feature]
+        count = tf.size(captions)
         seed = tf.stack([tf.cast(self._seed, tf.int64), place])
-        which = tf.random.stateless_uniform([], seed, 0, tf.size(captions), tf.int32)
-        return {"image": record["image"], "caption": captions[which]}
+        which = tf.random.stateless_uniform([], seed, 0, tf.maximum(count, 1), tf.int32)
+        return {
+            "image": record["image"],
+            "caption": tf.concat([captions, [""]], 0)[which],
+            "bare": tf.where(count > 0, tf.constant(-1, tf.int64), number),
+        }
 
 
 class Window:

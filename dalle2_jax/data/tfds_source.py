@@ -1,7 +1,7 @@
 """Prepared TFDS directories: opened by path, filtered, read whole into RAM or as a stream.
 
-Any dataset with an `image` feature and a `captions` (several) or `caption` / `text` (one) feature
-will do. Records are read in file order and their pictures stay encoded.
+Any dataset with an `image` feature and one of CAPTION_FEATURES will do: a text, several, or dicts
+that hold such a `text`. Records are read in file order and their pictures stay encoded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Prepared:
         return [self.builder.info.splits[name] for name in self.split.split("+")]
 
     def dataset(self) -> tf.data.Dataset:
-        """Records as dicts in a fixed order, pictures encoded, `subset` applied."""
+        """Records as dicts in a fixed order, `subset` applied.
+
+        The picture is encoded, and the caption feature, of whatever kind, is bytes [captions].
+        """
         dataset = self.builder.as_dataset(
             split=self.split,
             decoders={"image": tfds.decode.SkipDecoding()},
@@ -60,7 +63,14 @@ class Prepared:
         )
         for feature, values in parse_subset(self.subset).items():
             dataset = dataset.filter(_keeps(feature, values))
-        return dataset
+        return dataset.map(self._flatten_captions)
+
+    @tf.autograph.experimental.do_not_convert
+    def _flatten_captions(self, record: dict[str, Any]) -> dict[str, Any]:
+        captions = record[self.caption_feature]
+        if isinstance(captions, Mapping):
+            captions = captions["text"]
+        return {**record, self.caption_feature: tf.reshape(captions, [-1])}
 
 
 def open_split(path: str | os.PathLike[str], split: str = "train", subset: str = "") -> Prepared:
@@ -71,7 +81,8 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
 
     Raises:
       UserError: no such folder, no TFDS dataset in it, no such split, no picture or caption
-        feature, or `subset` names a feature twice, or one that is not there or of another kind.
+        feature, captions that are no text, or `subset` names a feature twice, or one that is not
+        there or of another kind.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -94,6 +105,11 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
         raise UserError(
             f"{path}: needs a feature `image` and one of {CAPTION_FEATURES}; "
             f"it has {sorted(features)}"
+        )
+    if not _is_text(features[caption]):
+        raise UserError(
+            f"{path}: feature {caption!r} is {_line(features[caption])}; prepare it again as Text, "
+            "Sequence(Text) or dicts that hold such a `text`"
         )
     for feature, values in parse_subset(subset).items():
         if feature not in features:
@@ -157,9 +173,8 @@ def sort_records(
 
 
 def captions_of(record: Mapping[str, Any], feature: str) -> list[str]:
-    """The record's captions as text; a single caption becomes a list of one."""
-    found = np.atleast_1d(record[feature])
-    return [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in found]
+    """The captions of a record of `read_records` as text."""
+    return [caption.decode("utf-8", "replace") for caption in record[feature]]
 
 
 def load_arrays(
@@ -210,6 +225,15 @@ def _objects(values: list[Any]) -> np.ndarray:
     return out
 
 
+def _is_text(feature: Any) -> bool:
+    """Whether a TFDS feature is one text or a row of them, or dicts with such a `text`."""
+    shape, dtype = feature.shape, feature.tf_dtype
+    if isinstance(shape, Mapping):
+        shape, dtype = shape.get("text", ()), dtype.get("text")
+    nested = isinstance(feature, tfds.features.Dataset)  # it gives the shape of one element
+    return dtype == tf.string and len(shape) <= 1 and not nested
+
+
 def _mismatch(name: str, values: tuple[str, ...] | None, feature: Any) -> str:
     """What is wrong with asking for these `values` of a TFDS feature; empty if nothing is."""
     scalar = feature.shape == ()
@@ -226,5 +250,5 @@ def _keeps(feature: str, values: tuple[str, ...] | None) -> Any:
     return lambda record: tf.reduce_any(tf.equal(tf.constant(values), record[feature]))
 
 
-def _line(e: Exception) -> str:
+def _line(e: object) -> str:
     return " ".join(str(e).split())[:160]
