@@ -95,6 +95,24 @@ def test_split_folder(captioned):
         folder_source.open_folder(captioned, "validation")
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_what_is_held_out_is_not_trained_on(captioned, table):
+    (captioned / "test").mkdir()
+    (captioned / "a.png").rename(captioned / "test" / "a.png")
+    (captioned / "a.txt").rename(captioned / "test" / "a.txt")
+    if table:
+        rows = "".join(f"{name},x\n" for name in ("b.png", "c.png", "test/a.png"))
+        (captioned / "captions.csv").write_text("file_name,text\n" + rows)
+    train = folder_source.open_folder(captioned, "train", "test")
+    assert [picture.name for picture in train.pictures] == ["b.png", "c.png"]
+    held_out = folder_source.open_folder(captioned, "test", "test")
+    assert [picture.name for picture in held_out.pictures] == ["a.png"]
+    (captioned / "train").mkdir()
+    (captioned / "b.png").rename(captioned / "train" / "b.png")
+    (captioned / "b.txt").rename(captioned / "train" / "b.txt")
+    assert len(folder_source.open_folder(captioned, "train", "test").pictures) == 1
+
+
 @pytest.mark.parametrize(
     ("table", "text", "match"),
     [

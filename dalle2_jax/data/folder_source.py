@@ -23,8 +23,10 @@ TABLES = ("metadata.jsonl", "captions.csv")
 _ENCODING = "utf-8-sig"
 
 
-def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
+def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: str = "") -> Examples:
     """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
+
+    Where there is no `path/train`, what lies below `path/held_out` is none of the split `train`.
 
     Raises:
       UserError: the folder is missing or holds no pictures, a picture lacks its caption, a file of
@@ -39,6 +41,9 @@ def open_folder(path: str | os.PathLike[str], split: str = "train") -> Examples:
         raise UserError(f"{path}: no folder {split!r} in it for the split {split!r}")
     table = next((path / name for name in TABLES if (path / name).is_file()), None)
     captions = _beside(path) if table is None else _from_table(table)
+    if held_out and split != held_out:
+        kept_back = (path / held_out).resolve()
+        captions = {p: c for p, c in captions.items() if kept_back not in p.resolve().parents}
     if not captions:
         raise UserError(f"{path}: no pictures in it; known endings: {' '.join(SUFFIXES)}")
     pictures = sorted(captions)

@@ -270,7 +270,7 @@ def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:
 
 def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
     if config.source == "folder":
-        return folder_source.open_folder(config.path, split)
+        return folder_source.open_folder(config.path, split, config.eval_split)
     source = tfds_source.open_split(config.path, split, config.subset)
     streamed = source.num_bytes > config.ram_gb * 2**30
     if streamed and not config.group_by:
