@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from PIL import Image
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 
 
-def entry(loss: float, grad_norm: float = 1.0):
-    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm)}
+def entry(loss: float, grad_norm: float = 1.0, param_norm: float = 2.0):
+    values = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm}
+    return jax.tree.map(jnp.float32, values)
 
 
 def test_window_averages_and_empties():
     window = Window()
     for step, loss in enumerate((1.0, 2.0, 6.0), 1):
         window.add(step, entry(loss))
-    assert window.mean() == {"loss": 3.0, "grad_norm": 1.0}
+    assert window.mean() == {"loss": 3.0, "grad_norm": 1.0, "param_norm": 2.0}
     assert window.mean() == {}
 
 
@@ -28,6 +30,7 @@ def test_window_averages_and_empties():
         (entry(np.nan), "loss is nan at step 2"),
         (entry(np.inf), "loss is inf at step 2"),
         (entry(1.0, np.nan), "grad_norm is nan at step 2"),
+        (entry(1.0, 1.0, np.nan), "param_norm is nan at step 2"),
     ],
 )
 def test_window_names_the_first_bad_step(bad, told):

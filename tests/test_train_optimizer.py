@@ -55,10 +55,10 @@ def test_decay_spares_vectors_with_leading_axes_of_one():
 def test_first_update_of_adamw():
     """With zero moments Adam's first step is lr * sign(grad); decay adds lr * wd * weight."""
     opt = optimizer(learning_rate=0.1, weight_decay=0.5, clip_norm=0.0, eps=1e-12)
-    params = {"kernel": jnp.full((1, 2), 2.0), "bias": jnp.full((2,), 2.0)}
-    grads = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([1.0, -1.0])}
+    params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
+    grads = {"kernel": jnp.array([[3.0, -4.0], [3.0, -4.0]]), "bias": jnp.array([1.0, -1.0])}
     updates, _ = opt.tx.update(grads, opt.tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], [[-0.1 - 0.1, 0.1 - 0.1]], atol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], [[-0.1 - 0.1, 0.1 - 0.1]] * 2, atol=1e-6)
     np.testing.assert_allclose(updates["bias"], [-0.1, 0.1], atol=1e-6)
 
 
