@@ -20,7 +20,7 @@ FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 def config(stage, model, steps=4, **changes):
     data = dict(small_cascade.DATA, source="emoji", path=FIXTURE, image_size=16)
     run = dict(num_steps=steps, checkpoint_every=2, log_every=1, export_to=str(model))
-    run |= dict(eval_every=2, eval_batches=1, preview_every=4, preview_size=2)
+    run |= dict(eval_batches=1, preview_size=2)
     return small_cascade.config(stage, str(model), data=data, **run, **changes)
 
 
@@ -33,7 +33,7 @@ def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
     """Two steps and two more give the losses and the very bytes of four at once; then it draws."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for stage in small_cascade.CONFIGS:
-        train(config(stage, whole), tmp_path / "w" / stage)
+        train(config(stage, whole, eval_every=2, preview_every=4), tmp_path / "w" / stage)
         train(config(stage, parts, steps=2), tmp_path / "p" / stage)
         train(config(stage, parts), tmp_path / "p" / stage)
         told = losses(tmp_path / "w" / stage)
