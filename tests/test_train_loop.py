@@ -182,11 +182,15 @@ def test_max_minutes_saves_exports_and_goes_on(tmp_path, one_device):
 
 
 def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device, monkeypatch):
-    exported, task = [], ToyTask()
-    export = task.export
-    monkeypatch.setattr(task, "export", lambda params: exported.append(params) or export(params))
+    exported, write = [], model_folder.write_stage
+
+    def spy(folder, stage, entry, params, dtype):
+        exported.append(params)
+        write(folder, stage, entry, params, dtype)
+
+    monkeypatch.setattr(model_folder, "write_stage", spy)
     cfg = config(num_steps=5, eval_every=2, preview_every=4, export_every=2, eval_batches=2)
-    result = loop.train(cfg, task, dataset(), tmp_path, eval_dataset=dataset(8))
+    result = loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
     kernels = [params["out"]["kernel"] for params in exported]
     assert len(kernels) == 3  # steps 2, 4 and the end, each of them other weights
     assert all((a != b).any() for a, b in itertools.pairwise(kernels))
