@@ -178,7 +178,8 @@ class DALLE2:
         if not prompts or not all(p.strip() for p in prompts):
             raise UserError("a prompt is empty: write what is to be drawn")
         n, batch_size = _whole("n", n, 1), _whole("batch_size", batch_size, 1)
-        seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
+        given: Any = seed
+        seeds = [given] * len(prompts) if np.ndim(given) == 0 else list(given)
         seeds = [_whole("seed", s, 0, 2**32 - 1) for s in seeds]
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
