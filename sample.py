@@ -6,18 +6,12 @@ Exit status: 0 done, 2 a mistake in the input.
 
 from __future__ import annotations
 
-import itertools
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from dalle2_jax import commands, pictures
 from dalle2_jax.errors import UserError
-from dalle2_jax.version import __version__
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
@@ -60,20 +54,6 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-class Bars:
-    """A progress bar a stage."""
-
-    def __init__(self) -> None:
-        self.bars: dict[str, tqdm] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.bars:
-            self.bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
-        self.bars[stage].update(done - self.bars[stage].n)
-        if done == total:
-            self.bars[stage].close()
-
-
 def main() -> None:
     prompts = read_prompts()
     settings = {
@@ -82,27 +62,11 @@ def main() -> None:
         "solver": choice(SAMPLER, str),
     }
     from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
+    from dalle2_jax.drawing import draw_prompts
 
     out = pictures.prepare_folder(OUT.value)
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(**settings)
-    for prompt in prompts:
-        if model.tokenizer.length(prompt) > model.tokenizer.context_length:
-            kept = model.tokenizer.decode(model.tokenizer([prompt])[0])
-            print(f"note: a prompt is too long, only {kept!r} is read", file=sys.stderr)
-    about: dict[str, Any] = {"seed": SEED.value, "version": __version__}
-    about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
-    drawn: list[np.ndarray] = []
-    batches = model.stream(
-        prompts, N.value, SEED.value, batch_size=BATCH_SIZE.value, progress=Bars()
-    )
-    for picture in itertools.chain.from_iterable(batches):  # each is saved as soon as it is drawn
-        row, number = divmod(len(drawn), N.value)
-        name = f"{row:03d}-{pictures.slug(prompts[row])}-{number}.png"
-        pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
-        drawn.append(picture)
-    grid = pictures.labelled_grid(np.stack(drawn), N.value, row_labels=prompts)
-    pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
-    print(out / "grid.png")
+    print(draw_prompts(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
 
 
 if __name__ == "__main__":

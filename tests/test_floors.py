@@ -29,7 +29,7 @@ FLOORS = (
     },
     {"sampling", "tasks"},
     {"dalle2", "evals", "pretrained", "train"},
-    {"app", "build"},
+    {"app", "build", "drawing"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.

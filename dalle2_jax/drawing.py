@@ -1,0 +1,56 @@
+"""What sample.py does: a model's pictures as PNG files and one grid, with bars of progress."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dalle2_jax import pictures
+from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.version import __version__
+
+
+class Bars:
+    """A progress bar a stage."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, tqdm] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.bars:
+            self.bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
+        self.bars[stage].update(done - self.bars[stage].n)
+        if done == total:
+            self.bars[stage].close()
+
+
+def draw_prompts(
+    model: DALLE2, prompts: Sequence[str], n: int, seed: int, batch_size: int, out: Path
+) -> Path:
+    """Writes n pictures a prompt into the folder `out`, each as soon as it is drawn.
+
+    Every PNG carries its prompt, seed, settings and weights. Returns the path of grid.png, a row a
+    prompt. A prompt that is too long for CLIP is told on stderr, with what is read of it.
+    """
+    for prompt in prompts:
+        if model.tokenizer.length(prompt) > model.tokenizer.context_length:
+            kept = model.tokenizer.decode(model.tokenizer([prompt])[0])
+            print(f"note: a prompt is too long, only {kept!r} is read", file=sys.stderr)
+    about: dict[str, Any] = {"seed": seed, "version": __version__}
+    about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
+    drawn: list[np.ndarray] = []
+    batches = model.stream(prompts, n, seed, batch_size=batch_size, progress=Bars())
+    for picture in itertools.chain.from_iterable(batches):
+        row, number = divmod(len(drawn), n)
+        name = f"{row:03d}-{pictures.slug(prompts[row])}-{number}.png"
+        pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
+        drawn.append(picture)
+    grid = pictures.labelled_grid(np.stack(drawn), n, row_labels=prompts)
+    pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
+    return out / "grid.png"
