@@ -1,4 +1,4 @@
-"""The real CLIP and decoder, with their frozen parts, train alike on one device and on eight."""
+"""Every stage, with its frozen parts, trains alike on one device and on eight."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def losses(config, devices: int, sizes: dict[str, int], steps: int = 3) -> list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["clip", "decoder"])
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
 def test_losses_are_those_of_one_device(stage, tmp_path):
     """CLIP's logits are of the global batch, the decoder's CLIP and its own weights are split."""
     clip = small_cascade.write(tmp_path, ["clip"])
