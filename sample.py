@@ -32,13 +32,16 @@ def choice(flag: flags.FlagHolder, kind: type) -> object:
     try:
         if "=" not in flag.value:
             return kind(flag.value)
-        pairs = (part.split("=") for part in flag.value.split(","))
-        return {stage.strip(): kind(value) for stage, value in pairs}
+        pairs = [part.split("=") for part in flag.value.split(",")]
+        chosen = {stage.strip(): kind(value) for stage, value in pairs}
     except ValueError:
         what = {int: "a whole number", float: "a number", str: "a name"}[kind]
         raise UserError(
             f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
         ) from None
+    if len(chosen) < len(pairs):
+        raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
+    return chosen
 
 
 def read_prompts() -> list[str]:

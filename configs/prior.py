@@ -3,7 +3,8 @@
 python train.py --config=configs/prior.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
 paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Table 3 rounds to 1B.
-       It reads captions through CLIP's text tower, 77 tokens; the table's 256 are the decoder's.
+       The context is that of CLIP's text tower, 77 tokens, through which captions are read; where
+       Table 3 says 256 of the prior, it can mean the decoder's own encoder alone.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same: 2048 is a multiple of the TPU's 128 lanes already
 tiny   1.4M parameters; 2 CPU cores, half an hour

@@ -208,10 +208,13 @@ def _task_module(name: str) -> Any:
 def check(config: Config, task: Task) -> None:
     """Traces the task's first step without computing it, before any data is opened.
 
-    Raises UserError where the sizes in the config do not fit together.
+    Raises UserError where the sizes in the config do not fit together, or its optimizer's settings
+    are none.
     """
     from dalle2_jax.data.pipeline import DataConfig  # late: TensorFlow
+    from dalle2_jax.train.optimizer import make_optimizer  # late: optax
 
+    make_optimizer(config.optimizer, config.num_steps)
     data = construct(DataConfig, config.data, "config.data")
     b, size = config.batch_size, data.image_size
     batch = {

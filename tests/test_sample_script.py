@@ -67,6 +67,7 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
         (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt"),
         (["--prompt=a", "--weights=nowhere"], "nowhere"),
         (["--prompt=a", "--steps=many"], "--steps=many: write a whole number, or STAGE=NUMBER"),
+        (["--prompt=a", "--steps=decoder=3,decoder=5"], "a stage stands there twice"),
         (["--prompt=a", "--steps=0"], "steps must be whole numbers of 1 or more, not 0"),
         (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
         (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),

@@ -102,7 +102,7 @@ def test_clip_bounds_x_0():
 def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
     made, seen = sampler(steps=steps, solver="ddim"), []
     out = draw(made, progress=lambda done, total: seen.append((done, total)))
-    assert len(seen) == calls and seen[-1] == (steps, steps)
+    assert len(seen) == 1 + calls and seen[0] == (0, steps) and seen[-1] == (steps, steps)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     np.testing.assert_array_equal(draw(made), out)
 

@@ -136,12 +136,13 @@ def make(name: str, num_timesteps: int) -> Schedule:
     """The schedule of that name, "cosine" or "linear".
 
     Raises:
-        UserError: an unknown name (the message names the near miss) or num_timesteps < 1.
+        UserError: an unknown name (the message names the near miss), or num_timesteps below 1 or
+          above 100,000 (tables of float64 that nobody wants).
     """
     if name not in _MAKERS:
         raise UserError(f"unknown noise schedule {name!r}{near_miss(str(name), _MAKERS)}")
-    if num_timesteps < 1:
-        raise UserError(f"num_timesteps must be at least 1, not {num_timesteps}")
+    if not 1 <= num_timesteps <= 100_000:
+        raise UserError(f"num_timesteps must be from 1 to 100000, not {num_timesteps}")
     return _MAKERS[name](num_timesteps)
 
 

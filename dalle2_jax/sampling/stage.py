@@ -111,11 +111,13 @@ class StageSampler:
             shape: one example's.
             noise: [1 + steps, b, *shape] standard normal: x_T, then each step's, in the order of
                 sampling; in place of that drawn from `keys`.
-            progress: called as steps are done.
+            progress: called at the start and as steps are done.
         """
         steps = self.settings.num_steps
         if noise is not None and noise.shape[:2] != (steps + 1, keys.shape[0]):
             raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
+        if progress is not None:
+            progress(0, steps)  # the first call compiles: the bar is there meanwhile
         state, chunk = _start(self, keys, tuple(shape), noise), _chunk(steps)
         for done in range(0, steps, chunk):
             ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)

@@ -84,11 +84,13 @@ def train(
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
         else:
-            state = init_state(task, optimizer, config.seed, template)
-            if config.init_from:
+            if config.init_from:  # read before the state is made: a mistake is told at once
                 folder = model_folder.resolve(config.init_from)
                 tensors = model_folder.read_params(folder, task.stage)
+                state = init_state(task, optimizer, config.seed, template)
                 state = warm_start(state, tensors, folder)
+            else:
+                state = init_state(task, optimizer, config.seed, template)
         start = int(state.step)
         train_step = make_train_step(task, optimizer, config, template, mesh)
         data, window, stopped_by = dataset(start), Window(max(config.log_every, 1000)), None
