@@ -3,11 +3,11 @@
 python train.py --config=configs/prior.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
 paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Table 3 rounds to 1B.
-       The context is that of CLIP's text tower, 77 tokens, through which captions are read; where
-       Table 3 says 256 of the prior, it can mean the decoder's own encoder alone.
+       Table 3 gives 256 tokens of context; captions are read through CLIP's text tower here, and
+       that has 77.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same: 2048 is a multiple of the TPU's 128 lanes already
-tiny   1.4M parameters; 2 CPU cores, half an hour
+tiny   1.4M parameters; 2 CPU cores, an hour and a half
 """
 
 from ml_collections import ConfigDict
@@ -82,13 +82,13 @@ def tiny():
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.98,
-                weight_decay=2e-2,
+                weight_decay=5e-2,
                 warmup_steps=100,
                 schedule="cosine",
                 clip_norm=1.0,
             ),
             batch_size=128,
-            num_steps=2000,
+            num_steps=10_000,
             ema_decay=0.995,
             log_every=25,
             checkpoint_every=250,

@@ -70,7 +70,7 @@ class Task(Protocol):
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Named pictures for TensorBoard, each uint8 [h, w, 3], of the first `rows` examples."""
+        """name -> uint8 [rows, columns, h, w, 3]: pictures of the first `rows` examples, or all."""
         ...
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

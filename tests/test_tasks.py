@@ -164,11 +164,11 @@ def test_previews_are_pictures_beside_the_true_ones(stage, size, columns, clip_f
             params, task.frozen(), batch(), jax.random.key(1), rows
         ).items()
         assert (name, rest) == (task.stage, [])
-        assert picture.shape == (shown * size, columns * size, 3) and picture.dtype == jnp.uint8
+        assert picture.shape == (shown, columns, size, size, 3) and picture.dtype == jnp.uint8
     # the upsampler's true picture stands last, the others' first
-    place = slice(-size, None) if stage == "upsampler" else slice(0, size)
+    place = -1 if stage == "upsampler" else 0
     true = images.resize(images.to_float(batch()["image"]), size, "area")
-    np.testing.assert_array_equal(picture[:size, place], images.to_uint8(true)[0])
+    np.testing.assert_array_equal(picture[0, place], images.to_uint8(true)[0])
 
 
 def test_the_nearest_pictures_come_in_order():
@@ -178,7 +178,7 @@ def test_the_nearest_pictures_come_in_order():
     z = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     pictures = jnp.arange(5.0)[:, None, None, None] / 4 * jnp.ones((5, 1, 1, 3)) * 2 - 1
     shown = previews.nearest(pictures, z, np.asarray([z[3], z[4]]))
-    grey = [round(value / 63.75) for value in shown[:, :, 0].ravel()]
+    grey = [round(value / 63.75) for value in shown[..., 0].ravel()]
     assert grey == [0, 3, 0, 1, 2, 1, 4, 2, 1, 3]
 
 

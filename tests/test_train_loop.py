@@ -16,7 +16,8 @@ from toy_task import ToyTask, config, dataset, losses
 
 from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop
+from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.train import loop, side
 from dalle2_jax.train.checkpoint import WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
@@ -207,6 +208,25 @@ def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
     loop.train(cfg, ToyTask(), dataset(), tmp_path)
     assert "eval/" not in (tmp_path / "metrics.jsonl").read_text()
     assert (tmp_path / "previews" / "step_000002_first.png").exists()
+
+
+def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
+    captions, grid, given = ["A red apple", "two dogs", "", "a cat"] * 4, side.labelled_grid, []
+
+    def captioned(start):
+        for batch in dataset()(start):
+            yield {**batch, "tokens": Tokenizer(16, 600)(captions)}
+
+    def spy(pictures, columns, **options):
+        given.append((pictures, columns, options["row_labels"]))
+        return grid(pictures, columns, **options)
+
+    monkeypatch.setattr(side, "labelled_grid", spy)
+    cfg = config(num_steps=1, preview_every=1, preview_size=3, data=dict(vocab_size=600))
+    loop.train(cfg, ToyTask(), captioned, tmp_path)
+    ((pictures, columns, labels),) = given
+    np.testing.assert_array_equal(pictures, next(dataset()(0))["image"][:3])
+    assert columns == 1 and labels == ["a red apple", "two dogs", ""]
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, one_device):

@@ -50,7 +50,7 @@ class ToyTask:
         return jnp.where(poison, jnp.nan, loss), {"rms": jnp.sqrt(loss)}
 
     def preview(self, params, frozen, batch, key, rows):
-        return {"first": batch["image"][0]}
+        return {"first": batch["image"][:rows, None]}
 
     def export(self, params):
         return {"config": {"width": self.width}}, params

@@ -14,10 +14,14 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dalle2_jax import model_folder
+from dalle2_jax.data import pipeline
+from dalle2_jax.pictures import labelled_grid
+from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
 from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
 from dalle2_jax.types import Params, Task
 
+READABLE = 96  # pixels: smaller previews are enlarged, so that captions have room
 Dataset = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
 """start step -> this host's batches from that step on: the step number is the position."""
 
@@ -65,13 +69,28 @@ class SideWork:
         return total
 
     def preview(self, params: Params) -> dict[str, np.ndarray]:
-        """The task's pictures of the same examples of the data, with the same noise, every time.
+        """name -> uint8 [h, w, 3]: a row an example, under its caption.
 
-        They can so be compared over a run. The prompts are the captions of these examples.
+        The examples are the first of the data and the noise is the same every time: the pictures
+        can be compared over a run.
         """
         batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, PREVIEW_STREAM)
-        return jax.device_get(self._preview(params, self._frozen, batch, key))
+        shown = jax.device_get(self._preview(params, self._frozen, batch, key))
+        return {name: self._grid(rows) for name, rows in shown.items()}
+
+    def _grid(self, rows: np.ndarray) -> np.ndarray:
+        """[rows, columns, h, w, 3] -> one picture."""
+        tokens = self._batches[0].get("tokens", ())[: len(rows)]  # this host's, in the first rows
+        captions = []
+        if len(tokens) == len(rows):
+            vocab_size = self._config.data.get("vocab_size", pipeline.DataConfig.vocab_size)
+            tokenizer = Tokenizer(tokens.shape[1], vocab_size)
+            captions = [tokenizer.decode(row) for row in tokens]
+        columns, size = rows.shape[1:3]
+        pictures = rows.reshape(-1, *rows.shape[2:])
+        scale = max(1, READABLE // size)
+        return labelled_grid(pictures, columns, row_labels=captions, scale=scale)
 
     def export(self, params: Params) -> None:
         entry, tensors = self._task.export(_gather(params))
