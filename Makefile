@@ -48,7 +48,7 @@ demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few s
 		--prompt "a glossy 3d emoji of a red apple" \
 		--prompt "a flat emoji of a cat face" \
 		--prompt "a noto emoji of a grinning face" \
-		--prompt "a black and white emoji of a sunflower"
+		--prompt "a black and white emoji of a butterfly"
 	@echo "Open $(DEMO_OUT)/grid.png"
 
 test: $(VENV)/.train ## the default tests: no network, no accelerator, no torch
