@@ -72,7 +72,7 @@ train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to
 
 evals: $(JUDGE)/model/config.json ## judge the packaged weights (trains the judge the first time)
 	$(PY) -m dalle2_jax.evals --weights tiny --judge $(JUDGE)/model --data $(EMOJI) --out out/evals \
-		--num 100 --batch_size 20 --reconstruct
+		--num 200 --batch_size 20 --reconstruct
 
 lint: $(VENV)/.dev ## ruff's rules and format
 	$(VENV)/bin/ruff check .

@@ -84,7 +84,7 @@ def tiny(variant):
                 clip_norm=1.0,
             ),
             batch_size=128,
-            num_steps=2000,
+            num_steps=3000 if judge else 2000,
             ema_decay=0.995,
             seed=1 if judge else 0,
             log_every=25,
