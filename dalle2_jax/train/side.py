@@ -81,12 +81,11 @@ class SideWork:
 
     def _grid(self, rows: np.ndarray) -> np.ndarray:
         """[rows, columns, h, w, 3] -> one picture."""
-        tokens = self._batches[0].get("tokens", ())[: len(rows)]  # this host's, in the first rows
-        captions = []
-        if len(tokens) == len(rows):
+        tokens, captions = self._batches[0].get("tokens"), []
+        if tokens is not None and len(tokens) >= len(rows):  # this host's are the first rows
             vocab_size = self._config.data.get("vocab_size", pipeline.DataConfig.vocab_size)
             tokenizer = Tokenizer(tokens.shape[1], vocab_size)
-            captions = [tokenizer.decode(row) for row in tokens]
+            captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
         columns, size = rows.shape[1:3]
         pictures = rows.reshape(-1, *rows.shape[2:])
         scale = max(1, READABLE // size)
