@@ -14,7 +14,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dalle2_jax import model_folder
-from dalle2_jax.data import pipeline
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
@@ -83,6 +82,8 @@ class SideWork:
         """[rows, columns, h, w, 3] -> one picture."""
         tokens, captions = self._batches[0].get("tokens"), []
         if tokens is not None and len(tokens) >= len(rows):  # this host's are the first rows
+            from dalle2_jax.data import pipeline  # late: TensorFlow
+
             vocab_size = self._config.data.get("vocab_size", pipeline.DataConfig.vocab_size)
             tokenizer = Tokenizer(tokens.shape[1], vocab_size)
             captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
