@@ -107,6 +107,12 @@ def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
     np.testing.assert_array_equal(draw(made), out)
 
 
+@pytest.mark.parametrize("clip", [("static",), ("static", "x"), ("static", None), (), 5, "static"])
+def test_a_clip_of_another_shape_is_refused(clip):
+    with pytest.raises(UserError, match="clip must be null, "):
+        Settings(clip=clip)
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_too_few_steps_are_refused(steps):
     with pytest.raises(UserError, match=f"steps must be whole numbers of 1 or more, not {steps}"):

@@ -45,6 +45,12 @@ class Settings:
         if isinstance(self.steps, tuple) and self.spacing not in ("", "sections"):
             told = f"spacing={self.spacing!r} takes one number of steps"
             raise UserError(f"{told}, not {self.steps!r}")
+        match self.clip:
+            case None | (str(), int() | float()):
+                pass
+            case _:
+                kinds = 'null, ["static", bound] or ["dynamic", percentile]'
+                raise UserError(f"clip must be {kinds}, not {self.clip!r}")
         for name in ("cfg_scale", "eta"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
