@@ -38,7 +38,7 @@ def run(config: build.Config, workdir: str) -> int:
             eval_dataset=build.dataset(config, held_out) if held_out else None,
             tensorboard=TENSORBOARD.value,
         )
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, OSError) as error:
         return commands.say(error, 2)
     except loop.Diverged as error:
         return commands.say(error, 1)

@@ -188,6 +188,8 @@ def _as_type(value: Any, default: Any, where: str) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is tuple and isinstance(value, (list, tuple)):
+        if not all(isinstance(rule, list | tuple) and len(rule) == 2 for rule in value):
+            raise UserError(f"{where}={value!r} must be pairs (regex, tactic), like {default!r}")
         return tuple(tuple(rule) for rule in value)
     if type(value) is not kind:
         raise UserError(f"{where}={value!r} must be a {kind.__name__}, like {default!r}")
@@ -206,7 +208,7 @@ def _task_module(name: str) -> Any:
 
 
 def check(config: Config, task: Task) -> None:
-    """Traces the task's first step without computing it, before any data is opened.
+    """Traces the task's first step and preview, computing nothing, before any data is opened.
 
     Raises UserError where the sizes in the config do not fit together, or its optimizer's settings
     are none.
@@ -227,6 +229,8 @@ def check(config: Config, task: Task) -> None:
         Tokenizer(data.context_length, data.vocab_size)  # it knows which vocabularies there are
         params = jax.eval_shape(task.init, key)
         jax.eval_shape(functools.partial(task.loss, train=True), params, frozen, batch, key)
+        # Whole pictures, where the loss may have seen crops.
+        jax.eval_shape(functools.partial(task.preview, rows=1), params, frozen, batch, key)
     except UserError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # as flax and jax do

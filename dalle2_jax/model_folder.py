@@ -99,7 +99,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"model folder {folder} {what}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # broken JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
         raise UserError(f"{path} is not a model folder's config: it has no 'stages'")
@@ -134,8 +134,9 @@ def read_params(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
     path = stage_path(folder, stage)
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, though {CONFIG_NAME} names the stage") from None
+    except FileNotFoundError:  # so too for a file that may not be read
+        what = "may not be read" if os.path.lexists(path) else "is missing"
+        raise UserError(f"{path} {what}, though {CONFIG_NAME} names the stage") from None
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is damaged or cut short ({error}): copy or export it again"

@@ -104,6 +104,12 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     Raises UserError for a path that no rule takes and for a rule that takes no path: either is
     how a typing mistake in a regex would otherwise replicate a large model in silence.
     """
+    for regex, _ in rules:
+        try:
+            re.compile(regex)
+        except (TypeError, re.error) as error:
+            told = f"sharding_rules: {regex!r} is no regular expression ({error})"
+            raise UserError(told) from error
     used = [False] * len(rules)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

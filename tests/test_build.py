@@ -42,6 +42,7 @@ def test_defaults_are_filled_in():
         ({"seed": -1}, "config.seed=-1 must be within 0 and 4294967295"),
         ({"optimizer": {"learning_rate": -1}}, "config.optimizer.learning_rate=-1.0 must be 0 or"),
         ({"optimizer": 3}, "config.optimizer=3 must be a section"),
+        ({"sharding_rules": ("x",)}, "config.sharding_rules=('x',) must be pairs (regex, tactic)"),
         ({"model": "large"}, "config.model='large' must be a section"),
     ],
 )

@@ -154,7 +154,7 @@ def test_extract_broadcasts_and_casts() -> None:
     assert schedules.extract(table, 2, 3).shape == (1, 1, 1)
 
 
-@pytest.mark.parametrize("num_timesteps", [0, 100_001, 10**9])
+@pytest.mark.parametrize("num_timesteps", [0, 100_001, 10**9, 20.5, True])
 def test_a_number_of_timesteps_that_nobody_wants_is_refused(num_timesteps):
     with pytest.raises(UserError, match=f"from 1 to 100000, not {num_timesteps}"):
         schedules.make("cosine", num_timesteps)

@@ -114,6 +114,26 @@ def test_missing_things_are_named(tmp_path, params):
         weights_hash(tmp_path)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, params, monkeypatch):
+    write_stage(tmp_path, "clip", {}, params)
+
+    def forbidden(path):  # as safetensors tells it
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(model_folder, "load_file", forbidden)
+    with pytest.raises(UserError, match=r"clip\.safetensors may not be read"):
+        read_params(tmp_path, "clip")
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path, params):
+    left, young = (tmp_path / f".clip.safetensors.{name}.tmp" for name in ("old", "new"))
+    for path in (left, young):
+        path.write_text("half")
+    os.utime(left, (0, 0))
+    write_stage(tmp_path, "clip", {}, params)
+    assert not left.exists() and young.exists()  # another process may be writing that
+
+
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
 def test_truncation_is_told(tmp_path, params, keep):
     write_stage(tmp_path, "clip", {}, params)
@@ -131,6 +151,7 @@ def test_truncation_is_told(tmp_path, params, keep):
         ('{"format": 1}', "no 'stages'"),
         ('{"format": 1, "stages": {"clip": 3}}', "not an object"),
         ('{"format": "x", "stages": {}}', "'format' is 'x'"),
+        ("[" * 100_000, "not valid JSON"),
         (
             '{"format": 99, "version": "7.0", "stages": {}}',
             r"format 99, written by .* 7\.0.*upgrade",

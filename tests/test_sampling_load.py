@@ -59,6 +59,8 @@ DAMAGES = [
     ("decoder", changed("model.unet", 5), "decoder: .*"),
     ("decoder", changed("model.context_length", 4), "holds another network: padding is"),
     ("decoder", changed("diffusion.prediction", "x0"), "prediction must be one of"),
+    ("decoder", changed("diffusion.learned_variance", True), "decoder: learned_variance is False"),
+    ("upsampler_16", changed("image_size", 17), r"multiples of 2, not \(17, 17\)"),
     ("upsampler_16", changed("image_size"), "upsampler_16: the key 'image_size' is missing"),
     ("upsampler_16", changed("low_size", "8"), "upsampler_16 starts at '8' px and no stage ends"),
 ]

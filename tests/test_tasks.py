@@ -264,12 +264,17 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
         ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
         ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),
+        ("decoder", {"diffusion__learned_variance": True}, "False in model, True in diffusion"),
         ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):
     with pytest.raises(UserError, match=told):
         make(stage, clip_folder, **change)
+
+
+# Its crops of 6 px suit the network, its whole pictures do not.
+UNDRAWABLE = {"task__low_size": 5, "task__image_size": 15, "task__crop_fraction": 0.4}
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
@@ -282,6 +287,7 @@ def test_the_check_before_training_lets_good_configs_through(stage, clip_folder)
     ("stage", "change", "told"),
     [
         ("decoder", {"task__image_size": 33}, r"multiples of 2, not \(33, 33\)"),
+        ("upsampler", UNDRAWABLE, r"multiples of 2, not \(15, 15\)"),
         ("decoder", {"model__unet__groups": 7}, "[Gg]roups"),
         ("decoder", {"model__unet__dtype": "float32"}, "dtype"),
         ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none' or 'min_snr_<"),

@@ -1,11 +1,18 @@
 """Mistakes that would show after hours are told before the first step, and nothing is written."""
 
+import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset
 
+from dalle2_jax import model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import loop
-from dalle2_jax.train.checks import check_best_metric, export_folder, local_folder
+from dalle2_jax.train.checks import (
+    check_best_metric,
+    check_stands_alone,
+    export_folder,
+    local_folder,
+)
 
 
 class Untrained(ToyTask):
@@ -71,6 +78,16 @@ def test_a_best_that_is_never_kept_is_refused(names, change, told):
     cfg = config(**{"best_metric": "eval/loss", "eval_every": 2, "num_steps": 20, **change})
     with pytest.raises(UserError, match=told):
         check_best_metric(cfg, names)
+
+
+def test_a_clip_that_others_stand_on_is_not_replaced(tmp_path):
+    check_stands_alone(tmp_path, "clip")
+    for stage, entry in (("clip", {}), ("upsampler_128", {}), ("prior", {"clip": "0123"})):
+        check_stands_alone(tmp_path, "clip")
+        model_folder.write_stage(tmp_path, stage, entry, {"a": np.zeros(1)})
+    check_stands_alone(tmp_path, "prior")
+    with pytest.raises(UserError, match=r"holds prior, trained with the CLIP there.*export_to"):
+        check_stands_alone(tmp_path, "clip")
 
 
 def test_good_places_go_through(tmp_path):

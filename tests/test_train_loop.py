@@ -137,6 +137,46 @@ def test_nan_is_not_saved_where_it_falls_on_a_checkpoint(tmp_path, one_device):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["4"]
 
 
+@pytest.mark.parametrize("error", [UserError("a.png is gone"), OSError(28, "No space left")])
+def test_what_fails_on_the_way_costs_no_step(tmp_path, one_device, error):
+    def failing(start):
+        yield from itertools.islice(dataset()(start), 6)
+        raise error
+
+    with pytest.raises(UserError, match=r"(gone|left).*\(step 6 is saved: .* the same command"):
+        loop.train(config(), ToyTask(), failing, tmp_path / "w")
+    assert loop.train(config(), ToyTask(), dataset(), tmp_path / "w").step == 12
+    loop.train(config(), ToyTask(), dataset(), tmp_path / "whole")
+    assert losses(tmp_path / "w") == losses(tmp_path / "whole")
+
+
+def test_what_fails_at_once_saves_nothing(tmp_path, one_device):
+    def failing(start):
+        raise UserError("a.png is gone")
+        yield
+
+    with pytest.raises(UserError, match=r"^a\.png is gone$"):
+        loop.train(config(), ToyTask(), failing, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class OtherCLIP(ToyTask):
+    stage = "clip"
+
+
+def test_a_clip_that_others_stand_on_is_kept(tmp_path, one_device):
+    cfg = config(num_steps=1, export_to=str(tmp_path / "m"))
+    loop.train(cfg, OtherCLIP(), dataset(), tmp_path / "w")
+    model_folder.write_stage(tmp_path / "m", "prior", {"clip": "x"}, {"a": np.zeros(1)})
+    before = model_folder.weights_hash(tmp_path / "m")
+    loop.train(cfg, OtherCLIP(), dataset(), tmp_path / "w")  # its own run, at its end
+    for workdir, steps in (("w", 2), ("other", 1)):
+        again = config(num_steps=steps, export_to=str(tmp_path / "m"))
+        with pytest.raises(UserError, match="m holds prior, trained with the CLIP there"):
+            loop.train(again, OtherCLIP(), dataset(), tmp_path / workdir)
+    assert model_folder.weights_hash(tmp_path / "m") == before
+
+
 def test_warm_start_from_an_exported_folder(tmp_path, one_device):
     loop.train(config(), ToyTask(), dataset(), tmp_path / "first")
     folder = tmp_path / "first" / "model"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 
 
@@ -90,6 +91,29 @@ def test_pictures_are_png_files(tmp_path):
         report.images(12, {"decoder/grid": picture})
     file = tmp_path / "previews" / "step_000012_decoder_grid.png"
     np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    full = open("/dev/full", "w")  # noqa: SIM115 (the reporter closes it)
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        report._lines.close()
+        report._lines = full
+        with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
+            report.scalars(1, {"loss": 1.0})
+
+
+def test_training_goes_on_without_tensorboard(tmp_path, caplog):
+    class Full:
+        def write_scalars(self, step, values):
+            raise RuntimeError("No space\nleft")
+
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        report._clu = Full()
+        for step in (1, 2):
+            report.scalars(step, {"loss": 1.0})
+    assert [line["step"] for line in read(tmp_path)] == [1, 2]
+    told = [r.getMessage() for r in caplog.records]
+    assert told == ["TensorBoard's files are no longer written (No space left)"]
 
 
 @pytest.mark.slow

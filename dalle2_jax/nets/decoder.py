@@ -59,9 +59,12 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
 
-    def init_inputs(self, text_width: int) -> tuple[Any, ...]:
-        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
-        size = smallest_size(self.unet)
+    def init_inputs(self, text_width: int, size: int | None = None) -> tuple[Any, ...]:
+        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide.
+
+        The pictures are of `size` px, or as small as can be.
+        """
+        size = size or smallest_size(self.unet)
         cond = {
             "z_img": jnp.zeros((1, self.dim)),
             "z_mask": jnp.ones((1,), bool),

@@ -21,9 +21,9 @@ class Upsampler(nn.Module):
     dtype: Any = jnp.float32
     SECTIONS: ClassVar = {"unet": UNet}
 
-    def init_inputs(self) -> tuple[Array, ...]:
-        """Zeros that `init` can be called with."""
-        size = smallest_size(self.unet)
+    def init_inputs(self, size: int | None = None) -> tuple[Array, ...]:
+        """Zeros that `init` can be called with: pictures of `size` px, or as small as can be."""
+        size = size or smallest_size(self.unet)
         x_t = jnp.zeros((1, size, size, 3))
         return x_t, jnp.zeros((1,), jnp.int32), x_t
 

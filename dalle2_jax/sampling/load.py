@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,14 +45,17 @@ def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSample
     """The folder's prior, for the CLIP `text`. UserError: there is none, or it is damaged."""
     _check_clip(folder, "prior")
     sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype)
-    return sampler, _params(folder, "prior", sampler.network, _text_inputs(sampler, text))
+    inputs = functools.partial(sampler.network.init_inputs, text.text["width"])
+    return sampler, _params(folder, "prior", sampler.network, inputs)
 
 
 def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
     """The folder's decoder, for the CLIP `text`. UserError: there is none, or it is damaged."""
     _check_clip(folder, "decoder")
     sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, "image_size")
-    return sampler, _params(folder, "decoder", sampler.network, _text_inputs(sampler, text))
+    sizes = text.text["width"], sampler.image_size
+    inputs = functools.partial(sampler.network.init_inputs, *sizes)
+    return sampler, _params(folder, "decoder", sampler.network, inputs)
 
 
 def upsamplers(
@@ -66,7 +70,7 @@ def upsamplers(
     loaded = {}
     for stage in chain:
         sampler = _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, "image_size")
-        inputs = sampler.network.init_inputs
+        inputs = functools.partial(sampler.network.init_inputs, sampler.image_size)
         loaded[stage] = sampler, _params(folder, stage, sampler.network, inputs)
     return loaded
 
@@ -139,10 +143,6 @@ def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
     except (UserError, *_MISFITS) as error:
         told = _told(error)
         raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
-
-
-def _text_inputs(sampler: StageSampler, text: CLIP) -> Any:
-    return lambda: sampler.network.init_inputs(text.text["width"])
 
 
 def _params(folder: Path, stage: str, network: nn.Module, inputs: Any) -> Params:

@@ -44,6 +44,21 @@ def export_folder(config: Any, workdir: Path) -> Path:
     return folder
 
 
+def check_stands_alone(folder: Path, stage: str) -> None:
+    """Raises UserError where other stages in `folder` stand on the CLIP that is to be trained.
+
+    With another CLIP they draw nothing: their weights would be lost.
+    """
+    if stage != "clip" or not (folder / model_folder.CONFIG_NAME).exists():
+        return
+    entries = model_folder.read_config(folder)["stages"]
+    if standing := sorted(name for name, entry in entries.items() if entry.get("clip")):
+        raise UserError(
+            f"{folder} holds {' and '.join(standing)}, trained with the CLIP there, which this run "
+            "would replace: give another --config.export_to, or move that folder away"
+        )
+
+
 def check_best_metric(config: Any, names: Iterable[str]) -> None:
     """Raises UserError where `config.best_metric` would never keep a checkpoint.
 

@@ -12,8 +12,14 @@ import jax
 from absl import logging
 
 from dalle2_jax import model_folder, pictures, sharding
+from dalle2_jax.errors import UserError
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
-from dalle2_jax.train.checks import check_best_metric, export_folder, local_folder
+from dalle2_jax.train.checks import (
+    check_best_metric,
+    check_stands_alone,
+    export_folder,
+    local_folder,
+)
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.side import Dataset, SideWork
@@ -56,7 +62,8 @@ def train(
     """Trains `task` to config.num_steps, going on from the newest checkpoint in `workdir`.
 
     `config` is a complete one (build.complete). Without `eval_dataset` nothing is evaluated, and
-    previews show training pictures. Raises UserError for mistakes, Diverged where the loss or
+    previews show training pictures. Raises UserError for mistakes and where data, disk or folder
+    fail on the way (what was learned till then is saved if it can be), Diverged where the loss or
     gradient is no longer finite (the last good checkpoint stays).
     """
     workdir = local_folder(workdir, "--workdir")
@@ -76,6 +83,8 @@ def train(
         Checkpoints(workdir, config.keep, config.best_metric, identity) as checkpoints,
         Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
     ):
+        if (checkpoints.latest_step() or 0) < config.num_steps:
+            check_stands_alone(model, task.stage)
         if config.export_to:
             pictures.prepare_folder(model)  # not only after hours of training
         state = checkpoints.restore_latest(template)
@@ -92,45 +101,65 @@ def train(
             else:
                 state = init_state(task, optimizer, config.seed, template)
         start = int(state.step)
+        if start > config.num_steps:
+            logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)
         data, window, stopped_by = dataset(start), Window(max(config.log_every, 1000)), None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         with Reporter(workdir, start, tensorboard) as report:
             report.parameters(template.params)
-            for step in range(start + 1, config.num_steps + 1):
-                state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
-                window.add(step, metrics)
-                scores = {}
-                stopper.alive()
-                if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
-                    jax.block_until_ready(metrics)
-                    window.check(newest_only=True)
-                if step == start + 1:
-                    report.restart_clock(step)  # compiling is not speed
-                if _due(config.log_every, step, config.num_steps):
-                    report.log(step, config.num_steps, config.batch_size, window.mean())
-                since = time.perf_counter()
-                stopper.rest()
-                if eval_dataset and _due(config.eval_every, step):
-                    scores = side.evaluate(state.ema_params)
-                    report.scalars(step, scores)
-                if _due(config.preview_every, step):
-                    report.images(step, side.preview(state.ema_params))
-                if _due(config.export_every, step):
-                    side.export(state.ema_params)
-                stopped_by = stopper.reason(step)
-                if _due(config.checkpoint_every, step, config.num_steps) or stopped_by:
-                    window.check()  # a state that is not finite must not be kept
-                    checkpoints.save(state, scores)
-                report.pause(time.perf_counter() - since)
-                stopper.alive()
-                if stopped_by:
-                    break
+            try:
+                for step in range(start + 1, config.num_steps + 1):
+                    state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
+                    window.add(step, metrics)
+                    scores = {}
+                    stopper.alive()
+                    if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
+                        jax.block_until_ready(metrics)
+                        window.check(newest_only=True)
+                    if step == start + 1:
+                        report.restart_clock(step)  # compiling is not speed
+                    if _due(config.log_every, step, config.num_steps):
+                        report.log(step, config.num_steps, config.batch_size, window.mean())
+                    since = time.perf_counter()
+                    stopper.rest()
+                    if eval_dataset and _due(config.eval_every, step):
+                        scores = side.evaluate(state.ema_params)
+                        report.scalars(step, scores)
+                    if _due(config.preview_every, step):
+                        report.images(step, side.preview(state.ema_params))
+                    if _due(config.export_every, step):
+                        side.export(state.ema_params)
+                    stopped_by = stopper.reason(step)
+                    if _due(config.checkpoint_every, step, config.num_steps) or stopped_by:
+                        window.check()  # a state that is not finite must not be kept
+                        checkpoints.save(state, scores)
+                    report.pause(time.perf_counter() - since)
+                    stopper.alive()
+                    if stopped_by:
+                        break
+            except (UserError, OSError) as error:  # a picture is gone, the disk is full
+                told = f"{error}" + _keep(checkpoints, window, state, start)
+                raise UserError(told) from error
         stopper.rest()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)
         return Result(int(state.step), stopped_by, state)
+
+
+def _keep(checkpoints: Checkpoints, window: Window, state: TrainState, start: int) -> str:
+    """Saves `state` where the run fails on the way; what to tell of it."""
+    step = int(state.step)
+    if step == start or jax.process_count() > 1:  # saving needs every host, and they train on
+        return ""
+    try:
+        window.check()
+        checkpoints.save(state)
+        checkpoints.wait()
+    except (UserError, OSError, Diverged):
+        return ""
+    return f" (step {step} is saved: mend that and run the same command again to go on)"
 
 
 def _identity(task: Task, template: TrainState) -> dict[str, Any]:

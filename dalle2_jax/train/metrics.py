@@ -5,6 +5,7 @@ The one module that imports clu, and with it TensorFlow, and only where TensorBo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
 from dalle2_jax.pictures import save_png
 from dalle2_jax.types import Metrics, Params
@@ -99,9 +101,9 @@ class Reporter:
 
     def __exit__(self, *exc: object) -> None:
         if self._active:
-            self._lines.close()
-            if self._clu:
-                self._clu.close()
+            with contextlib.suppress(OSError):  # every line was flushed, or told as lost
+                self._lines.close()
+            self._tensorboard("close")
 
     def parameters(self, params: Params) -> None:
         """A table of the parameters on the terminal, and their number."""
@@ -139,10 +141,12 @@ class Reporter:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        if self._clu:
-            self._clu.write_scalars(step, dict(values))
+        try:
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._lines.name}: {error.strerror}") from error
+        self._tensorboard("write_scalars", step, dict(values))
 
     def images(self, step: int, pictures: Mapping[str, Any]) -> None:
         """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
@@ -152,8 +156,17 @@ class Reporter:
             picture = np.asarray(picture)
             file = f"step_{step:06d}_{name.replace('/', '_')}.png"
             save_png(self._folder / "previews" / file, picture)
+            self._tensorboard("write_images", step, {name: picture[None]})
+
+    def _tensorboard(self, method: str, *arguments: Any) -> None:
+        """Calls clu's writer; where it fails training goes on without, as metrics.jsonl has all."""
+        try:
             if self._clu:
-                self._clu.write_images(step, {name: picture[None]})
+                getattr(self._clu, method)(*arguments)
+        except Exception as error:  # a full disk is told by an error of clu's own
+            self._clu = None
+            told = " ".join(str(error).split())[:200]
+            logging.warning("TensorBoard's files are no longer written (%s)", told)
 
 
 def _reopen(path: Path, start_step: int) -> IO[str]:
