@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import logging
 
-from dalle2_jax import model_folder, pictures, sharding
+from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.train import checks
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
-from dalle2_jax.train.checks import (
-    check_best_metric,
-    check_stands_alone,
-    export_folder,
-    local_folder,
-)
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.side import Dataset, SideWork
-from dalle2_jax.train.state import TrainState, abstract_state, init_state, warm_start
-from dalle2_jax.train.step import (
-    check_batch_size,
-    global_batch,
-    make_train_step,
-    place_frozen,
-)
-from dalle2_jax.train.stop import Stopper
+from dalle2_jax.train.state import TrainState, abstract_state, init_state
+from dalle2_jax.train.step import check_batch_size, global_batch, make_train_step, place_frozen
+from dalle2_jax.train.stop import Result, Stopper
 from dalle2_jax.types import Task
-
-
-class Result(NamedTuple):
-    step: int
-    stopped_by: str | None  # None: num_steps reached; else SIGTERM, SIGINT or max_minutes
-    state: TrainState
-
-    @property
-    def exit_status(self) -> int:
-        """0 at the end alone: a script must not take a stop for it.
-
-        A signal's as shells count it; 75 ("try again", sysexits.h) out of `max_minutes`.
-        """
-        if self.stopped_by is None:
-            return 0
-        number = signal.Signals.__members__.get(self.stopped_by)
-        return 128 + number if number else os.EX_TEMPFAIL
 
 
 def train(
@@ -66,8 +37,8 @@ def train(
     fail on the way (what was learned till then is saved if it can be), Diverged where the loss or
     gradient is no longer finite (the last good checkpoint stays).
     """
-    workdir = local_folder(workdir, "--workdir")
-    model = export_folder(config, workdir)
+    workdir = checks.local_folder(workdir, "--workdir")
+    model = checks.export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -76,7 +47,7 @@ def train(
     side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model)
     if config.best_metric:
         names = side.metric_names(template.params) if eval_dataset else ()
-        check_best_metric(config, names)
+        checks.check_best_metric(config, names)
     identity = _identity(task, template)
     with (
         WorkdirLock(workdir),
@@ -84,22 +55,16 @@ def train(
         Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
     ):
         if (checkpoints.latest_step() or 0) < config.num_steps:
-            check_stands_alone(model, task.stage)
+            checks.check_stands_alone(model, task.stage)
         if config.export_to:
             pictures.prepare_folder(model)  # not only after hours of training
         state = checkpoints.restore_latest(template)
-        if state is not None:
+        if state is None:
+            state = init_state(task, optimizer, config.seed, template, config.init_from)
+        else:
             logging.info("going on from step %d of %s", int(state.step), workdir)
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
-        else:
-            if config.init_from:  # read before the state is made: a mistake is told at once
-                folder = model_folder.resolve(config.init_from)
-                tensors = model_folder.read_params(folder, task.stage)
-                state = init_state(task, optimizer, config.seed, template)
-                state = warm_start(state, tensors, folder)
-            else:
-                state = init_state(task, optimizer, config.seed, template)
         start = int(state.step)
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
@@ -139,8 +104,8 @@ def train(
                     if stopped_by:
                         break
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
-                told = f"{error}" + _keep(checkpoints, window, state, start)
-                raise UserError(told) from error
+                stopper.rest()
+                raise UserError(f"{error}{_keep(checkpoints, window, state, start)}") from error
         stopper.rest()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -67,28 +66,36 @@ def shardings_of(template: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, template)
 
 
-def init_state(task: Task, optimizer: Optimizer, seed: int, template: TrainState) -> TrainState:
-    """Fresh parameters, made straight in their shards."""
-    make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))
-    return make()
+def init_state(
+    task: Task, optimizer: Optimizer, seed: int, template: TrainState, init_from: str = ""
+) -> TrainState:
+    """The state of step 0, made straight in its shards: fresh, or the weights of a model folder.
 
-
-def warm_start(state: TrainState, tensors: Params, folder: str | Path) -> TrainState:
-    """`state` with params and EMA taken from `tensors`, read from the model folder `folder`.
-
-    Raises UserError that names the tensors which are missing, have another shape or are not the
-    network's: a deeper one would be loaded in part.
+    Params and EMA both start from `init_from`. Raises UserError, before anything is made, where it
+    is no model folder and where its tensors are missing, of another shape or not the network's: a
+    deeper one would be loaded in part.
     """
-    try:
-        model_folder.check_params(tensors, state.params, f"init_from={folder}")
-    except UserError as error:
-        raise UserError(f"{error}: use the config it was trained with") from error
+    tensors = _read(init_from, task.stage, template) if init_from else None
+    make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))
+    state = make()
+    if tensors is None:
+        return state
 
     def load(leaf: Array, given: Any) -> Array:
         value = np.asarray(given, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-    def load_all() -> Params:
+    def load_all() -> Params:  # twice: the state is donated
         return jax.tree.map(load, state.params, tensors)
 
     return state.replace(params=load_all(), ema_params=load_all())
+
+
+def _read(init_from: str, stage: str, template: TrainState) -> Params:
+    folder = model_folder.resolve(init_from)
+    tensors = model_folder.read_params(folder, stage)
+    try:
+        model_folder.check_params(tensors, template.params, f"init_from={folder}")
+    except UserError as error:
+        raise UserError(f"{error}: use the config it was trained with") from error
+    return tensors

@@ -1,17 +1,37 @@
-"""Why a run ends before its last step: a signal or the clock; and what watches for a hang."""
+"""How a run ends: at its last step, by a signal or the clock; and what watches for a hang."""
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import threading
 import time
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
+from dalle2_jax.train.state import TrainState
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Result(NamedTuple):
+    step: int
+    stopped_by: str | None  # None: num_steps reached; else SIGTERM, SIGINT or max_minutes
+    state: TrainState
+
+    @property
+    def exit_status(self) -> int:
+        """0 at the end alone: a script must not take a stop for it.
+
+        A signal's as shells count it; 75 ("try again", sysexits.h) out of `max_minutes`.
+        """
+        if self.stopped_by is None:
+            return 0
+        number = signal.Signals.__members__.get(self.stopped_by)
+        return 128 + number if number else os.EX_TEMPFAIL
 
 
 class Stopper:
