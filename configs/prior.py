@@ -3,6 +3,8 @@
 python train.py --config=configs/prior.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
 paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Table 3 rounds to 1B.
+       For a v5e-64: 350 chip-days, six days (by FLOPs at 40 % of the chip's peak, CLIP included,
+       not measured).
        Table 3 gives 256 tokens of context; captions are read through CLIP's text tower here, and
        that has 77.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
@@ -46,6 +48,7 @@ def paper():
             batch_size=4096,
             num_steps=600_000,
             ema_decay=0.9999,
+            preview_every=10_000,
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )

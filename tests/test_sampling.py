@@ -1,6 +1,7 @@
 """The samplers' loop with networks known in closed form: rows, noise, guidance, progress."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -107,7 +108,20 @@ def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
     np.testing.assert_array_equal(draw(made), out)
 
 
-@pytest.mark.parametrize("clip", [("static",), ("static", "x"), ("static", None), (), 5, "static"])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        ("static",),
+        ("static", "x"),
+        ("static", None),
+        (),
+        5,
+        "static",
+        ("static", math.nan),
+        ("static", True),
+        ("static", -1.0),
+    ],
+)
 def test_a_clip_of_another_shape_is_refused(clip):
     with pytest.raises(UserError, match="clip must be null, "):
         Settings(clip=clip)

@@ -46,7 +46,9 @@ class Settings:
             told = f"spacing={self.spacing!r} takes one number of steps"
             raise UserError(f"{told}, not {self.steps!r}")
         match self.clip:
-            case None | (str(), int() | float()):
+            case None:
+                pass
+            case (str(), int() | float() as bound) if bound is not True and 0 < bound < math.inf:
                 pass
             case _:
                 kinds = 'null, ["static", bound] or ["dynamic", percentile]'

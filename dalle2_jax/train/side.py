@@ -82,10 +82,8 @@ class SideWork:
         """[rows, columns, h, w, 3] -> one picture."""
         tokens, captions = self._batches[0].get("tokens"), []
         if tokens is not None and len(tokens) >= len(rows):  # this host's are the first rows
-            from dalle2_jax.data import pipeline  # late: TensorFlow
-
-            vocab_size = self._config.data.get("vocab_size", pipeline.DataConfig.vocab_size)
-            tokenizer = Tokenizer(tokens.shape[1], vocab_size)
+            given = {k: v for k, v in self._config.data.items() if k == "vocab_size"}
+            tokenizer = Tokenizer(tokens.shape[1], **given)
             captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
         columns, size = rows.shape[1:3]
         pictures = rows.reshape(-1, *rows.shape[2:])
