@@ -22,7 +22,6 @@ from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import check_keys, check_range, construct, with_defaults
-from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Task
 
 Config = Any  # a ConfigDict: its attributes have no types
@@ -226,7 +225,6 @@ def check(config: Config, task: Task) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = task.frozen()
     try:
-        Tokenizer(data.context_length, data.vocab_size)  # it knows which vocabularies there are
         params = jax.eval_shape(task.init, key)
         jax.eval_shape(functools.partial(task.loss, train=True), params, frozen, batch, key)
         # Whole pictures, where the loss may have seen crops.

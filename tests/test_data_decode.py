@@ -96,8 +96,15 @@ def test_large_claims_are_refused_from_the_header(width, height):
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"no picture at all", png_header(8, 8)])
 def test_not_a_picture(data):
-    with pytest.raises(DamagedImage):
+    with pytest.raises(DamagedImage) as error:
         decode.decode(data)
+    assert "BytesIO" not in str(error.value)
+
+
+def test_the_kinds_of_picture_that_are_read_are_told():
+    kinds = r"\(no PNG, JPEG, WEBP, GIF, BMP or TIFF\)"
+    with pytest.raises(DamagedImage, match=f"not a readable picture {kinds}"):
+        decode.decode(b"no picture at all")
 
 
 def test_cut_and_mutated_files_raise_damaged_image_or_decode():

@@ -1,6 +1,8 @@
 """A user's own folder of pictures and captions."""
 
 import json
+import logging
+import os
 import pathlib
 
 import numpy as np
@@ -86,13 +88,66 @@ def test_a_folder_named_like_a_picture_is_none(captioned):
     assert len(folder_source.open_folder(captioned)) == 3
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(captioned, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for ending in (".png", ".txt"):
+        (captioned / f"a{ending}").rename(elsewhere / f"a{ending}")
+    (captioned / "linked").symlink_to(elsewhere)
+    (captioned / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(captioned)
+    found = folder_source.open_folder(captioned)
+    assert sorted(p.name for p in found.pictures) == ["a.png", "b.png", "c.png"]
+
+
+def test_hidden_files_and_folders_are_left_out(captioned):
+    (captioned / ".thumbs").mkdir()
+    for hidden in (".thumbs/a.png", "._a.png"):
+        (captioned / hidden).write_bytes((captioned / "a.png").read_bytes())
+    assert len(folder_source.open_folder(captioned)) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named(captioned, monkeypatch):
+    """By a stand-in: root, as whom tests may run, reads every folder."""
+    (captioned / "plane").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if pathlib.Path(path).name == "plane":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"/plane: cannot be read \(Permission denied\)$"):
+        folder_source.open_folder(captioned)
+
+
+@pytest.mark.parametrize("name", ["plane", "d.png"])
+def test_a_link_to_nowhere_is_named(captioned, name):
+    (captioned / name).symlink_to(captioned / "gone")
+    with pytest.raises(UserError, match=rf"/{name}: a link .* cannot be read \(No such file"):
+        folder_source.open_folder(captioned)
+
+
 def test_split_folder(captioned):
     (captioned / "test").mkdir()
     (captioned / "a.png").rename(captioned / "test" / "a.png")
     (captioned / "a.txt").rename(captioned / "test" / "a.txt")
     assert len(folder_source.open_folder(captioned, "test")) == 1
-    with pytest.raises(UserError, match="no folder 'validation'"):
+    with pytest.raises(UserError, match=r"no folder 'validation'.*--config\.data\.split="):
         folder_source.open_folder(captioned, "validation")
+    with pytest.raises(UserError, match=r"no folder 'held'.* --config\.data\.eval_split= "):
+        folder_source.open_folder(captioned, "held", held_out="held")
+
+
+def test_what_is_read_is_told(captioned, caplog):
+    """A folder `train` may be one kind of picture among others, not a split."""
+    for name in ("train", "plane"):
+        (captioned / name).mkdir()
+    for ending in (".png", ".txt"):
+        (captioned / f"a{ending}").rename(captioned / "train" / f"a{ending}")
+    with caplog.at_level(logging.INFO, "absl"):
+        folder_source.open_folder(captioned)
+    assert [r.getMessage() for r in caplog.records] == [f"1 pictures below {captioned / 'train'}"]
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -121,7 +176,23 @@ def test_what_is_held_out_is_not_trained_on(captioned, table):
         ("metadata.jsonl", '{"file_name": "a.png"}', "line 1: needs a file_name and a text"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: needs a file_name and a"),
         ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
-        ("metadata.jsonl", '{"file_name": "../d.png", "text": "x"}', "lies outside"),
+        ("metadata.jsonl", f'{{"file_name": "{__file__}", "text": "x"}}', "lies outside"),
+        (
+            "metadata.jsonl",
+            r'{"file_name": "\u0000\n.png", "text": "x"}',
+            "line 1: there is no file '.*/.x00.n.png'",
+        ),
+        ("metadata.jsonl", r'{"file_name": "\ud800.png", "text": "x"}', "line 1: there is no file"),
+        (
+            "metadata.jsonl",
+            f'{{"file_name": "{"a" * 300}", "text": "x"}}',
+            "line 1: there is no file",
+        ),
+        ("metadata.jsonl", "[" * 100_000, r"line 1: not JSON \(.*recursion"),
+        ("metadata.jsonl", f'{{"text": {"1" * 5000}}}', r"line 1: not JSON"),
+        ("metadata.jsonl", "\n", "metadata.jsonl: no rows in it"),
+        ("captions.csv", "file_name,text\n", "captions.csv: no rows in it"),
+        ("captions.csv", "file_name,text\n\0.png,x\n", "line 2: there is no file"),
         ("captions.csv", "name,words\na.png,x\n", "must name the columns file_name and text"),
         (
             "captions.csv",
@@ -144,6 +215,23 @@ def test_malformed_tables(folder, table, text, match):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("bom", ["", BOM], ids=["", "bom"])
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("a.txt", "a square\na café", 2),
+        ("metadata.jsonl", '\n{"file_name": "a.png",\r\n"text": "café"}', 3),
+        ("captions.csv", "file_name,text\ra.png,café\n", 2),
+    ],
+)
+def test_captions_that_are_not_utf_8_are_refused(captioned, name, text, line, bom):
+    """As garbage they would be trained on."""
+    (captioned / name).write_bytes(bom.encode() + text.encode("latin-1"))
+    match = rf"/{name}, line {line}: not UTF-8 \(byte 0xe9\): save it as UTF-8"
+    with pytest.raises(UserError, match=match):
+        folder_source.open_folder(captioned)
+
+
 UNREADABLE = pathlib.Path("/proc/self/mem")  # a file to the eye, whose reading fails for all users
 
 
@@ -161,6 +249,8 @@ def test_missing_things_are_named(captioned, tmp_path):
         folder_source.open_folder(captioned)
     with pytest.raises(UserError, match="no such folder"):
         folder_source.open_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no such folder"):
+        folder_source.open_folder(tmp_path / ("a" * 300))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures in it"):
         folder_source.open_folder(tmp_path / "empty")

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import pathlib
 
 import numpy as np
@@ -138,9 +139,9 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch():
     [
         (dict(group_by="stile"), "no feature 'stile'; did you mean 'style'?"),
         (dict(group_by="tags"), "feature 'tags' holds several values a record"),
-        (dict(group_by="style", group_size=0), "group_size=0: 1 at least"),
+        (dict(group_by="style", group_size=0), "group_size=0 must be within 1 and"),
         (dict(group_by="style", group_size=999), "group_size=999 but .* holds only"),
-        (dict(group_by="style", shuffle=False), "group_by is for TFDS directories, shuffled"),
+        (dict(group_by="style", shuffle=False), "group_by is for TFDS .*--config.data.group_by="),
         (dict(group_by="style", ram_gb=0.0), "group_by='style' needs .* in memory: ram_gb="),
     ],
 )
@@ -217,16 +218,52 @@ def test_pictures_smaller_than_asked_for_are_told_once(way, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
+    n = shared(**way).num_examples
+    caplog.clear()
+    take(dataset(batch_size=n + 1, **way), 2)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"(train): batch_size={n + 1} but only {n} pictures: each batch repeats some" in line
+    caplog.clear()
+    dataset(batch_size=n, **way)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (dict(source="emojis"), "unknown source 'emojis'; did you mean 'emoji'"),
         (dict(image_sise=3), "unknown key 'image_sise'; did you mean 'image_size'"),
-        (dict(image_size=0), "image_size=0"),
-        (dict(crop_scale=(0.0, 1.0)), "crop_scale"),
+        (dict(image_size=0), "config.data.image_size=0 must be within 1 and"),
+        (dict(image_size="64"), "config.data.image_size='64' must be a whole number"),
+        (dict(image_size=64.0), "config.data.image_size=64.0 must be a whole number"),
+        (dict(context_length=None), "config.data.context_length=None must be a whole number"),
+        (dict(context_length=2), "context_length=2: a text needs 3 ids"),
+        (dict(vocab_size=True), "config.data.vocab_size=True must be a whole number"),
+        (dict(vocab_size=513), "vocab_size=513: CLIP's merges give from 514"),
+        (dict(shuffle_seed=-1), "config.data.shuffle_seed=-1 must be within 0 and"),
+        (dict(shuffle_seed=2**64), "config.data.shuffle_seed=18446744073709551616 must be"),
+        (dict(group_size="2"), "config.data.group_size='2' must be a whole number"),
+        (dict(shuffle_buffer=0), "config.data.shuffle_buffer=0 must be within 1 and"),
+        (dict(shuffle_buffer=2**64), "config.data.shuffle_buffer=18446744073709551616 must be"),
+        (dict(ram_gb=math.nan), "config.data.ram_gb=nan must be 0 or more"),
+        (dict(ram_gb=-1.0), "config.data.ram_gb=-1.0 must be 0 or more"),
+        (dict(ram_gb="2"), "config.data.ram_gb='2' must be a number"),
+        (dict(decoded_gb=math.inf), "config.data.decoded_gb=inf must be within 0 and"),
+        (dict(decoded_gb=math.nan), "config.data.decoded_gb=nan must be within 0 and"),
+        (dict(decoded_gb=-0.5), "config.data.decoded_gb=-0.5 must be within 0 and"),
+        (dict(crop_scale=(0.0, 1.0)), r"crop_scale=\(0.0, 1.0\): needs two numbers \(low, high\)"),
+        (dict(crop_scale=(0.9, 0.5)), "crop_scale=.*low <= high"),
+        (dict(crop_scale=0.5), r"data: crop_scale=0.5: needs two numbers \(low, high\)"),
+        (dict(crop_scale=(0.5,)), "crop_scale=.* needs two numbers"),
+        (dict(crop_scale=("a", "b")), "crop_scale=.* needs two numbers"),
+        (dict(crop_scale=(0.5, math.nan)), "crop_scale=.* needs two numbers"),
+        (dict(path=""), "config.data.path is empty: name a folder"),
+        (dict(path=" ", source="folder"), "config.data.path is empty: name a folder"),
         (dict(path="nowhere"), "nowhere: no such folder"),
         (dict(split="tran"), "no split 'tran'"),
-        (dict(source="folder", subset="concrete"), "subset is for TFDS"),
+        (dict(source="folder", subset="concrete"), "subset is for TFDS .* --config.data.subset="),
         (dict(subset="style=gothic"), "empty"),
         (dict(subset="style=gothic", ram_gb=0.0), "empty"),
         (dict(subset="style", ram_gb=0.0), "'style' is text"),

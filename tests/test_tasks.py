@@ -261,6 +261,7 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
             {"task__sampling__cfg_scale": 2.0},
             "config.task.sampling: an upsampler has not",
         ),
+        ("clip", {"batch_size": 1}, "config.batch_size=1: a contrastive loss needs 2 at least"),
         ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
         ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
         ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),

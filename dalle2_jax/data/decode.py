@@ -48,7 +48,11 @@ def decode(
         raise
     except Image.DecompressionBombError as e:  # Pillow's own, higher limit
         raise DamagedImage(f"above the limit of {MAX_PIXELS // 10**6} million pixels") from e
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as e:
+    except UnidentifiedImageError as e:  # Pillow's message names the buffer that it was given
+        raise DamagedImage(
+            f"not a readable picture (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
+        ) from e
+    except (OSError, ValueError, SyntaxError, EOFError) as e:
         raise DamagedImage(f"not a readable picture ({' '.join(str(e).split())[:120]})") from e
     except Exception as e:  # Pillow's plugins raise struct.error, KeyError, ... on hostile bytes
         raise DamagedImage(f"not a readable picture ({type(e).__name__})") from e

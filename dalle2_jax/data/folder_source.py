@@ -2,7 +2,8 @@
 
 The table is `metadata.jsonl` (lines such as {"file_name": "a.png", "text": "a cat"}) or
 `captions.csv` (columns file_name, text). In a `.txt` every line is one caption. All are UTF-8, with
-or without a byte order mark.
+or without a byte order mark. Without a table, folders within and links to folders are read too, but
+for hidden ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+from absl import logging
 
 from dalle2_jax.data.decode import SUFFIXES
 from dalle2_jax.data.examples import Examples
@@ -27,19 +30,28 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
     """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
 
     Where there is no `path/train`, what lies below `path/held_out` is none of the split `train`.
+    How many pictures are read, and where, is logged.
 
     Raises:
-      UserError: the folder is missing or holds no pictures, a picture lacks its caption, a file of
-        captions cannot be read, or a table is malformed or names a file that is not there.
+      UserError: the folder is missing or holds no pictures, a picture lacks its caption, a folder
+        or a file of captions cannot be read or is not UTF-8, a link leads nowhere, or a table is
+        malformed, has no rows or names a file that is not there.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, where pathlib's raises, for a name that is too long
         raise UserError(f"{path}: no such folder")
-    if (path / split).is_dir():
+    if os.path.isdir(path / split):
         path = path / split
     elif split != "train":
-        raise UserError(f"{path}: no folder {split!r} in it for the split {split!r}")
-    table = next((path / name for name in TABLES if (path / name).is_file()), None)
+        cure = (
+            "--config.data.eval_split= trains without evaluation"
+            if split == held_out
+            else "set --config.data.split=train"
+        )
+        raise UserError(
+            f"{path}: no folder {split!r} in it for the split {split!r}; make one, or {cure}"
+        )
+    table = next((path / name for name in TABLES if os.path.isfile(path / name)), None)
     captions = _beside(path) if table is None else _from_table(table)
     if held_out and split != held_out:
         kept_back = (path / held_out).resolve()
@@ -47,26 +59,50 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
     if not captions:
         raise UserError(f"{path}: no pictures in it; known endings: {' '.join(SUFFIXES)}")
     pictures = sorted(captions)
+    logging.info("%d pictures below %s", len(pictures), path)
     return Examples(str(path), pictures, [captions[p] for p in pictures])
 
 
 def _read(path: pathlib.Path, newline: str | None = None) -> str:
     """The text of a file; `newline` is as in `open`."""
     try:
-        with path.open(encoding=_ENCODING, errors="replace", newline=newline) as file:
+        with path.open(encoding=_ENCODING, newline=newline) as file:
             return file.read()
+    except UnicodeDecodeError as e:
+        line = len(e.object[: e.start + 1].splitlines())
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 (byte {e.object[e.start]:#04x}): save it as UTF-8"
+        ) from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _pictures(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(path, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # by a link, which may lead back to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (pathlib.Path(folder, name) for name in files if not name.startswith(".")):
+            try:
+                file.stat()
+            except OSError as e:  # it may stand for a folder of pictures
+                raise UserError(f"{file}: a link or file that cannot be read ({e.strerror})") from e
+            if file.suffix.lower() in SUFFIXES:
+                yield file
 
 
 def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
     found: dict[pathlib.Path, list[str]] = {}
     lacking = []
-    for picture in path.rglob("*"):
-        if picture.suffix.lower() not in SUFFIXES or picture.name.startswith("."):
-            continue
-        if picture.is_dir():  # not `is_file`: a link to nowhere shall be told
-            continue
+    for picture in _pictures(path):
         text = picture.with_suffix(".txt")
         lines = _read(text).split("\n") if text.is_file() else []
         found[picture] = [line.strip() for line in lines if line.strip()]
@@ -92,11 +128,15 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         if not isinstance(name, str) or not texts:
             raise UserError(f"{where}: needs a file_name and a text that is not empty")
         picture = table.parent / name
+        if not os.path.isfile(picture):  # so too a name that no file can have, as with a NUL
+            raise UserError(f"{where}: there is no file {str(picture)!r}")
         if not picture.resolve().is_relative_to(root):
-            raise UserError(f"{where}: {name} lies outside of {table.parent}")
-        if not picture.is_file():
-            raise UserError(f"{where}: there is no file {picture}")
+            raise UserError(f"{where}: {name!r} lies outside of {table.parent}")
         captions.setdefault(picture, []).extend(texts)
+    if not captions:
+        raise UserError(
+            f"{table}: no rows in it; write one a picture, or remove it to read a .txt beside each"
+        )
     return captions
 
 
@@ -106,8 +146,8 @@ def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{table}, line {number}: not JSON ({e.msg})") from e
+        except (ValueError, RecursionError) as e:  # numbers too long, brackets too deep
+            raise UserError(f"{table}, line {number}: not JSON ({getattr(e, 'msg', e)})") from e
         if not isinstance(row, dict):
             raise UserError(f"{table}, line {number}: not a JSON object")
         yield f"{table}, line {number}", row

@@ -22,6 +22,7 @@ from dalle2_jax import options
 from dalle2_jax.data import decode, folder_source, stream, tfds_source
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import check_range
 from dalle2_jax.tokenizer import Tokenizer
 
 SOURCES = ("emoji", "tfds", "folder")
@@ -46,7 +47,7 @@ class DataConfig:
       flip: mirror half of the pictures.
       crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
       ram_gb: encoded TFDS splits above this are streamed through a shuffle buffer.
-      decoded_gb: how much of the decoded pictures to keep in memory.
+      decoded_gb: how much of the decoded pictures to keep in memory; 1e6 at most.
       shuffle_buffer: records in that buffer.
     """
 
@@ -73,17 +74,44 @@ class DataConfig:
             raise UserError(
                 f"data: unknown source {self.source!r}{options.near_miss(self.source, SOURCES)}"
             )
-        if self.image_size < 1:
-            raise UserError(f"data: image_size={self.image_size}: 1 at least")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise UserError(f"data: crop_scale={self.crop_scale}: needs 0 < low <= high <= 1")
+        if not str(self.path).strip():  # else the current folder
+            raise UserError("config.data.path is empty: name a folder")
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind in (int, float) and not _is_number(value, kind):
+                wanted = "a whole number" if kind is int else "a number"
+                raise UserError(f"config.data.{field.name}={value!r} must be {wanted}")
+        counts = {n: getattr(self, n) for n in ("image_size", "group_size", "shuffle_buffer")}
+        check_range("config.data", 1, 2**31 - 1, **counts)
+        check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
+        check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
+        check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
+        Tokenizer(self.context_length, self.vocab_size)  # it knows which there are
+        if not _is_crop_scale(self.crop_scale):
+            raise UserError(
+                f"data: crop_scale={self.crop_scale!r}: needs two numbers (low, high) with "
+                "0 < low <= high <= 1"
+            )
         if self.subset and self.source == "folder":
-            raise UserError("data: subset is for TFDS directories; use a folder of its own instead")
+            raise UserError(
+                "data: subset is for TFDS directories: --config.data.subset= reads all of a folder"
+            )
         if self.group_by and (self.source == "folder" or not self.shuffle):
-            raise UserError("data: group_by is for TFDS directories, shuffled")
-        if self.group_size < 1:
-            raise UserError(f"data: group_size={self.group_size}: 1 at least")
+            raise UserError(
+                "data: group_by is for TFDS directories, shuffled: --config.data.group_by= "
+                "does without"
+            )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether `value` will do where an int or a float belongs; a bool, an int to Python, not."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
+
+def _is_crop_scale(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return all(_is_number(v, float) for v in value) and 0 < value[0] <= value[1] <= 1
 
 
 class Batches:
@@ -121,7 +149,15 @@ class Batches:
                 f"data: group_size={config.group_size} but {config.path} ({split}) holds only "
                 f"{self.num_examples} records"
             )
-        _warn_if_small(source.first_picture(), f"{config.path} ({split})", config.image_size)
+        name = f"{config.path} ({split})"
+        if batch_size > self.num_examples:
+            logging.warning(
+                "%s: batch_size=%d but only %d pictures: each batch repeats some",
+                name,
+                batch_size,
+                self.num_examples,
+            )
+        _warn_if_small(source.first_picture(), name, config.image_size)
         if isinstance(source, stream.Stream):
             return
         source.damage = self._damage
@@ -247,7 +283,8 @@ def make_dataset(
     `batch_size` is that of all hosts together; `split` defaults to the config's.
 
     Raises:
-      UserError: an unknown key or source, a missing or empty path, see the sources.
+      UserError: an unknown key or source, a value of the wrong kind or out of range, a missing or
+        empty path, see the sources.
     """
     data = options.construct(DataConfig, config, "config.data")
     return Batches(data, split or data.split, batch_size, process_index, process_count)

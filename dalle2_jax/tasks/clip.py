@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle2_jax import images
+from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct, plain
@@ -77,6 +78,10 @@ SECTIONS = {"task": CLIPTask, "model": CLIP}
 
 
 def from_config(config: Any) -> CLIPTask:
+    if config.batch_size < 2:
+        raise UserError(
+            f"config.batch_size={config.batch_size}: a contrastive loss needs 2 at least"
+        )
     options = {key: value for key, value in config.task.items() if key != "name"}
     network = construct(CLIP, config.model, "config.model")
     check_captions(config, network.text, "config.model.text")
