@@ -69,7 +69,6 @@ def tiny(variant):
                 eval_split="" if judge else "held_out_pairs",
                 subset=TINY_SUBSET,
                 group_by="concept" if judge else "",  # styles of one thing side by side
-                group_size=2,
                 flip=judge,
                 image_size=64,
                 context_length=24,

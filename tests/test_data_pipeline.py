@@ -50,14 +50,14 @@ def assert_same(left, right):
             np.testing.assert_array_equal(a[key], b[key])
 
 
-STREAM = dict(ram_gb=0.0, shuffle_buffer=16)
+STREAM = dict(ram_gb=0.0)
 EVERY_WAY = [
     {},
     STREAM,
     dict(flip=True),
     dict(crop_scale=(0.3, 0.9), image_size=16),
     dict(subset="concrete", shuffle_seed=3),
-    dict(group_by="style", group_size=3),
+    dict(group_by="style"),
     dict(STREAM, subset="concrete", crop_scale=(0.5, 0.5), image_size=32, flip=True),
 ]
 
@@ -115,14 +115,15 @@ def test_pictures_keep_their_captions(way):
     assert np.mean([len(found) for found in drawn.values()]) > 3
 
 
-def test_groups_stay_together_and_every_record_comes_about_once_an_epoch():
+def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeypatch):
     """The fixture's records share six styles; n is no multiple of the group's size."""
     source = tfds_source.load_arrays(FIXTURE, "train")
     n, size = len(source["image"]), 4
+    monkeypatch.setattr(pipeline, "_GROUP_SIZE", size)
     assert n % size
     style = dict(zip([i.tobytes() for i in source["image"]], source["style"], strict=True))
     whole = n - n % size
-    epochs = take(dataset(batch_size=whole, group_by="style", group_size=size), 3)
+    epochs = take(dataset(batch_size=whole, group_by="style"), 3)
     orders = [[image.tobytes() for image in batch["image"]] for batch in epochs]
     for order in orders:
         assert len(set(order)) == whole
@@ -139,8 +140,6 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch():
     [
         (dict(group_by="stile"), "no feature 'stile'; did you mean 'style'?"),
         (dict(group_by="tags"), "feature 'tags' holds several values a record"),
-        (dict(group_by="style", group_size=0), "group_size=0 must be within 1 and"),
-        (dict(group_by="style", group_size=999), "group_size=999 but .* holds only"),
         (dict(group_by="style", shuffle=False), "group_by is for TFDS .*--config.data.group_by="),
         (dict(group_by="style", ram_gb=0.0), "group_by='style' needs .* in memory: ram_gb="),
     ],
@@ -244,9 +243,8 @@ def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
         (dict(vocab_size=513), "vocab_size=513: CLIP's merges give from 514"),
         (dict(shuffle_seed=-1), "config.data.shuffle_seed=-1 must be within 0 and"),
         (dict(shuffle_seed=2**64), "config.data.shuffle_seed=18446744073709551616 must be"),
-        (dict(group_size="2"), "config.data.group_size='2' must be a whole number"),
-        (dict(shuffle_buffer=0), "config.data.shuffle_buffer=0 must be within 1 and"),
-        (dict(shuffle_buffer=2**64), "config.data.shuffle_buffer=18446744073709551616 must be"),
+        (dict(image_size="2"), "config.data.image_size='2' must be a whole number"),
+        (dict(image_size=2**64), "config.data.image_size=18446744073709551616 must be"),
         (dict(ram_gb=math.nan), "config.data.ram_gb=nan must be 0 or more"),
         (dict(ram_gb=-1.0), "config.data.ram_gb=-1.0 must be 0 or more"),
         (dict(ram_gb="2"), "config.data.ram_gb='2' must be a number"),

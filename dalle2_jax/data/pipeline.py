@@ -22,11 +22,12 @@ from dalle2_jax import options
 from dalle2_jax.data import decode, folder_source, stream, tfds_source
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import check_range
 from dalle2_jax.tokenizer import Tokenizer
 
 SOURCES = ("emoji", "tfds", "folder")
 _PREFETCH = 3
+_GROUP_SIZE = 2
+_LEAST_BUFFER = 16  # records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,13 @@ class DataConfig:
       image_size: side of the pictures in a batch.
       context_length, vocab_size: of the tokenizer.
       shuffle: a new order every epoch, by shuffle_seed; else file order.
-      group_by, group_size: records with the same value of this feature stay together in that order,
-        so many at a time: a contrastive loss then has to tell apart pictures that differ in little
-        else, such as the styles of one concept. Of a TFDS split held in memory.
+      group_by: two records with the same value of this feature stay together in that order: a
+        contrastive loss then has to tell apart pictures that differ in little else, such as the
+        styles of one concept. Of a TFDS split held in memory.
       flip: mirror half of the pictures.
       crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
-      ram_gb: encoded TFDS splits above this are streamed through a shuffle buffer.
+      ram_gb: encoded TFDS splits above this are streamed, through a shuffle buffer of this size.
       decoded_gb: how much of the decoded pictures to keep in memory; 1e6 at most.
-      shuffle_buffer: records in that buffer.
     """
 
     source: str = "emoji"
@@ -62,12 +62,10 @@ class DataConfig:
     shuffle: bool = True
     shuffle_seed: int = 0
     group_by: str = ""
-    group_size: int = 4
     flip: bool = False
     crop_scale: tuple[float, float] = (1.0, 1.0)
     ram_gb: float = 2.0
     decoded_gb: float = 1.0
-    shuffle_buffer: int = 10_000
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -81,11 +79,10 @@ class DataConfig:
             if kind in (int, float) and not _is_number(value, kind):
                 wanted = "a whole number" if kind is int else "a number"
                 raise UserError(f"config.data.{field.name}={value!r} must be {wanted}")
-        counts = {n: getattr(self, n) for n in ("image_size", "group_size", "shuffle_buffer")}
-        check_range("config.data", 1, 2**31 - 1, **counts)
-        check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
-        check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
-        check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
+        options.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
+        options.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
+        options.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
+        options.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
         Tokenizer(self.context_length, self.vocab_size)  # it knows which there are
         if not _is_crop_scale(self.crop_scale):
             raise UserError(
@@ -143,11 +140,11 @@ class Batches:
         source = _open(config, split)
         self._stream = source if isinstance(source, stream.Stream) else None
         self.num_examples = len(source)
-        self._group_size = config.group_size if config.group_by else 1
+        self._group_size = _GROUP_SIZE if config.group_by else 1
         if self._group_size > self.num_examples:
             raise UserError(
-                f"data: group_size={config.group_size} but {config.path} ({split}) holds only "
-                f"{self.num_examples} records"
+                f"data: group_by={config.group_by!r} but {config.path} ({split}) holds only "
+                f"{self.num_examples} record"
             )
         name = f"{config.path} ({split})"
         if batch_size > self.num_examples:
@@ -311,7 +308,9 @@ def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
     source = tfds_source.open_split(config.path, split, config.subset)
     streamed = source.num_bytes > config.ram_gb * 2**30
     if streamed and not config.group_by:
-        return stream.Stream(source, config.shuffle, config.shuffle_seed, config.shuffle_buffer)
+        buffer = int(source.num_records * config.ram_gb * 2**30 / source.num_bytes)
+        buffer = max(buffer, _LEAST_BUFFER)
+        return stream.Stream(source, config.shuffle, config.shuffle_seed, buffer)
     if streamed:
         raise UserError(
             f"data: group_by={config.group_by!r} needs {config.path} in memory: "
