@@ -1,7 +1,7 @@
 """Draws pictures: python sample.py --prompt "a flat emoji of a red apple" --n 4 --out out
 
 Every picture is written as a PNG that carries its prompt, seed and settings; grid.png shows all.
-Exit status: 0 done, 2 a mistake in the input.
+Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -73,5 +73,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    commands.stop_at_once()
     commands.keep_compiled_programs()
     commands.run(main)

@@ -1,7 +1,8 @@
 """Judges a model: python -m dalle2_jax.evals --weights tiny --judge runs/judge/model --out DIR
 
 Writes report.json, report.md (a table) and held_out_pairs.png (drawn beside true pictures).
-Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input.
+Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -84,5 +85,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    commands.stop_at_once()
     commands.keep_compiled_programs()
     commands.run(main)
