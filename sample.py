@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dalle2_jax import commands, pictures
+from dalle2_jax import commands
 from dalle2_jax.errors import UserError
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
@@ -64,7 +64,8 @@ def main() -> None:
         "cfg_scale": choice(CFG_SCALE, float),
         "solver": choice(SAMPLER, str),
     }
-    from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
+    from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
+    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
 
     out = pictures.prepare_folder(OUT.value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax import commands, pictures
+from dalle2_jax import commands
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
@@ -44,7 +44,8 @@ def main() -> None:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
     if not 0 <= SEED.value < 2**32:
         raise UserError(f"--seed={SEED.value} must lie within 0 and 2**32 - 1")
-    # Late: a mistake in the flags is told at once.
+    # Late: a mistake in the flags and Ctrl-C are told at once.
+    from dalle2_jax import pictures
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.evals import draw, report
     from dalle2_jax.evals.groups import read_groups
