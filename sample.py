@@ -1,7 +1,7 @@
 """Draws pictures: python sample.py --prompt "a flat emoji of a red apple" --n 4 --out out
 
 Every picture is written as a PNG that carries its prompt, seed and settings; grid.png shows all.
-Exit status: 0 done, 2 a mistake in the input.
+Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dalle2_jax import commands, pictures
+from dalle2_jax import commands
 from dalle2_jax.errors import UserError
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
@@ -64,7 +64,8 @@ def main() -> None:
         "cfg_scale": choice(CFG_SCALE, float),
         "solver": choice(SAMPLER, str),
     }
-    from dalle2_jax.dalle2 import DALLE2  # late: a mistake in the flags is told at once
+    from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
+    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
 
     out = pictures.prepare_folder(OUT.value)
@@ -73,5 +74,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    commands.stop_at_once()
     commands.keep_compiled_programs()
     commands.run(main)

@@ -1,11 +1,17 @@
 """Trains one stage: python train.py --config=configs/decoder.py:tiny --workdir=W
 
-The same command goes on where the last one ended. --config.batch_size=32 changes a setting.
+Configs: clip, prior, decoder, upsampler_256, upsampler_1024; variants: paper, tpu, tiny (but for
+upsampler_1024) and clip's judge. --config.batch_size=32 changes a setting; which there are stands
+in the config's file and in `defaults` of dalle2_jax/build.py.
+
+The same command goes on where the last one ended.
 Exit status: 0 done, 1 the loss is no longer finite, 2 a mistake in the input; stopped with
 everything saved: 75 out of max_minutes, 130 by SIGINT, 143 by SIGTERM.
 """
 
 from __future__ import annotations
+
+import signal
 
 import jax
 from absl import flags, logging
@@ -59,4 +65,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, commands.stop)  # until the loop has its own
     commands.run(main)

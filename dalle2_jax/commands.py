@@ -1,13 +1,15 @@
-"""What every command shares: flags and mistakes told in one line, compiled programs kept."""
+"""What every command shares: flags, one line for a mistake or Ctrl-C, compiled programs kept."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 
 from dalle2_jax.errors import UserError
@@ -17,13 +19,19 @@ TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orba
 
 
 def say(error: Exception | str, status: int = 2) -> int:
-    """Prints one line to stderr; returns `status`."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints one line to stderr, `sample.py: ...` or `dalle2_jax.evals: ...`; returns `status`."""
+    spec = sys.modules["__main__"].__spec__  # of python -m alone
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake."""
+    """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake.
+
+    Ctrl-C is one line and status 130, after `main` cleaned up; `stop` and `stop_at_once` are for
+    those that have nothing to clean up.
+    """
 
     def guarded(argv: list[str]) -> int:
         if len(argv) > 1:
@@ -36,7 +44,45 @@ def run(main: Callable[[], int | None]) -> None:
             return say(_missing(error))
 
     logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in NOISY))
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        sys.exit(_say_stopped())
+
+
+def _say_stopped() -> int:
+    print(file=sys.stderr)  # ends the line of ^C or of a bar
+    return say("stopped", 128 + signal.SIGINT)
+
+
+def stop(*_: object) -> None:
+    """A handler of SIGINT that ends the process with one line.
+
+    For a command that leaves nothing half written when it is killed. JAX runs Python code from
+    places that swallow a KeyboardInterrupt.
+    """
+    try:
+        _say_stopped()
+    finally:  # in the midst of another print a handler cannot print
+        os._exit(128 + signal.SIGINT)
+
+
+def stop_at_once() -> None:
+    """Ctrl-C acts as `stop`, even while XLA compiles: a handler would wait for it to end.
+
+    A file that is being written then stays behind as a hidden .tmp file.
+    """
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(teller.detach())  # gets the number of every signal that has a handler
+
+    def wait() -> None:
+        while told.recv(1) != bytes([signal.SIGINT]):
+            pass
+        stop()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -47,6 +93,9 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):  # absl knows no -h, and exits with 1
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
     except ModuleNotFoundError as error:  # some settings are known to training's libraries alone
@@ -57,6 +106,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def keep_compiled_programs() -> None:
     """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
+    import jax  # late: before it Ctrl-C and a mistake are told at once
+
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as in a container

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,8 +62,10 @@ class DALLE2:
         """`weights`: "tiny" (inside the package), a model folder, or a hub id.
 
         Raises:
-            UserError: the folder is missing or damaged, or lacks a stage.
+            UserError: no name, or the folder is missing or damaged, or lacks a stage.
         """
+        if not isinstance(weights, str | os.PathLike):
+            raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
         folder = model_folder.resolve(weights)
         for stage in ("clip", "prior", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
@@ -102,10 +105,10 @@ class DALLE2:
         """The same model, sampled otherwise; None keeps what the folder says.
 
         Each is one value or {stage: value}. One value of `steps` or `cfg_scale` is the decoder's,
-        of `solver` ("ddpm", "ddim", "dpm++") every stage's.
+        of `solver` ("ddpm", "ddim", "dpm++") every stage's. numpy's numbers serve as Python's.
 
         Raises:
-            UserError: an unknown stage or solver, or steps out of range.
+            UserError: an unknown stage or solver, a value of another type, or steps out of range.
         """
         settings = {name: {} for name in self.samplers()}
         for field, choice in (("steps", steps), ("cfg_scale", cfg_scale), ("solver", solver)):
@@ -115,8 +118,9 @@ class DALLE2:
                 choice = dict.fromkeys(settings if field == "solver" else ["decoder"], choice)
             for stage, value in choice.items():
                 if stage not in settings:
-                    raise UserError(f"{field}: no stage {stage!r}{near_miss(stage, settings)}")
-                settings[stage][field] = value
+                    near = near_miss(str(stage), settings)
+                    raise UserError(f"{field}: no stage {stage!r}{near}")
+                settings[stage][field] = _plain(value)
         changed = {
             name: dataclasses.replace(
                 sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
@@ -140,7 +144,7 @@ class DALLE2:
 
         Args:
             prompts: one sentence or several; what is beyond the context length is cut off.
-            n: pictures a prompt.
+            n: pictures a prompt, 2**32 at most; all are held at once here, not in `stream`.
             seed: an integer from 0 to 2**32 - 1, or one a prompt. Pictures i of two prompts with
                 one seed begin from the same noise.
             **options: see `stream`.
@@ -167,45 +171,52 @@ class DALLE2:
 
         Args:
             prompts, n, seed: see `generate`.
-            z_img: [len(prompts) * n, dim], in place of what the prior would draw.
+            z_img: [len(prompts) * n, dim], in place of what the prior would draw. CLIP's have unit
+                length; rows of another length are scaled to it, for a direction is all they say.
             steps, cfg_scale, solver: see `with_settings`.
             batch_size: pictures drawn at a time, rounded up to a multiple of the devices.
             progress: called as each stage's steps are done.
+
+        Raises:
+            UserError: see `generate`; when the first batch is asked for.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
             raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
         if not prompts or not all(p.strip() for p in prompts):
             raise UserError("a prompt is empty: write what is to be drawn")
-        n, batch_size = _whole("n", n, 1), _whole("batch_size", batch_size, 1)
+        n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
         given: Any = seed
-        seeds = [given] * len(prompts) if np.ndim(given) == 0 else list(given)
-        seeds = [_whole("seed", s, 0, 2**32 - 1) for s in seeds]
+        one = not isinstance(given, list | tuple) and np.ndim(given) == 0
+        seeds = [given] * len(prompts) if one else list(given)
+        seeds = np.array([_whole("seed", s, 0, 2**32 - 1) for s in seeds], np.uint32)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
         model = self.with_settings(steps, cfg_scale, solver)
-        rows = {
-            "seed": np.repeat(np.array(seeds, np.uint32), n),
-            "index": np.tile(np.arange(n, dtype=np.uint32), len(prompts)),
-            "captions": jax.tree.map(lambda t: np.repeat(t, n, axis=0), self.captions(prompts)),
-        }
-        if z_img is not None:
-            wanted = (len(prompts) * n, self.clip.dim)
-            if np.shape(z_img) != wanted:
-                raise UserError(f"z_img must be {list(wanted)}, not {list(np.shape(z_img))}")
-            rows["z_img"] = np.asarray(z_img, np.float32)
-        batches = list(_batches(rows, batch_size))
-        for i, (count, batch) in enumerate(batches):
-            report = _overall(progress, i, len(batches))
-            keys = _keys(batch["seed"], batch["index"], list(model.samplers()))
-            pictures = model._draw(batch["captions"], keys, report, batch.get("z_img"))
-            yield np.asarray(images.to_uint8(pictures))[:count]
+        captions, total = self.captions(prompts), len(prompts) * n
+        z_img = None if z_img is None else _unit_rows("z_img", z_img, (total, self.clip.dim))
+        size = -(-min(batch_size, total) // jax.device_count()) * jax.device_count()
+        for start in range(0, total, size):
+            # Made batch by batch, as n may be large; the last is filled up with its last picture.
+            places = np.minimum(np.arange(start, start + size), total - 1)
+            row, index = places // n, (places % n).astype(np.uint32)
+            texts = jax.tree.map(lambda tokens, row=row: tokens[row], captions)
+            z = None if z_img is None else z_img[places]
+            batch = jax.device_put((seeds[row], index, texts, z), _by_batch())
+            report = _overall(progress, start // size, -(-total // size))
+            pictures = model._draw(*batch, report=report)
+            yield np.asarray(images.to_uint8(pictures))[: total - start]
 
     def captions(self, prompts: Sequence[str]) -> Captions:
         """Prompts -> tokens int32 [b, n], as each of the cascade's text encoders reads them."""
-        tokens = self.tokenizer(prompts)
+        clip, decoder = self.tokenizers()
+        tokens = clip(prompts)
+        return Captions(tokens, tokens if decoder is clip else decoder(prompts))
+
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """CLIP's and the decoder's, which is CLIP's where it shares CLIP's text tower."""
         own = self.decoder.network.text
-        return Captions(tokens, _tokenizer(own)(prompts) if own else tokens)
+        return self.tokenizer, self.tokenizer if own is None else _tokenizer(own)
 
     def encode_image(self, pictures: np.ndarray) -> np.ndarray:
         """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim], unit length.
@@ -213,12 +224,17 @@ class DALLE2:
         Of a picture that is not square the middle is read, as in training.
 
         Raises:
-            UserError: pictures of another type or shape.
+            UserError: pictures of another type or shape, or none.
         """
-        pictures = np.asarray(pictures)
+        try:
+            pictures = np.asarray(pictures)
+        except ValueError:  # numpy's word for rows of several lengths
+            raise UserError("pictures must be uint8 [b, h, w, 3], all of one size") from None
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
             given = f"{pictures.dtype} {list(pictures.shape)}"
             raise UserError(f"pictures must be uint8 [b, h, w, 3], not {given}")
+        if not pictures.size:
+            raise UserError(f"pictures: there is none in uint8 {list(pictures.shape)}")
         h, w = pictures.shape[1:3]
         side = min(h, w)
         top, left = (h - side) // 2, (w - side) // 2
@@ -227,12 +243,14 @@ class DALLE2:
 
     def _draw(
         self,
+        seed: Array,
+        index: Array,
         captions: Captions,
-        keys: Mapping[str, Array],
+        z_img: Array | None,
         report: Callable,
-        z_img: Array | None = None,
     ) -> Array:
-        """Captions [b] and keys [b] a stage -> pictures [b, h, w, 3] in [-1, 1]."""
+        """b seeds, indices and captions -> pictures [b, h, w, 3] in [-1, 1]."""
+        keys = _keys(seed, index, list(self.samplers()))
         text = _encode_text(self.clip, self.params["clip"], captions.clip)
         if z_img is None:
             z_img = self.prior(self.params["prior"], text, keys["prior"], report("prior"))
@@ -268,12 +286,34 @@ def _tokenizer(text: Mapping[str, Any]) -> Tokenizer:
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int within low..high; UserError for anything else."""
     told = f"{name} must be a whole number from {low}" + (f" to {high}" if high else "")
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise UserError(f"{told}, not {value!r}")
-    number = operator.index(value)
-    if number < low or (high is not None and number > high):
-        raise UserError(f"{told}, not {number}")
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # an array has an __index__ too
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        raise UserError(f"{told}, not {value!r}" if number is None else f"{told}, not {number}")
     return number
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and JAX's numbers as Python's and several as a tuple: settings are hashable, and
+    plain JSON."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(_plain(item) for item in value) if isinstance(value, list) else value
+
+
+def _unit_rows(name: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
+    """`value` float32 of this shape, each row scaled to unit length; UserError if it cannot be."""
+    try:
+        rows = np.asarray(value, np.float64)  # the square of a float32 may not fit one
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be numbers {list(shape)}") from None
+    if rows.shape != shape:
+        raise UserError(f"{name} must be {list(shape)}, not {list(rows.shape)}")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))):
+        raise UserError(f"{name}[{row}] must be finite and not all 0")
+    return (rows / lengths).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -297,16 +337,6 @@ def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), place)
 
     return {name: jax.vmap(functools.partial(one, k))(seed, index) for k, name in enumerate(stages)}
-
-
-def _batches(rows: Mapping[str, Any], batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(how many count, rows), each batch of one size and spread over all devices."""
-    total, devices = len(rows["index"]), jax.device_count()
-    size = -(-min(batch_size, total) // devices) * devices
-    for start in range(0, total, size):
-        places = np.minimum(np.arange(start, start + size), total - 1)
-        batch = jax.tree.map(lambda array, places=places: array[places], dict(rows))
-        yield min(size, total - start), jax.device_put(batch, _by_batch())
 
 
 def _mesh() -> jax.sharding.Mesh:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dalle2_jax import pictures
 from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.version import __version__
 
 
@@ -35,22 +36,33 @@ def draw_prompts(
 ) -> Path:
     """Writes n pictures a prompt into the folder `out`, each as soon as it is drawn.
 
-    Every PNG carries its prompt, seed, settings and weights. Returns the path of grid.png, a row a
-    prompt. A prompt that is too long for CLIP is told on stderr, with what is read of it.
+    Every PNG carries its prompt, seed, settings and weights. The seed stands in its name too, so
+    that another seed's pictures stay beside it. Returns the path of grid.png, this run's, a row a
+    prompt. A prompt that is too long is told on stderr, with what is read of it.
     """
     for prompt in prompts:
-        if model.tokenizer.length(prompt) > model.tokenizer.context_length:
-            kept = model.tokenizer.decode(model.tokenizer([prompt])[0])
-            print(f"note: a prompt is too long, only {kept!r} is read", file=sys.stderr)
+        reads = [_kept(tokenizer, prompt) for tokenizer in model.tokenizers()]
+        if any(reads):
+            clip, decoder = (f"only {kept!r}" if kept else "all of it" for kept in reads)
+            one = f"{clip} is read"
+            read = one if clip == decoder else f"CLIP reads {clip}, the decoder {decoder}"
+            print(f"note: a prompt is too long, {read}", file=sys.stderr)
     about: dict[str, Any] = {"seed": seed, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
     batches = model.stream(prompts, n, seed, batch_size=batch_size, progress=Bars())
     for picture in itertools.chain.from_iterable(batches):
         row, number = divmod(len(drawn), n)
-        name = f"{row:03d}-{pictures.slug(prompts[row])}-{number}.png"
+        name = f"{row:03d}-{pictures.slug(prompts[row])}-s{seed}-{number}.png"
         pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
         drawn.append(picture)
     grid = pictures.labelled_grid(np.stack(drawn), n, row_labels=prompts)
     pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
     return out / "grid.png"
+
+
+def _kept(tokenizer: Tokenizer, prompt: str) -> str:
+    """What is read of a prompt that is too long, "" of one that is not."""
+    if tokenizer.length(prompt) <= tokenizer.context_length:
+        return ""
+    return tokenizer.decode(tokenizer([prompt])[0])

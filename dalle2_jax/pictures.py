@@ -50,7 +50,9 @@ def save_png(
 
 
 def prepare_folder(path: str | Path) -> Path:
-    """Makes the folder and proves that it can be written to; UserError if not."""
+    """Makes the folder and proves that it can be written to; UserError if not, or for no name."""
+    if not str(path).strip():  # pathlib takes it for the current folder
+        raise UserError("the folder to write to has no name: give one, or . for the current folder")
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # a text chunk may follow the pixels
             text = getattr(image, "text", {}).get(CHUNK)
+    except Image.DecompressionBombError as error:  # its limit against pictures that fill the memory
+        raise UserError(f"{path} is larger than Pillow reads: {error}") from error
     except (UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not a PNG, or a damaged one") from error
     except OSError as error:

@@ -1,5 +1,7 @@
 """What every command shares: one line for a mistake, no noise, a cache where there is a home."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ import jax
 import pytest
 
 from dalle2_jax import commands
+
+ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
 import logging
@@ -49,6 +53,90 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
     lines = [line for line in done.stderr.splitlines() if "said by" in line]
     assert len(lines) == 1 and lines[0].endswith("said by mine.py")
     assert status == 1 or len(done.stderr.splitlines()) == 2
+
+
+CTRL_C = """
+import hashlib, signal, time
+from dalle2_jax import commands
+
+class Swallows:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(100)
+
+def swallows():
+    Swallows()
+
+def computes():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as XLA compiles: no handler is reached
+
+def cleans_up():
+    try:
+        print("ready", flush=True)
+        time.sleep(100)
+    finally:
+        print("cleaned up")
+
+SETUP
+commands.run(MAIN)
+"""
+
+
+def interrupt(process: subprocess.Popen) -> tuple[str, list[str]]:
+    """Ctrl-C once "ready" is printed -> (the rest of stdout, the lines of stderr)."""
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return out, err.split("\n")
+
+
+@pytest.mark.parametrize(
+    ("main", "setup", "out"),
+    [
+        # Started in the background a process ignores SIGINT.
+        ("cleans_up", "signal.signal(signal.SIGINT, signal.default_int_handler)", "cleaned up\n"),
+        ("swallows", "signal.signal(signal.SIGINT, commands.stop)", ""),
+        ("computes", "commands.stop_at_once()", ""),
+    ],
+)
+def test_ctrl_c_is_one_line(tmp_path, main, setup, out):
+    (tmp_path / "c.py").write_text(CTRL_C.replace("SETUP", setup).replace("MAIN", main))
+    command = [sys.executable, str(tmp_path / "c.py")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert interrupt(process) == (out, ["", "c.py: stopped", ""])
+    assert process.returncode == 130
+
+
+def test_ctrl_c_before_the_training_loop(tmp_path):
+    (tmp_path / "c.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(100)\n")
+    command = [sys.executable, "train.py", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert interrupt(process)[1][-3:] == ["", "train.py: stopped", ""]
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["sample.py", "-h"], 0, ["python sample.py", "--prompt"]),
+        (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
+        (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge"]),
+        (["-m", "dalle2_jax.data.emoji", "--help"], 0, ["--size"]),
+        (["-m", "dalle2_jax.evals", "--num=0"], 2, ["dalle2_jax.evals: --num=0 must be 1"]),
+        (["-m", "dalle2_jax.data.emoji", "x"], 2, ["dalle2_jax.data.emoji: unknown argument 'x'"]),
+    ],
+)
+def test_help_and_the_commands_name(arguments, status, told):
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status
+    said = done.stderr if status else done.stdout
+    assert all(text in said for text in told), said
 
 
 @pytest.fixture

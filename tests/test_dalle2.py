@@ -1,6 +1,7 @@
 """DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from dalle2_jax import dalle2, model_folder
 from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.drawing import draw_prompts
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import Section
 from dalle2_jax.tokenizer import Tokenizer
@@ -132,12 +134,25 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number, not nan"),
         ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
+        ({"steps": np.int64(21)}, "steps must be at most 20, not 21"),
+        ({"steps": np.float32(5)}, "steps must be whole numbers of 1 or more, not 5.0"),
+        ({"steps": {0: 3}}, "steps: no stage 0; known: decoder, prior, upsampler_16"),
+        ({"solver": ["ddim"]}, "unknown sampler"),
+        ({"solver": {"prior": {"ddim"}}}, "unknown sampler"),
         ({"cfg_scale": {"upsampler_16": 3.0}}, "an upsampler has nothing to be guided by"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
     with pytest.raises(UserError, match=told):
         model.with_settings(**change)
+
+
+def test_numpys_numbers_are_numbers(model):
+    one = model.with_settings(np.int64(3), np.float32(2.5), np.str_("dpm++")).settings()
+    assert one == model.with_settings(3, 2.5, "dpm++").settings()
+    json.dumps(one)  # as a picture's metadata is
+    sections = {"decoder": [np.int32(2), 1]}
+    assert model.with_settings(sections).settings()["decoder"]["steps"] == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -148,15 +163,22 @@ def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
         ({"prompts": []}, "a prompt is empty"),
         ({"prompts": None}, "prompts must be a text or a list of texts, not None"),
         ({"prompts": ["a", 1]}, "prompts must be a text or a list of texts"),
-        ({"prompts": "a", "n": 0}, "n must be a whole number from 1, not 0"),
-        ({"prompts": "a", "n": "2"}, "n must be a whole number from 1, not '2'"),
-        ({"prompts": "a", "n": True}, "n must be a whole number from 1, not True"),
+        ({"prompts": "a", "n": 0}, "n must be a whole number from 1 to 4294967296, not 0"),
+        ({"prompts": "a", "n": "2"}, "n must be a whole number .* not '2'"),
+        ({"prompts": "a", "n": True}, "n must be a whole number .* not True"),
         ({"prompts": "a", "batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"prompts": "a", "seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
         ({"prompts": "a", "seed": 1.5}, "seed must be a whole number"),
         ({"prompts": "a", "seed": 2**32}, "not 4294967296"),
         ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 1 prompts: give one for each"),
         ({"prompts": ["a", "b"], "seed": [1, -2]}, "seed must be a whole number .* not -2"),
+        ({"prompts": ["a", "b"], "seed": [1, [2, 3]]}, r"seed must be a whole .* not \[2, 3\]"),
+        ({"prompts": ["a", "b"], "seed": np.ones((2, 2), int)}, "seed must be a whole number"),
+        ({"prompts": "a", "z_img": [["x"] * 16]}, r"z_img must be numbers \[1, 16\]"),
+        ({"prompts": "a", "n": 2, "z_img": [[1.0], [1.0, 2.0]]}, r"z_img must be numbers"),
+        ({"prompts": "a", "z_img": [[np.nan] * 16]}, r"z_img\[0\] must be finite and not all 0"),
+        ({"prompts": "a", "z_img": [[0] * 16]}, r"z_img\[0\] must be finite and not all 0"),
+        ({"prompts": "a", "z_img": [[np.inf] + [0] * 15]}, r"z_img\[0\] must be finite"),
     ],
 )
 def test_wrong_arguments_are_told(model, arguments, told):
@@ -175,6 +197,8 @@ def test_z_img_takes_the_priors_place(model, pictures):
     np.testing.assert_allclose(np.linalg.norm(z_img, axis=1), 1, atol=1e-5)
     drawn = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
     assert not close(drawn, pictures)
+    longer = z_img * np.linspace(0.5, 1e30, 6)[:, None]  # a direction is all that is read
+    assert close(model.generate(PROMPTS, n=3, seed=7, z_img=longer, batch_size=4), drawn)
     for i in (1, 5):  # whose row it is
         alone = model.generate(PROMPTS[i // 3], n=3, seed=7, z_img=np.stack([z_img[i]] * 3))
         assert close(alone[i % 3], drawn[i])
@@ -195,15 +219,21 @@ def test_the_middle_of_a_picture_is_encoded(model, pictures):
     for wrong in (pictures / 127.5 - 1, pictures[0], pictures[..., :1]):
         with pytest.raises(UserError, match=r"pictures must be uint8 \[b, h, w, 3\], not .* \["):
             model.encode_image(wrong)
+    with pytest.raises(UserError, match=r"pictures: there is none in uint8 \[0, 16, 16, 3\]"):
+        model.encode_image(pictures[:0])
+    with pytest.raises(UserError, match="all of one size"):
+        model.encode_image([pictures[0], pictures[0, :8]])
 
 
 def test_batches_come_as_they_are_drawn(model, pictures):
     batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
     np.testing.assert_array_equal(next(batches), pictures)
     assert next(batches, None) is None
+    without_end = model.stream(PROMPTS[0], n=10**9, seed=7)  # nothing is made for all of them
+    assert close(next(without_end)[:3], pictures[:3])
 
 
-def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model):
+def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model, tmp_path, capsys):
     text = dict(context_length=20, vocab_size=600, width=8, depth=1, heads=1)
     network = dataclasses.replace(model.decoder.network, text=Section(text), context_length=20)
     own = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, network=network))
@@ -212,7 +242,15 @@ def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model):
     np.testing.assert_array_equal(captions.decoder, Tokenizer(20, 600)(["a cat", "dog"]))
     inputs = network.init_inputs(text_width=16)
     params = {**own.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
-    assert dataclasses.replace(own, params=params).generate("a cat").shape == (1, 16, 16, 3)
+    own = dataclasses.replace(own, params=params)
+    assert own.generate("a cat").shape == (1, 16, 16, 3)
+    for cascade, told in (
+        (own, "CLIP reads only 'a cat fa', the decoder all of it"),
+        (model, "only 'a cat fa' is read"),
+    ):
+        draw_prompts(cascade, ["a cat face", "a cat"], 1, 0, 8, tmp_path)
+        notes = [n for n in capsys.readouterr().err.splitlines() if n.startswith("note")]
+        assert len(notes) == 1 and told in notes[0]
 
 
 def test_stages_take_different_noise():
@@ -235,6 +273,8 @@ def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
         DALLE2.from_pretrained(str(tmp_path / "m"))
     with pytest.raises(UserError, match="nowhere"):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="weights must be 'tiny', a model folder or a hub id, not"):
+        DALLE2.from_pretrained(None)
 
 
 def test_the_model_says_where_it_comes_from(model, folder):

@@ -59,6 +59,20 @@ def test_places_that_cannot_be_written(tmp_path, picture):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "file"]
 
 
+def test_a_folder_without_a_name_is_not_the_current_one(tmp_path):
+    for nameless in ("", " "):
+        with pytest.raises(UserError, match="has no name"):
+            pictures.prepare_folder(nameless)
+    assert pictures.prepare_folder(tmp_path / "new").is_dir()
+
+
+def test_a_picture_beyond_pillows_limit_is_told(tmp_path, picture, monkeypatch):
+    pictures.save_png(tmp_path / "a.png", picture, STORY)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # an error from twice that on
+    with pytest.raises(UserError, match=r"a\.png is larger than Pillow reads"):
+        pictures.read_metadata(tmp_path / "a.png")
+
+
 def test_files_that_tell_nothing(tmp_path, picture):
     with pytest.raises(UserError, match="No such file"):
         pictures.read_metadata(tmp_path / "away.png")

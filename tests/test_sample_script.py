@@ -1,6 +1,7 @@
 """sample.py: files that tell how they were drawn, and a mistake in one line with status 2."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,11 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "grid.png")
-    names = ["000-a-cat-0.png", "000-a-cat-1.png", "001-dog-flat-0.png", "001-dog-flat-1.png"]
+    names = [
+        f"{prompt}-s3-{number}.png"  # the seed's: another seed's stay beside them
+        for prompt in ("000-a-cat", "001-dog-flat")
+        for number in (0, 1)
+    ]
     assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png"]
     for stage in ("prior", "decoder", "upsampler_16"):
         assert stage in done.stderr  # a bar each
@@ -59,6 +64,20 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
 
 
+def test_ctrl_c_is_one_line(folder, tmp_path):
+    command = [sys.executable, "sample.py", "--prompt=a", "--n=9999", f"--out={tmp_path}/out"]
+    with subprocess.Popen(
+        [*command, f"--weights={folder}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while "prior" not in process.stderr.readline():  # a bar: it is compiled meanwhile
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told.endswith("\nsample.py: stopped\n") and "Traceback" not in told
+    assert not (tmp_path / "out" / "grid.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -72,7 +91,8 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
         (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
         (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),
         (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
-        (["--prompt=a", "--n=0"], "n must be a whole number from 1, not 0"),
+        (["--prompt=a", "--out="], "the folder to write to has no name"),
+        (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
         (["--prompt=a", "--n=x"], "n"),
         (["--prompt=a", "--sede=3"], "sede"),
     ],

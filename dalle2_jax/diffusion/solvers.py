@@ -139,7 +139,7 @@ NAMES = tuple(_SOLVERS)
 
 def check_name(name: str) -> None:
     """Raises UserError for an unknown solver, naming the near miss."""
-    if name not in _SOLVERS:
+    if not isinstance(name, str) or name not in _SOLVERS:
         raise UserError(f"unknown sampler {name!r}{near_miss(str(name).lower(), NAMES)}")
 
 

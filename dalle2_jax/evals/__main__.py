@@ -1,7 +1,8 @@
 """Judges a model: python -m dalle2_jax.evals --weights tiny --judge runs/judge/model --out DIR
 
 Writes report.json, report.md (a table) and held_out_pairs.png (drawn beside true pictures).
-Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input.
+Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax import commands, pictures
+from dalle2_jax import commands
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
@@ -43,7 +44,8 @@ def main() -> None:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
     if not 0 <= SEED.value < 2**32:
         raise UserError(f"--seed={SEED.value} must lie within 0 and 2**32 - 1")
-    # Late: a mistake in the flags is told at once.
+    # Late: a mistake in the flags and Ctrl-C are told at once.
+    from dalle2_jax import pictures
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.evals import draw, report
     from dalle2_jax.evals.groups import read_groups
@@ -84,5 +86,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    commands.stop_at_once()
     commands.keep_compiled_programs()
     commands.run(main)
