@@ -68,6 +68,7 @@ def main() -> None:
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
 
+    commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(**settings)
     print(draw_prompts(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
@@ -75,5 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     commands.stop_at_once()
-    commands.keep_compiled_programs()
     commands.run(main)

@@ -2,11 +2,12 @@
 
 Configs: clip, prior, decoder, upsampler_256, upsampler_1024; variants: paper, tpu, tiny (but for
 upsampler_1024) and clip's judge. --config.batch_size=32 changes a setting; which there are stands
-in the config's file and in `defaults` of dalle2_jax/build.py.
+in the config's file, in `defaults` of dalle2_jax/build.py and in dalle2_jax/data/config.py.
 
 The same command goes on where the last one ended.
-Exit status: 0 done, 1 the loss is no longer finite, 2 a mistake in the input; stopped with
-everything saved: 75 out of max_minutes, 130 by SIGINT, 143 by SIGTERM.
+Exit status: 0 done, 1 the loss is no longer finite, 2 a mistake in the input, or data or disk
+failed; stopped with everything saved: 75 out of max_minutes, 130 by SIGINT, 143 by SIGTERM (a
+second signal saves nothing).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, config_flags
 
+from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import check_keys, check_range, construct, with_defaults
 from dalle2_jax.types import Task
@@ -130,11 +131,8 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
         if not isinstance(given, ConfigDict):
             raise UserError("get_config gives no ConfigDict, or the file cannot be read")
         config = complete(given)
-        if any(re.match(r"--?(no)?config\.data\.", argument) for argument in sys.argv[1:]):
-            from dalle2_jax.data.pipeline import DataConfig  # late: TensorFlow
-
-            with config.unlocked():
-                config.data = ConfigDict(with_defaults(DataConfig, config.data))
+        with config.unlocked():
+            config.data = ConfigDict(with_defaults(DataConfig, config.data))
         check_overrides(sys.argv[1:], config)
         return config
 
@@ -196,7 +194,9 @@ def _as_type(value: Any, default: Any, where: str) -> Any:
 
 
 def task(config: Config) -> Task:
-    """The Task of a complete config. Raises UserError for an unknown one."""
+    """The Task of a complete config. Raises UserError for an unknown one, and for data that it
+    cannot be of."""
+    construct(DataConfig, config.data, "config.data")
     name = config.task.get("name", "")
     check_keys([name], TASKS, "config.task.name")
     return _task_module(name).from_config(config)
@@ -212,7 +212,6 @@ def check(config: Config, task: Task) -> None:
     Raises UserError where the sizes in the config do not fit together, or its optimizer's settings
     are none.
     """
-    from dalle2_jax.data.pipeline import DataConfig  # late: TensorFlow
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
 
     make_optimizer(config.optimizer, config.num_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -72,14 +71,10 @@ def stop_at_once() -> None:
 
     A file that is being written then stays behind as a hidden .tmp file.
     """
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.set_wakeup_fd(teller.detach())  # gets the number of every signal that has a handler
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in threads to come as well
 
     def wait() -> None:
-        while told.recv(1) != bytes([signal.SIGINT]):
-            pass
+        signal.sigwait({signal.SIGINT})
         stop()
 
     threading.Thread(target=wait, daemon=True).start()

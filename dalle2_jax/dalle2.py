@@ -291,7 +291,7 @@ def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     except TypeError:  # an array has an __index__ too
         number = None
     if number is None or number < low or (high is not None and number > high):
-        raise UserError(f"{told}, not {value!r}" if number is None else f"{told}, not {number}")
+        raise UserError(f"{told}, not {value!r}")
     return number
 
 
@@ -305,15 +305,20 @@ def _plain(value: Any) -> Any:
 def _unit_rows(name: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
     """`value` float32 of this shape, each row scaled to unit length; UserError if it cannot be."""
     try:
-        rows = np.asarray(value, np.float64)  # the square of a float32 may not fit one
-    except (TypeError, ValueError):
+        rows = np.asarray(value)
+        if rows.dtype.kind in "US":  # numpy would read "1.0" as a number
+            raise TypeError
+        rows = rows.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} must be numbers {list(shape)}") from None
     if rows.shape != shape:
         raise UserError(f"{name} must be {list(shape)}, not {list(rows.shape)}")
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))):
-        raise UserError(f"{name}[{row}] must be finite and not all 0")
-    return (rows / lengths).astype(np.float32)
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))
+    if bad.size:
+        raise UserError(f"{name}[{bad[0]}] must be finite and not all 0")
+    rows = rows / largest  # or the squares might not fit
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

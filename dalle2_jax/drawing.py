@@ -16,6 +16,8 @@ from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.version import __version__
 
+_ALL = "all of it"
+
 
 class Bars:
     """A progress bar a stage."""
@@ -41,12 +43,12 @@ def draw_prompts(
     prompt. A prompt that is too long is told on stderr, with what is read of it.
     """
     for prompt in prompts:
-        reads = [_kept(tokenizer, prompt) for tokenizer in model.tokenizers()]
-        if any(reads):
-            clip, decoder = (f"only {kept!r}" if kept else "all of it" for kept in reads)
-            one = f"{clip} is read"
-            read = one if clip == decoder else f"CLIP reads {clip}, the decoder {decoder}"
-            print(f"note: a prompt is too long, {read}", file=sys.stderr)
+        clip, decoder = (_read_of(tokenizer, prompt) for tokenizer in model.tokenizers())
+        if clip == decoder != _ALL:
+            print(f"note: a prompt is too long, {clip} is read", file=sys.stderr)
+        elif clip != decoder:
+            told = f"CLIP reads {clip}, the decoder {decoder}"
+            print(f"note: a prompt is too long, {told}", file=sys.stderr)
     about: dict[str, Any] = {"seed": seed, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
@@ -61,8 +63,7 @@ def draw_prompts(
     return out / "grid.png"
 
 
-def _kept(tokenizer: Tokenizer, prompt: str) -> str:
-    """What is read of a prompt that is too long, "" of one that is not."""
+def _read_of(tokenizer: Tokenizer, prompt: str) -> str:
     if tokenizer.length(prompt) <= tokenizer.context_length:
-        return ""
-    return tokenizer.decode(tokenizer([prompt])[0])
+        return _ALL
+    return f"only {tokenizer.decode(tokenizer([prompt])[0])!r}"

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_STALE_SECONDS = 3600  # nobody writes on a file for so long without touching it
+_STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if the block ends well.
 
-    The folder must exist; an OSError of the block or of the renaming goes through. Temporary files
-    of `path` that a killed process left are removed.
+    The folder must exist; an OSError of the block or of the renaming goes through.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                left.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -36,6 +30,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in `folder` an hour ago or more."""
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def _umask() -> int:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.files import replacing
+from dalle2_jax.files import remove_stale, replacing
 from dalle2_jax.version import __version__
 
 FORMAT = 1
@@ -135,7 +135,7 @@ def read_params(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
     try:
         tensors = load_file(path)
     except FileNotFoundError:  # so too for a file that may not be read
-        what = "may not be read" if os.path.lexists(path) else "is missing"
+        what = "may not be read" if os.path.exists(path) else "is missing"
         raise UserError(f"{path} {what}, though {CONFIG_NAME} names the stage") from None
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -174,8 +174,8 @@ def write_stage(
 
     Each file appears whole or not at all. `entry` (plain JSON values) goes to
     config["stages"][stage]; `params` is a nested mapping of arrays, floating ones stored as
-    `dtype`. Raises UserError for a folder that cannot be written and for values that are not
-    finite, or not so in `dtype`.
+    `dtype`. Raises UserError for a folder that cannot be written, for values that are not finite,
+    or not so in `dtype`, and for another CLIP than the one that stages there were trained with.
     """
     if not _STAGE.fullmatch(stage):
         raise ValueError(f"stage name {stage!r}: use lower-case letters, digits and _")
@@ -188,16 +188,34 @@ def write_stage(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder)
         # The tensors first: a stage that config.json names is always there.
         with replacing(stage_path(folder, stage)) as temporary:
             # One entry of metadata: the order of several would differ from run to run.
             save_file(tensors, temporary, metadata={"stage": stage})
+            _check_standing(folder, stage, _hash(temporary))
         with replacing(folder / CONFIG_NAME) as temporary:
             # Read again: another stage may have been exported here meanwhile.
             temporary.write_text(_config_with(folder, stage, entry), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write model folder {folder}: {reason}") from error
+
+
+def standing_on(folder: Path, stage: str) -> dict[str, str]:
+    """The folder's stages that were trained with its `stage` (the CLIP) -> the hash of that."""
+    if not (folder / CONFIG_NAME).exists():
+        return {}
+    entries = read_config(folder)["stages"]
+    return {name: entry[stage] for name, entry in sorted(entries.items()) if entry.get(stage)}
+
+
+def _check_standing(folder: Path, stage: str, new_hash: str) -> None:
+    if lost := [name for name, on in standing_on(folder, stage).items() if on != new_hash]:
+        raise UserError(
+            f"{folder} holds {' and '.join(lost)}, trained with another {stage} than this one, "
+            f"which would replace it: give another folder (--config.export_to)"
+        )
 
 
 def _config_with(folder: Path, stage: str, entry: Mapping[str, Any]) -> str:
@@ -222,6 +240,10 @@ def stage_hash(folder: str | os.PathLike[str], stage: str) -> str:
 def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
     """Kept while the file has this size and time: CLIP's is asked for by each stage on it."""
     del size, mtime_ns
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

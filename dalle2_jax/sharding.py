@@ -27,6 +27,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
+_TACTICS = "replicate, fsdp, tensor:AXIS, tensor:AXIS+fsdp"
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, str]]
 
@@ -91,10 +92,7 @@ def _spec(shape: tuple[int, ...], tactic: str, mesh: Mesh, path: str) -> Partiti
             if free and size > 1:
                 axes[max(free, key=lambda i: shape[i])] = "fsdp"
         else:
-            raise UserError(
-                f"unknown sharding tactic {tactic!r}; known: replicate, fsdp, tensor:AXIS, "
-                "tensor:AXIS+fsdp"
-            )
+            raise UserError(f"unknown sharding tactic {tactic!r}; known: {_TACTICS}")
     return PartitionSpec(*axes)
 
 
@@ -104,7 +102,9 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     Raises UserError for a path that no rule takes and for a rule that takes no path: either is
     how a typing mistake in a regex would otherwise replicate a large model in silence.
     """
-    for regex, _ in rules:
+    for regex, tactic in rules:
+        if not isinstance(tactic, str):
+            raise UserError(f"sharding_rules: {tactic!r} is no tactic; known: {_TACTICS}")
         try:
             re.compile(regex)
         except (TypeError, re.error) as error:

@@ -102,7 +102,7 @@ def test_not_a_picture(data):
 
 
 def test_the_kinds_of_picture_that_are_read_are_told():
-    kinds = r"\(no PNG, JPEG, WEBP, GIF, BMP or TIFF\)"
+    kinds = r"\(cut short, or no PNG, JPEG, WEBP, GIF, BMP or TIFF\)"
     with pytest.raises(DamagedImage, match=f"not a readable picture {kinds}"):
         decode.decode(b"no picture at all")
 

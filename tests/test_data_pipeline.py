@@ -140,13 +140,26 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeyp
     [
         (dict(group_by="stile"), "no feature 'stile'; did you mean 'style'?"),
         (dict(group_by="tags"), "feature 'tags' holds several values a record"),
-        (dict(group_by="style", shuffle=False), "group_by is for TFDS .*--config.data.group_by="),
+        (
+            dict(group_by="style", shuffle=False),
+            "is for TFDS .*--config.data.group_by=",
+        ),
         (dict(group_by="style", ram_gb=0.0), "group_by='style' needs .* in memory: ram_gb="),
     ],
 )
 def test_groups_that_cannot_be_made_are_told(given, said):
     with pytest.raises(UserError, match=said):
         dataset(**given)
+
+
+def test_the_shuffle_buffer_is_as_large_as_ram_gb(monkeypatch):
+    given = []
+    monkeypatch.setattr(pipeline.stream, "Stream", lambda *args: given.append(args[3]))
+    split = tfds_source.open_split(FIXTURE, "train")
+    for share in (0.0, 0.5):
+        ram_gb = share * split.num_bytes / 2**30
+        pipeline._open(pipeline.DataConfig(path=str(FIXTURE), ram_gb=ram_gb), "train")
+    assert given == [16, split.num_records // 2]
 
 
 def test_file_order_without_shuffle():
@@ -232,7 +245,11 @@ def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(source="emojis"), "unknown source 'emojis'; did you mean 'emoji'"),
+        (dict(source="emojis"), "config.data.source='emojis' is unknown; did you mean 'emoji'"),
+        (dict(source=None), "config.data.source=None must be a text"),
+        (dict(path=5), "config.data.path=5 must be a text"),
+        (dict(flip="no"), "config.data.flip='no' must be True or False"),
+        (dict(group_by=None), "config.data.group_by=None must be a text"),
         (dict(image_sise=3), "unknown key 'image_sise'; did you mean 'image_size'"),
         (dict(image_size=0), "config.data.image_size=0 must be within 1 and"),
         (dict(image_size="64"), "config.data.image_size='64' must be a whole number"),
@@ -243,7 +260,6 @@ def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
         (dict(vocab_size=513), "vocab_size=513: CLIP's merges give from 514"),
         (dict(shuffle_seed=-1), "config.data.shuffle_seed=-1 must be within 0 and"),
         (dict(shuffle_seed=2**64), "config.data.shuffle_seed=18446744073709551616 must be"),
-        (dict(image_size="2"), "config.data.image_size='2' must be a whole number"),
         (dict(image_size=2**64), "config.data.image_size=18446744073709551616 must be"),
         (dict(ram_gb=math.nan), "config.data.ram_gb=nan must be 0 or more"),
         (dict(ram_gb=-1.0), "config.data.ram_gb=-1.0 must be 0 or more"),
@@ -251,17 +267,20 @@ def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
         (dict(decoded_gb=math.inf), "config.data.decoded_gb=inf must be within 0 and"),
         (dict(decoded_gb=math.nan), "config.data.decoded_gb=nan must be within 0 and"),
         (dict(decoded_gb=-0.5), "config.data.decoded_gb=-0.5 must be within 0 and"),
-        (dict(crop_scale=(0.0, 1.0)), r"crop_scale=\(0.0, 1.0\): needs two numbers \(low, high\)"),
+        (dict(crop_scale=(0.0, 1.0)), r"crop_scale=\(0.0, 1.0\) must be two numbers \(low, "),
         (dict(crop_scale=(0.9, 0.5)), "crop_scale=.*low <= high"),
-        (dict(crop_scale=0.5), r"data: crop_scale=0.5: needs two numbers \(low, high\)"),
-        (dict(crop_scale=(0.5,)), "crop_scale=.* needs two numbers"),
-        (dict(crop_scale=("a", "b")), "crop_scale=.* needs two numbers"),
-        (dict(crop_scale=(0.5, math.nan)), "crop_scale=.* needs two numbers"),
+        (dict(crop_scale=0.5), r"config.data.crop_scale=0.5 must be two numbers \(low, high\)"),
+        (dict(crop_scale=(0.5,)), "crop_scale=.* must be two numbers"),
+        (dict(crop_scale=("a", "b")), "crop_scale=.* must be two numbers"),
+        (dict(crop_scale=(0.5, math.nan)), "crop_scale=.* must be two numbers"),
         (dict(path=""), "config.data.path is empty: name a folder"),
         (dict(path=" ", source="folder"), "config.data.path is empty: name a folder"),
         (dict(path="nowhere"), "nowhere: no such folder"),
         (dict(split="tran"), "no split 'tran'"),
-        (dict(source="folder", subset="concrete"), "subset is for TFDS .* --config.data.subset="),
+        (
+            dict(source="folder", subset="concrete"),
+            "is for TFDS .*--config.data.subset=",
+        ),
         (dict(subset="style=gothic"), "empty"),
         (dict(subset="style=gothic", ram_gb=0.0), "empty"),
         (dict(subset="style", ram_gb=0.0), "'style' is text"),

@@ -125,6 +125,19 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, params, mon
         read_params(tmp_path, "clip")
 
 
+def test_a_clip_that_others_stand_on_is_not_replaced(tmp_path, params):
+    write_stage(tmp_path, "clip", {}, params)
+    on = model_folder.stage_hash(tmp_path, "clip")
+    write_stage(tmp_path, "prior", {"clip": on}, params)
+    write_stage(tmp_path, "clip", {}, params)  # the same again
+    before = weights_hash(tmp_path)
+    for other in ({"dtype": "float16"}, {"params": {"a": np.float32(1)}}):
+        with pytest.raises(UserError, match="holds prior, trained with another clip than this"):
+            write_stage(tmp_path, "clip", {}, other.pop("params", params), **other)
+    assert weights_hash(tmp_path) == before and len(list(tmp_path.iterdir())) == 3
+    write_stage(tmp_path, "prior", {"clip": on}, {"a": np.float32(1)})
+
+
 def test_what_a_killed_export_left_is_removed(tmp_path, params):
     left, young = (tmp_path / f".clip.safetensors.{name}.tmp" for name in ("old", "new"))
     for path in (left, young):

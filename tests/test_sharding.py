@@ -77,6 +77,7 @@ def test_the_first_rule_that_matches_decides():
         ((("embed", "fsdp"),), "no rule matches blocks/"),
         (((".*", "fdsp"),), "unknown sharding tactic 'fdsp'"),
         (((".*", "tensor:x"),), "unknown sharding tactic"),
+        (((".*", 3),), "sharding_rules: 3 is no tactic; known: replicate"),
         ((("(", "fsdp"),), r"sharding_rules: '\(' is no regular expression"),
         (((".*", "tensor:0"),), r"blocks/mlp/bias \(3, 64\) has no axis 0 that 2"),
         (((".*", "tensor:5"),), "has no axis 5"),

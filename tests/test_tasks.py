@@ -265,7 +265,11 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ("decoder", {"task__drop_caption": "x"}, "config.task: .*'str'"),
         ("upsampler", {"task__low_size": 6}, "image_size=16 must be a multiple of .*low_size=6"),
         ("upsampler", {"task__crop_fraction": 0.2}, "makes crops of 3 px: .* multiple of 2"),
-        ("decoder", {"diffusion__learned_variance": True}, "False in model, True in diffusion"),
+        (
+            "decoder",
+            {"diffusion__learned_variance": True},
+            "False in model, True in diff",
+        ),
         ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_clip_that_others_stand_on_is_not_replaced(tmp_path):
         check_stands_alone(tmp_path, "clip")
         model_folder.write_stage(tmp_path, stage, entry, {"a": np.zeros(1)})
     check_stands_alone(tmp_path, "prior")
-    with pytest.raises(UserError, match=r"holds prior, trained with the CLIP there.*export_to"):
+    with pytest.raises(UserError, match=r"holds prior, trained with the clip there.*export_to"):
         check_stands_alone(tmp_path, "clip")
 
 

@@ -18,7 +18,7 @@ from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import loop, side
-from dalle2_jax.train.checkpoint import WorkdirLock
+from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
@@ -150,6 +150,27 @@ def test_what_fails_on_the_way_costs_no_step(tmp_path, one_device, error):
     assert losses(tmp_path / "w") == losses(tmp_path / "whole")
 
 
+def test_what_fails_after_an_evaluation_keeps_its_scores(tmp_path, one_device, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left")
+
+    cfg = config(eval_every=2, preview_every=2, checkpoint_every=4, best_metric="eval/loss")
+    monkeypatch.setattr(side, "labelled_grid", full)
+    with pytest.raises(UserError, match="step 2 is saved"):
+        loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
+    (scores,) = (tmp_path / "checkpoints" / "2").glob("metrics/*")  # where Orbax keeps them
+    assert json.loads(scores.read_text())["eval/loss"] > 0
+
+
+def test_what_cannot_be_saved_is_not_called_saved(tmp_path, one_device, monkeypatch):
+    def full(self, *_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match=r"^disk full$"):
+        loop.train(config(), ToyTask(), dataset(), tmp_path)
+
+
 def test_what_fails_at_once_saves_nothing(tmp_path, one_device):
     def failing(start):
         raise UserError("a.png is gone")
@@ -167,13 +188,17 @@ class OtherCLIP(ToyTask):
 def test_a_clip_that_others_stand_on_is_kept(tmp_path, one_device):
     cfg = config(num_steps=1, export_to=str(tmp_path / "m"))
     loop.train(cfg, OtherCLIP(), dataset(), tmp_path / "w")
-    model_folder.write_stage(tmp_path / "m", "prior", {"clip": "x"}, {"a": np.zeros(1)})
+    on = model_folder.stage_hash(tmp_path / "m", "clip")
+    model_folder.write_stage(tmp_path / "m", "prior", {"clip": on}, {"a": np.zeros(1)})
     before = model_folder.weights_hash(tmp_path / "m")
     loop.train(cfg, OtherCLIP(), dataset(), tmp_path / "w")  # its own run, at its end
     for workdir, steps in (("w", 2), ("other", 1)):
         again = config(num_steps=steps, export_to=str(tmp_path / "m"))
-        with pytest.raises(UserError, match="m holds prior, trained with the CLIP there"):
+        with pytest.raises(UserError, match="m holds prior, trained with the clip there"):
             loop.train(again, OtherCLIP(), dataset(), tmp_path / workdir)
+    finished = config(num_steps=1, export_to=str(tmp_path / "m"), export_dtype="float16")
+    with pytest.raises(UserError, match="m holds prior, trained with another clip than this"):
+        loop.train(finished, OtherCLIP(), dataset(), tmp_path / "w")
     assert model_folder.weights_hash(tmp_path / "m") == before
 
 

@@ -50,7 +50,7 @@ def decode(
         raise DamagedImage(f"above the limit of {MAX_PIXELS // 10**6} million pixels") from e
     except UnidentifiedImageError as e:  # Pillow's message names the buffer that it was given
         raise DamagedImage(
-            f"not a readable picture (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
+            f"not a readable picture (cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
         ) from e
     except (OSError, ValueError, SyntaxError, EOFError) as e:
         raise DamagedImage(f"not a readable picture ({' '.join(str(e).split())[:120]})") from e

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dalle2_jax import commands
 from dalle2_jax.data import npm
 from dalle2_jax.data.emoji_source import Concept, load_concepts
 from dalle2_jax.errors import UserError
@@ -109,8 +110,6 @@ def main() -> None:
 
 def run() -> None:
     """Entry point."""
-    from dalle2_jax import commands  # late: it loads jax, which no input pipeline needs
-
     # Defined here, not at import: other commands have an --out too.
     flags.DEFINE_string("out", "data/emoji", "Folder to write the dataset to; created.")
     flags.DEFINE_integer("size", DEFAULT_SIZE, "Side of the pictures in pixels.", 8, MAX_SIZE)

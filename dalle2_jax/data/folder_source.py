@@ -29,7 +29,7 @@ _ENCODING = "utf-8-sig"
 def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: str = "") -> Examples:
     """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
 
-    Where there is no `path/train`, what lies below `path/held_out` is none of the split `train`.
+    What lies below `path/held_out` belongs to no other split.
     How many pictures are read, and where, is logged.
 
     Raises:
@@ -40,6 +40,7 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
     path = pathlib.Path(path)
     if not os.path.isdir(path):  # False, where pathlib's raises, for a name that is too long
         raise UserError(f"{path}: no such folder")
+    kept_back = (path / held_out).resolve()
     if os.path.isdir(path / split):
         path = path / split
     elif split != "train":
@@ -54,7 +55,6 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
     table = next((path / name for name in TABLES if os.path.isfile(path / name)), None)
     captions = _beside(path) if table is None else _from_table(table)
     if held_out and split != held_out:
-        kept_back = (path / held_out).resolve()
         captions = {p: c for p, c in captions.items() if kept_back not in p.resolve().parents}
     if not captions:
         raise UserError(f"{path}: no pictures in it; known endings: {' '.join(SUFFIXES)}")
@@ -91,11 +91,11 @@ def _pictures(path: pathlib.Path) -> Iterator[pathlib.Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (pathlib.Path(folder, name) for name in files if not name.startswith(".")):
-            try:
-                file.stat()
-            except OSError as e:  # it may stand for a folder of pictures
-                raise UserError(f"{file}: a link or file that cannot be read ({e.strerror})") from e
-            if file.suffix.lower() in SUFFIXES:
+            is_picture = file.suffix.lower() in SUFFIXES
+            may_be = is_picture or not file.suffix  # a picture, or once a folder of pictures
+            if may_be and file.is_symlink() and not file.exists():
+                raise UserError(f"{file}: a link that leads nowhere")
+            if is_picture:
                 yield file
 
 
@@ -120,7 +120,7 @@ def _beside(path: pathlib.Path) -> dict[pathlib.Path, list[str]]:
 def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
     captions: dict[pathlib.Path, list[str]] = {}
     rows = _jsonl(table) if table.suffix == ".jsonl" else _csv(table)
-    root = table.parent.resolve()
+    root = os.path.abspath(table.parent)
     for where, row in rows:
         name, text = row.get("file_name"), row.get("text")
         given = text if isinstance(text, list) else [text]
@@ -130,7 +130,7 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         picture = table.parent / name
         if not os.path.isfile(picture):  # so too a name that no file can have, as with a NUL
             raise UserError(f"{where}: there is no file {str(picture)!r}")
-        if not picture.resolve().is_relative_to(root):
+        if not pathlib.Path(os.path.abspath(picture)).is_relative_to(root):
             raise UserError(f"{where}: {name!r} lies outside of {table.parent}")
         captions.setdefault(picture, []).extend(texts)
     if not captions:

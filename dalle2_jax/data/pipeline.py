@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,95 +19,14 @@ from absl import logging
 
 from dalle2_jax import options
 from dalle2_jax.data import decode, folder_source, stream, tfds_source
+from dalle2_jax.data.config import DataConfig
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 
-SOURCES = ("emoji", "tfds", "folder")
 _PREFETCH = 3
 _GROUP_SIZE = 2
 _LEAST_BUFFER = 16  # records
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The section `data` of a config.
-
-    Attributes:
-      source: "emoji" or "tfds" (a prepared TFDS directory), or "folder" (see folder_source).
-      path: the directory.
-      split, eval_split: what training and evaluation read; eval_split "" turns evaluation off.
-      subset: which records to keep, e.g. "concrete" or "style=noto|twemoji"; TFDS only.
-      image_size: side of the pictures in a batch.
-      context_length, vocab_size: of the tokenizer.
-      shuffle: a new order every epoch, by shuffle_seed; else file order.
-      group_by: two records with the same value of this feature stay together in that order: a
-        contrastive loss then has to tell apart pictures that differ in little else, such as the
-        styles of one concept. Of a TFDS split held in memory.
-      flip: mirror half of the pictures.
-      crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
-      ram_gb: encoded TFDS splits above this are streamed, through a shuffle buffer of this size.
-      decoded_gb: how much of the decoded pictures to keep in memory; 1e6 at most.
-    """
-
-    source: str = "emoji"
-    path: str = "data/emoji"
-    split: str = "train"
-    eval_split: str = ""
-    subset: str = ""
-    image_size: int = 64
-    context_length: int = 77
-    vocab_size: int = 49408
-    shuffle: bool = True
-    shuffle_seed: int = 0
-    group_by: str = ""
-    flip: bool = False
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    ram_gb: float = 2.0
-    decoded_gb: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise UserError(
-                f"data: unknown source {self.source!r}{options.near_miss(self.source, SOURCES)}"
-            )
-        if not str(self.path).strip():  # else the current folder
-            raise UserError("config.data.path is empty: name a folder")
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind in (int, float) and not _is_number(value, kind):
-                wanted = "a whole number" if kind is int else "a number"
-                raise UserError(f"config.data.{field.name}={value!r} must be {wanted}")
-        options.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
-        options.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
-        options.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
-        options.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
-        Tokenizer(self.context_length, self.vocab_size)  # it knows which there are
-        if not _is_crop_scale(self.crop_scale):
-            raise UserError(
-                f"data: crop_scale={self.crop_scale!r}: needs two numbers (low, high) with "
-                "0 < low <= high <= 1"
-            )
-        if self.subset and self.source == "folder":
-            raise UserError(
-                "data: subset is for TFDS directories: --config.data.subset= reads all of a folder"
-            )
-        if self.group_by and (self.source == "folder" or not self.shuffle):
-            raise UserError(
-                "data: group_by is for TFDS directories, shuffled: --config.data.group_by= "
-                "does without"
-            )
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Whether `value` will do where an int or a float belongs; a bool, an int to Python, not."""
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)
-
-
-def _is_crop_scale(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return False
-    return all(_is_number(v, float) for v in value) and 0 < value[0] <= value[1] <= 1
 
 
 class Batches:
@@ -143,7 +61,7 @@ class Batches:
         self._group_size = _GROUP_SIZE if config.group_by else 1
         if self._group_size > self.num_examples:
             raise UserError(
-                f"data: group_by={config.group_by!r} but {config.path} ({split}) holds only "
+                f"config.data.group_by={config.group_by!r}, but {config.path} ({split}) holds only "
                 f"{self.num_examples} record"
             )
         name = f"{config.path} ({split})"
@@ -313,8 +231,8 @@ def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
         return stream.Stream(source, config.shuffle, config.shuffle_seed, buffer)
     if streamed:
         raise UserError(
-            f"data: group_by={config.group_by!r} needs {config.path} in memory: "
-            f"ram_gb={source.num_bytes / 2**30:.1f} or more"
+            f"config.data.group_by={config.group_by!r} needs {config.path} in memory: "
+            f"config.data.ram_gb={source.num_bytes / 2**30:.1f} or more"
         )
     records = tfds_source.read_records(source)
     if config.group_by:

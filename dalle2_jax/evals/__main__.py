@@ -51,6 +51,7 @@ def main() -> None:
     from dalle2_jax.evals.groups import read_groups
     from dalle2_jax.evals.judge import Judge
 
+    commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
     judge = Judge.load(JUDGE.value)
     model = DALLE2.from_pretrained(WEIGHTS.value)
@@ -87,5 +88,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     commands.stop_at_once()
-    commands.keep_compiled_programs()
     commands.run(main)

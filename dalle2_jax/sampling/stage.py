@@ -90,10 +90,10 @@ class StageSampler:
         most = self.process.num_timesteps
         if self.settings.num_steps > most:
             raise UserError(f"steps must be at most {most}, not {self.settings.steps}")
-        learned = getattr(self.network, "learned_variance", False)
-        if learned != self.process.learned_variance:
-            told = f"learned_variance is {learned} in model, {not learned} in diffusion"
-            raise UserError(f"{told}: they must agree")
+        given = getattr(self.network, "learned_variance", False), self.process.learned_variance
+        if given[0] != given[1]:
+            told = "learned_variance is {} in model, {} in diffusion: set both alike"
+            raise UserError(told.format(*given))
         # Settings that do not go together are told before anything is drawn.
         self.settings.make_solver(self.settings.schedule(self.process))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax import images, model_folder
+from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
@@ -31,7 +32,7 @@ def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
 
 def check_pictures(config: Any, least: int, whose: str) -> None:
     """Raises UserError if the pictures of `config.data` are smaller than those learned from."""
-    size = config.data.get("image_size", 64)  # DataConfig's default
+    size = config.data.get("image_size", DataConfig.image_size)
     if size < least:
         raise UserError(
             f"config.data.image_size={size} but {whose} asks for {least}: "

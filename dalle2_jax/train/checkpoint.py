@@ -204,8 +204,7 @@ class Checkpoints:
     def _write_error(self, step: int | None, error: Exception) -> UserError:
         return UserError(
             f"could not write a checkpoint to {self._folder} (step {step}): {_first_line(error)}. "
-            "Free some space or mend the folder and run the same command again: it goes on from "
-            "the last good checkpoint."
+            "Free some space or mend the folder and run the same command again"
         )
 
     def restore_latest(self, template: TrainState) -> TrainState | None:

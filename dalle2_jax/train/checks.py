@@ -45,17 +45,15 @@ def export_folder(config: Any, workdir: Path) -> Path:
 
 
 def check_stands_alone(folder: Path, stage: str) -> None:
-    """Raises UserError where other stages in `folder` stand on the CLIP that is to be trained.
+    """Raises UserError where other stages in `folder` stand on the one (the CLIP) to be trained.
 
-    With another CLIP they draw nothing: their weights would be lost.
+    With another CLIP they draw nothing: their weights would be lost. `write_stage` would tell it
+    too, after the training.
     """
-    if stage != "clip" or not (folder / model_folder.CONFIG_NAME).exists():
-        return
-    entries = model_folder.read_config(folder)["stages"]
-    if standing := sorted(name for name, entry in entries.items() if entry.get("clip")):
+    if standing := model_folder.standing_on(folder, stage):
         raise UserError(
-            f"{folder} holds {' and '.join(standing)}, trained with the CLIP there, which this run "
-            "would replace: give another --config.export_to, or move that folder away"
+            f"{folder} holds {' and '.join(standing)}, trained with the {stage} there, which this "
+            "run would replace: give another --config.export_to, or move that folder away"
         )
 
 

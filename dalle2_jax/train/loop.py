@@ -69,7 +69,8 @@ def train(
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)
-        data, window, stopped_by = dataset(start), Window(max(config.log_every, 1000)), None
+        data, window = dataset(start), Window(max(config.log_every, 1000))
+        stopped_by, scores = None, {}
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         with Reporter(workdir, start, tensorboard) as report:
             report.parameters(template.params)
@@ -91,21 +92,23 @@ def train(
                     if eval_dataset and _due(config.eval_every, step):
                         scores = side.evaluate(state.ema_params)
                         report.scalars(step, scores)
-                    if _due(config.preview_every, step):
-                        report.images(step, side.preview(state.ema_params))
-                    if _due(config.export_every, step):
-                        side.export(state.ema_params)
                     stopped_by = stopper.reason(step)
                     if _due(config.checkpoint_every, step, config.num_steps) or stopped_by:
                         window.check()  # a state that is not finite must not be kept
                         checkpoints.save(state, scores)
+                    if _due(config.preview_every, step):
+                        report.images(step, side.preview(state.ema_params))
+                    if _due(config.export_every, step):
+                        side.export(state.ema_params)
                     report.pause(time.perf_counter() - since)
                     stopper.alive()
                     if stopped_by:
                         break
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
                 stopper.rest()
-                raise UserError(f"{error}{_keep(checkpoints, window, state, start)}") from error
+                raise UserError(
+                    f"{error}{_keep(checkpoints, window, state, scores, start)}"
+                ) from error
         stopper.rest()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):
@@ -113,14 +116,16 @@ def train(
         return Result(int(state.step), stopped_by, state)
 
 
-def _keep(checkpoints: Checkpoints, window: Window, state: TrainState, start: int) -> str:
+def _keep(
+    checkpoints: Checkpoints, window: Window, state: TrainState, scores: dict, start: int
+) -> str:
     """Saves `state` where the run fails on the way; what to tell of it."""
     step = int(state.step)
     if step == start or jax.process_count() > 1:  # saving needs every host, and they train on
         return ""
     try:
         window.check()
-        checkpoints.save(state)
+        checkpoints.save(state, scores)
         checkpoints.wait()
     except (UserError, OSError, Diverged):
         return ""

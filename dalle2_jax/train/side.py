@@ -14,6 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dalle2_jax import model_folder
+from dalle2_jax.data.config import DataConfig
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
@@ -82,8 +83,8 @@ class SideWork:
         """[rows, columns, h, w, 3] -> one picture."""
         tokens, captions = self._batches[0].get("tokens"), []
         if tokens is not None and len(tokens) >= len(rows):  # this host's are the first rows
-            given = {k: v for k, v in self._config.data.items() if k == "vocab_size"}
-            tokenizer = Tokenizer(tokens.shape[1], **given)
+            vocab_size = self._config.data.get("vocab_size", DataConfig.vocab_size)
+            tokenizer = Tokenizer(tokens.shape[1], vocab_size)
             captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
         columns, size = rows.shape[1:3]
         pictures = rows.reshape(-1, *rows.shape[2:])
