@@ -5,7 +5,7 @@ python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_fr
 paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 chip-days, a week
        (by FLOPs at 40 % of the chip's peak, remat and CLIP included, not measured)
 tpu    the same: 512 channels and heads of 64 suit the TPU already
-tiny   5.6M parameters at 32 px; 2 CPU cores, three hours
+tiny   5.6M parameters at 32 px; 2 CPU cores, three and a half hours
 """
 
 from ml_collections import ConfigDict
@@ -99,6 +99,7 @@ def tiny():
                 image_size=64,
                 context_length=24,
                 vocab_size=4608,
+                flip=True,
             ),
             optimizer=dict(
                 learning_rate=1e-3,
@@ -108,7 +109,7 @@ def tiny():
                 clip_norm=1.0,
             ),
             batch_size=128,
-            num_steps=8000,
+            num_steps=12_000,
             ema_decay=0.999,
             log_every=50,
             checkpoint_every=500,
