@@ -144,7 +144,7 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeyp
             dict(group_by="style", shuffle=False),
             "is for TFDS .*--config.data.group_by=",
         ),
-        (dict(group_by="style", ram_gb=0.0), "group_by='style' needs .* in memory: config.data.ram_gb="),
+        (dict(group_by="style", ram_gb=0.0), "needs .* in memory: config.data.ram_gb="),
     ],
 )
 def test_groups_that_cannot_be_made_are_told(given, said):
