@@ -45,8 +45,8 @@ help: ## this list
 
 demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few sentences
 	$(PY) sample.py --weights tiny --n 4 --seed 0 --out $(DEMO_OUT) \
-		--prompt "a glossy 3d emoji of a red apple" \
-		--prompt "a flat emoji of a cat face" \
+		--prompt "a flat emoji of a red apple" \
+		--prompt "a glossy 3d emoji of a cat face" \
 		--prompt "a noto emoji of a grinning face" \
 		--prompt "a black and white emoji of a butterfly"
 	@echo "Open $(DEMO_OUT)/grid.png"

@@ -5,7 +5,7 @@ python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_fr
 paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 chip-days, a week
        (by FLOPs at 40 % of the chip's peak, remat and CLIP included, not measured)
 tpu    the same: 512 channels and heads of 64 suit the TPU already
-tiny   5.6M parameters at 32 px; 2 CPU cores, three and a half hours
+tiny   5.6M parameters at 32 px; 2 CPU cores, three and a half hours; loss 0.026
 """
 
 from ml_collections import ConfigDict

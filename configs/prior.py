@@ -9,7 +9,7 @@ paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Ta
        that has 77.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same: 2048 is a multiple of the TPU's 128 lanes already
-tiny   1.4M parameters; 2 CPU cores, an hour and a half
+tiny   1.4M parameters; 2 CPU cores, an hour and a half; loss 0.015
 """
 
 from ml_collections import ConfigDict

@@ -73,7 +73,9 @@ def test_scores_are_what_the_pictures_show():
     assert got["other style"] == (100.0, 0.0)
     assert got["other concept"] == (0.0, 100.0)
     assert got["all one"] == pytest.approx((100 / len(CONCEPTS), 100 / len(STYLES)))
-    assert group["chance"] == {"concept": 100 / len(CONCEPTS), "style": 100 / len(STYLES)}
+    chance = group["chance"]
+    assert (chance["concept"], chance["style"]) == (100 / len(CONCEPTS), 100 / len(STYLES))
+    assert chance["clip_score"] < group["scores"]["right"]["clip_score"]
     assert group["scores"]["right"]["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
     assert group["scores"]["all one"]["frechet_distance"] > 1.0
     # One style is nearer than the asked one, the four others are as far: a tie counts against.

@@ -1,6 +1,7 @@
 """Every stage from pictures on disk to a model folder: data, task, loop, checkpoint, export."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_weights_are_not_taken_for_those_of_another_clip_or_model(tmp_path):
     entry = model_folder.read_stage(tmp_path / "model", "clip")
     tensors = model_folder.read_params(tmp_path / "model", "clip")
     tensors["logit_scale"] = tensors["logit_scale"] + 1
-    model_folder.write_stage(tmp_path / "model", "clip", entry, tensors)
+    model_folder.write_stage(tmp_path / "other", "clip", entry, tensors)
+    shutil.copy(tmp_path / "other" / "clip.safetensors", tmp_path / "model")
     with pytest.raises(UserError, match="learned with another clip: "):
         train(config("prior", tmp_path / "model"), tmp_path / "w")
     assert (tmp_path / "model" / "prior.safetensors").read_bytes() == before

@@ -82,6 +82,8 @@ def _judge_group(
         for item, c, s in zip(items, concept.tolist(), style.tolist(), strict=True):
             item[name] = {"concept_rank": c + 1, "style_rank": s + 1}
     chance = {"concept": 100.0 / k, "style": 100.0 / len(STYLES)}
+    if n > 1:  # true pictures with the captions of others
+        chance["clip_score"] = retrieval.clip_score(z_true, np.roll(z_captions, n // 2, axis=0))
     return {"pairs": n, "candidates": k, "chance": chance, "scores": rows, "items": items}
 
 
@@ -122,7 +124,7 @@ def to_markdown(report: Report) -> str:
         for row, score in group["scores"].items():
             distances = [score.get("frechet_distance"), score.get("kernel_distance")]
             if row == "true pictures":
-                distances = [None, None]  # to themselves: 0
+                distances = [0.0, 0.0]  # to themselves; KID leaves a constant out
             cells = [
                 f"{name}: {row}",
                 str(group["pairs"]),
@@ -136,14 +138,16 @@ def to_markdown(report: Report) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
         chance = group["chance"]
-        lines.append(
-            f"| {name}: chance | | {chance['concept']:.1f} | {chance['style']:.1f} | | | |"
-        )
+        cells = [
+            f"{chance[c]:.1f}" if c in chance else "" for c in ("concept", "style", "clip_score")
+        ]
+        lines.append(f"| {name}: chance | | {' | '.join(cells)} | | |")
     return "\n".join(lines) + (
         "\n\nA judge CLIP that took no part in drawing looks at one picture of each caption. Its "
         "text\nembeddings are means over the caption templates; ± is a standard error. CLIP score: "
-        "100 cosines\nwith the caption asked for. Frechet distance and KID: in the judge's "
-        "features, between the\npictures and the true ones of the same pairs; they depend on n.\n"
+        "100 cosines\nwith the caption asked for (chance: of true pictures with the captions of "
+        "others). Frechet\ndistance and KID: in the judge's features, between the pictures and the "
+        "true ones of the same\npairs; they depend on n.\n"
     )
 
 
