@@ -214,7 +214,7 @@ def _check_standing(folder: Path, stage: str, new_hash: str) -> None:
     if lost := [name for name, on in standing_on(folder, stage).items() if on != new_hash]:
         raise UserError(
             f"{folder} holds {' and '.join(lost)}, trained with another {stage} than this one, "
-            f"which would replace it: give another folder (--config.export_to)"
+            "which would replace it: give another folder (--config.export_to)"
         )
 
 

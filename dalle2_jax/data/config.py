@@ -1,4 +1,4 @@
-"""What the section `data` of a config says, checked; numpy and TensorFlow are not needed for it."""
+"""What the section `data` of a config says, checked; TensorFlow is not needed for it."""
 
 from __future__ import annotations
 
