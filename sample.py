@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from absl import flags
-
-from dalle2_jax import commands
+from dalle2_jax import commands  # first: it tells where no library is installed
 from dalle2_jax.errors import UserError
+
+# isort: split
+from absl import flags
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")

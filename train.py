@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import signal
 
+from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.errors import UserError
+
+# isort: split
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from dalle2_jax import build, commands
-from dalle2_jax.errors import UserError
+from dalle2_jax import build
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")

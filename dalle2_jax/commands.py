@@ -9,7 +9,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags, logging
+try:
+    from absl import app, flags, logging
+except ModuleNotFoundError:  # another Python than that of .venv: nothing is there
+    print(
+        f"{Path(sys.argv[0]).name}: the project's libraries are not installed in {sys.executable}: "
+        "run `make demo` and `. .venv/bin/activate`, or pip install -e . in the project's folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 from dalle2_jax.errors import UserError
 

@@ -55,6 +55,15 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
     assert status == 1 or len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+def test_another_python_than_that_of_the_environment_is_told_what_to_do(script):
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / script)], env={}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"{script}: the project's libraries are not installed in" in done.stderr
+
+
 CTRL_C = """
 import hashlib, signal, time
 from dalle2_jax import commands
