@@ -145,16 +145,23 @@ def test_hopeless_guesses_have_finite_loss_and_gradient() -> None:
     assert np.isfinite([value, *grads]).all()
 
 
-def test_min_snr_is_one_loss_on_x_0_whatever_the_kind() -> None:
+@pytest.mark.parametrize(("weighting", "plus"), [("min_snr_5", 0), ("min_v_5", 1)])
+def test_a_weighting_is_one_loss_on_x_0_whatever_the_kind(weighting: str, plus: int) -> None:
     x_0_pred = X_0 + 0.1 * ERROR
     x_t = gaussian.q_sample(S, X_0, T, NOISE)
     eps_pred = gaussian.eps_from_x_0(S, x_t, x_0_pred, T)
     out = {"x_0": x_0_pred, "eps": eps_pred, "v": gaussian.v_from(S, x_0_pred, eps_pred, T)}
-    weighted = [run(lambda x_t, t, k=k: out[k], k, by="min_snr_5")["loss"] for k in gaussian.KINDS]
+    weighted = [run(lambda x_t, t, k=k: out[k], k, by=weighting)["loss"] for k in gaussian.KINDS]
     snr = np.exp(S.logsnr)[np.asarray(T)]
-    expected = np.minimum(snr, 5) * 0.01 * np.square(ERROR).mean(axis=(1, 2, 3))
+    expected = np.minimum(snr + plus, 5) * 0.01 * np.square(ERROR).mean(axis=(1, 2, 3))
     for loss in weighted:
         np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+
+def test_min_v_unbounded_is_the_plain_loss_on_v() -> None:
+    unbounded = 10 * np.exp(S.logsnr).max()
+    np.testing.assert_allclose(losses.loss_weight(S, "v", f"min_v_{unbounded:.0f}"), 1)
+    assert losses.loss_weight(S, "x_0", "min_v_20").min() >= 1
 
 
 def test_an_unknown_weighting_is_refused() -> None:

@@ -6,12 +6,14 @@
     L_hybrid = L_simple + lambda T L_t, the mean in L_t under a stop-gradient                (4)
     min-SNR: L_simple on x_0 weighted by min(snr, gamma), for eps and v the same loss
              written on x_0: / snr and / (snr + 1)                                           (5)
+    min-v:   the same with min(snr + 1, gamma): L_simple on v, bounded where it is large     (6)
 
 (2) and (3) in bits per dimension. lambda = 0.001, and the factor T makes one drawn term an
 estimate of the whole sum L_vlb.
 
 Sources: DDPM (2006.11239) sections 3.3-3.4 for (1), (3); IDDPM (2102.09672) section 3.1 for (4);
-min-SNR (2303.09556) section 3.4 for (5).
+min-SNR (2303.09556) section 3.4 for (5); 2202.00512 section 4 for v's snr + 1 of (6), which unlike
+(5) leaves its weight to x_0 where noise is all there is.
 """
 
 from __future__ import annotations
@@ -42,14 +44,19 @@ def sample_t(key: Array, b: int, num_timesteps: int, stratified: bool = False) -
 
 
 def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
-    """The weight of L_simple at each t, float64 [T]: "none" or "min_snr_<gamma>", as in (5)."""
+    """The weight of L_simple at each t, float64 [T].
+
+    `weighting`: "none", "min_snr_<gamma>" as in (5) or "min_v_<gamma>" as in (6).
+    """
     if weighting == "none":
         return np.ones(schedule.num_timesteps)
-    prefix, _, gamma = weighting.rpartition("_")
-    if prefix != "min_snr" or not gamma.replace(".", "", 1).isdigit():
-        raise UserError(f"weighting must be 'none' or 'min_snr_<gamma>', not {weighting!r}")
     snr = np.exp(schedule.logsnr)
-    return np.minimum(snr, float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
+    of_x_0 = {"min_snr": snr, "min_v": snr + 1}
+    name, _, gamma = weighting.rpartition("_")
+    if name not in of_x_0 or not gamma.replace(".", "", 1).isdigit():
+        known = ", ".join(f"'{known}_<gamma>'" for known in of_x_0)
+        raise UserError(f"weighting must be 'none' or one of {known}, not {weighting!r}")
+    return np.minimum(of_x_0[name], float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
 
 def training_losses(
@@ -72,7 +79,7 @@ def training_losses(
         t: int [b].
         noise: standard normal, like x_0.
         kind: what the network predicts, "eps", "x_0" or "v".
-        weighting: "none" or "min_snr_<gamma>"; weights L_simple only.
+        weighting: see `loss_weight`; weights L_simple only.
 
     Returns:
         `loss` [b], `mse` [b] (unweighted) and, if the variance is learned, `vb` [b] in bits per

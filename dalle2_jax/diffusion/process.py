@@ -17,7 +17,7 @@ class Process:
     num_timesteps: int = 1000
     prediction: str = "eps"  # or "x_0", "v"
     learned_variance: bool = False
-    weighting: str = "none"  # or "min_snr_<gamma>"
+    weighting: str = "none"  # or "min_snr_<gamma>", "min_v_<gamma>"
 
     def __post_init__(self) -> None:
         gaussian.check_kind(self.prediction)
