@@ -295,7 +295,7 @@ def test_the_check_before_training_lets_good_configs_through(stage, clip_folder)
         ("upsampler", UNDRAWABLE, r"multiples of 2, not \(15, 15\)"),
         ("decoder", {"model__unet__groups": 7}, "[Gg]roups"),
         ("decoder", {"model__unet__dtype": "float32"}, "dtype"),
-        ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none' or 'min_snr_<"),
+        ("prior", {"diffusion__weighting": "min_snr"}, "weighting must be 'none', 'min_snr_<"),
         ("upsampler", {"data__vocab_size": 100}, "vocab_size=100: CLIP's merges give from 514"),
         ("upsampler", {"model__unet__channel_mults": ()}, "do not fit together"),
     ],

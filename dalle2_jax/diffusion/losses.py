@@ -54,8 +54,8 @@ def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
     of_x_0 = {"min_snr": snr, "min_v": snr + 1}
     name, _, gamma = weighting.rpartition("_")
     if name not in of_x_0 or not gamma.replace(".", "", 1).isdigit():
-        known = ", ".join(f"'{known}_<gamma>'" for known in of_x_0)
-        raise UserError(f"weighting must be 'none' or one of {known}, not {weighting!r}")
+        known = "'none', 'min_snr_<gamma>' or 'min_v_<gamma>'"
+        raise UserError(f"weighting must be {known}, not {weighting!r}")
     return np.minimum(of_x_0[name], float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
 
