@@ -60,18 +60,15 @@ def read_prompts() -> list[str]:
 
 def main() -> None:
     prompts = read_prompts()
-    settings = {
-        "steps": choice(STEPS, int),
-        "cfg_scale": choice(CFG_SCALE, float),
-        "solver": choice(SAMPLER, str),
-    }
+    steps, cfg_scale = choice(STEPS, int), choice(CFG_SCALE, float)
+    solver = choice(SAMPLER, str)
     from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
 
     commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
-    model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(**settings)
+    model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
     print(draw_prompts(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
 
 

@@ -116,6 +116,13 @@ def test_training_goes_on_without_tensorboard(tmp_path, caplog):
     assert told == ["TensorBoard's files are no longer written (No space left)"]
 
 
+def test_the_parameters_are_a_table_and_their_number(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with Reporter(tmp_path, 0, tensorboard=False) as report:
+        report.parameters({"layer": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
+    assert "layer/w" in caplog.text and "(2, 3)" in caplog.text and "Total: 9" in caplog.text
+
+
 @pytest.mark.slow
 def test_tensorboard_files_hold_scalars_and_pictures(tmp_path):
     with Reporter(tmp_path, 0, tensorboard=True) as report:

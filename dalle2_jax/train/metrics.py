@@ -1,6 +1,7 @@
 """What a run says of itself: numbers to the terminal, TensorBoard and metrics.jsonl; pictures.
 
-The one module that imports clu, and with it TensorFlow, and only where TensorBoard is asked for.
+The one module that imports clu; its writers, and with them TensorFlow, only where TensorBoard is
+asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import IO, Any, Self
 import jax
 import numpy as np
 from absl import logging
+from clu import parameter_overview
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
@@ -107,11 +109,7 @@ class Reporter:
 
     def parameters(self, params: Params) -> None:
         """A table of the parameters on the terminal, and their number."""
-        total = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-        logging.info("%s parameters", f"{total:,}")
-        if self._clu:
-            from clu import parameter_overview
-
+        if self._active:
             table = parameter_overview.get_parameter_overview(params, include_stats=False)
             logging.info("\n%s", table)
 
