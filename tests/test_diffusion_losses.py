@@ -164,9 +164,10 @@ def test_min_v_unbounded_is_the_plain_loss_on_v() -> None:
     assert losses.loss_weight(S, "x_0", "min_v_20").min() >= 1
 
 
-def test_an_unknown_weighting_is_refused() -> None:
+@pytest.mark.parametrize("weighting", ["minsnr", "min_snr", "min_v_0", "min_v_0.0", "min_v_²"])
+def test_an_unknown_weighting_is_refused(weighting: str) -> None:
     with pytest.raises(UserError, match="min_snr_<gamma>"):
-        losses.loss_weight(S, "eps", "minsnr")
+        losses.loss_weight(S, "eps", weighting)
 
 
 def test_t_is_uniform_and_strata_cover_time() -> None:

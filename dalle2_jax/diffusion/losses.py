@@ -18,6 +18,8 @@ min-SNR (2303.09556) section 3.4 for (5); 2202.00512 section 4 for v's snr + 1 o
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +55,9 @@ def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
     snr = np.exp(schedule.logsnr)
     of_x_0 = {"min_snr": snr, "min_v": snr + 1}
     name, _, gamma = weighting.rpartition("_")
-    if name not in of_x_0 or not gamma.replace(".", "", 1).isdigit():
-        known = "'none', 'min_snr_<gamma>' or 'min_v_<gamma>'"
+    number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", gamma)
+    if name not in of_x_0 or not number or not float(gamma):
+        known = "'none', 'min_snr_<gamma>' or 'min_v_<gamma>', gamma above 0"
         raise UserError(f"weighting must be {known}, not {weighting!r}")
     return np.minimum(of_x_0[name], float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
