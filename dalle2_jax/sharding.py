@@ -7,7 +7,9 @@ along one of its own axes). Rules are ordered pairs (regex, tactic); a path such
 
 Tactics:
   "replicate"      every device holds the whole array
-  "fsdp"           the largest axis that "fsdp" divides is split (none: replicated)
+  "fsdp"           the largest axis that "fsdp" divides is split (none: replicated); an array of
+                   fewer than `MIN_SPLIT` elements is not worth a message and replicated
+  "fsdp:N"         the same, with N in place of `MIN_SPLIT`
   "tensor:A"       axis A (may be negative) is split over "tensor"
   "tensor:A+fsdp"  the same, and the largest other axis over "fsdp"
 """
@@ -27,8 +29,9 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
-_TACTICS = "replicate, fsdp, tensor:AXIS, tensor:AXIS+fsdp"
+_TACTICS = "replicate, fsdp, fsdp:LEAST_SIZE, tensor:AXIS, tensor:AXIS+fsdp"
 BATCH_AXES = ("data", "fsdp")
+MIN_SPLIT = 2**18  # elements: 1 MiB of float32
 Rules = Sequence[tuple[str, str]]
 
 
@@ -49,6 +52,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"{told} does not fit {len(devices)} device(s): the sizes must multiply to that number"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -84,8 +92,10 @@ def _spec(shape: tuple[int, ...], tactic: str, mesh: Mesh, path: str) -> Partiti
                     f"{mesh.shape['tensor']} tensor shards divide"
                 )
             axes[axis] = "tensor"
-        elif kind == "fsdp" and not argument:
+        elif kind == "fsdp" and re.fullmatch(r"\d*", argument):
             size = mesh.shape["fsdp"]
+            if math.prod(shape) < int(argument or MIN_SPLIT):
+                continue
             free = [
                 i for i, n in enumerate(shape) if axes[i] is None and n % size == 0 and n >= size
             ]

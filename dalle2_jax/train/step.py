@@ -21,7 +21,7 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the mesh cannot split the global batch evenly."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh)
     if batch_size % shards:
         raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
     local = batch_size // jax.process_count()
