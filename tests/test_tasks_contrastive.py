@@ -52,32 +52,31 @@ def check_equal(got, want, rtol=1e-5):
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grad(function, *arguments):
+    return jax.value_and_grad(
+        lambda *a: (function(*a)[0], function(*a)[1:]), argnums=(0, 1, 2), has_aux=True
+    )(*arguments)
+
+
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
-def test_loss_hits_and_gradients_are_the_plain_ones(sizes, scale):
-    z_img, z_txt = embeddings()
-    scales = scale * jnp.linspace(0.8, 1.0, 64)  # each example its own, as under SAM
+def test_loss_hits_and_gradients_are_the_plain_ones(sizes):
     jit, traced = over(sizes)
-
-    def value_and_grad(function):
-        return jax.value_and_grad(lambda *a: function(*a)[0], argnums=(0, 1, 2))
-
-    got = jit(traced(value_and_grad(contrast)))(z_img, z_txt, scales)
-    check_equal(got, jax.jit(value_and_grad(plain))(z_img, z_txt, scales))
-    hits = jit(traced(contrast))(z_img, z_txt, scales)[1:]
-    assert [float(h) for h in hits] == [float(h) for h in plain(z_img, z_txt, scales)[1:]]
-    assert 0 < hits[0] < 1 and 0 < hits[1] < 1
+    got = jit(traced(functools.partial(value_and_grad, contrast)))
+    for scale in (1 / 0.07, 100.0):
+        scales = scale * jnp.linspace(0.8, 1.0, 64)  # each example its own, as under SAM
+        arguments = *embeddings(), scales
+        check_equal(got(*arguments), value_and_grad(plain, *arguments))
+        (_, hits), _ = got(*arguments)
+        assert 0 < hits[0] < 1 and 0 < hits[1] < 1
 
 
 def test_one_scale_gets_the_sum_of_its_gradients():
     z_img, z_txt = embeddings()
-
-    def grad(function):
-        return jax.grad(lambda s: function(z_img, z_txt, jnp.broadcast_to(s, 64))[0])(30.0)
-
-    each = jax.grad(lambda s: plain(z_img, z_txt, s)[0])(jnp.full(64, 30.0)).sum()
-    alone = jax.grad(lambda s: contrast(z_img, z_txt, s).loss)(jnp.float32(30.0))
-    check_equal((grad(contrast), alone), (each, each))
+    each = value_and_grad(plain, z_img, z_txt, jnp.full(64, 30.0))[1][2].sum()
+    alone = value_and_grad(contrast, z_img, z_txt, jnp.float32(30.0))[1][2]
+    assert alone.shape == ()
+    check_equal(alone, each)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)])
@@ -97,15 +96,10 @@ def test_of_equal_logits_the_first_is_the_highest(sizes):
 @pytest.mark.parametrize("columns", [16, 5])
 def test_chunks_of_columns_change_nothing(monkeypatch, columns):
     """5 does not divide 64: 4 does."""
-    z_img, z_txt = embeddings()
-
-    def all_of():
-        grad = jax.value_and_grad(lambda *a: contrast(*a)[0], argnums=(0, 1))
-        return grad(z_img, z_txt, jnp.float32(50)), contrast(z_img, z_txt, jnp.float32(50))
-
-    want = all_of()
+    arguments = *embeddings(), jnp.float32(50)
+    want = value_and_grad(contrast, *arguments)
     monkeypatch.setattr(contrastive, "COLUMNS", columns)
-    check_equal(all_of(), want)
+    check_equal(value_and_grad.__wrapped__(contrast, *arguments), want)
 
 
 SHAPE = re.compile(r"\b(?:pred|[subf]+\d+)\[([\d,]+)\]")

@@ -36,9 +36,7 @@ def contrast(z_img: Array, z_txt: Array, scale: Array) -> Contrast:
     Everything in float32. b must be a multiple of the batch shards of the mesh it is traced in.
     """
     z_img, z_txt, scale = (x.astype(jnp.float32) for x in (z_img, z_txt, scale))
-    losses, text_found, image_found = _pairs(
-        z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1])
-    )
+    losses, text_found, image_found = _pairs(z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1]))
     return Contrast(losses.mean(), text_found.mean(), image_found.mean())
 
 
