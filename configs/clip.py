@@ -8,8 +8,8 @@ tpu    the same with the text tower's width a multiple of the TPU's 128 lanes (i
 tiny   64 px emoji, 3.2M parameters; 2 CPU cores, twenty minutes; then 97 % of 128 pictures find
        their caption
 judge  tiny's shape, other data: all splits; it scores pictures and never draws
-b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M parameters, 32 epochs of 400M
-       pairs. For a v5e-64: 83 chip-days, 1.3 days
+b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M parameters, 32 epochs of
+       400M pairs. For a v5e-64: 83 chip-days, 1.3 days
 b16    its ViT-B/16, 150M. For a v5e-64: 230 chip-days, 3.6 days
 l14    its ViT-L/14, 428M. For a v5e-256: 990 chip-days, 3.9 days
 
