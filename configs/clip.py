@@ -2,12 +2,19 @@
 
 python train.py --config=configs/clip.py:VARIANT --workdir=W
 
-paper  H/16 at 256 px of the unCLIP paper, without its SAM; ~650M pairs. For a v5e-256: 3,300
-       chip-days, two weeks (by FLOPs at 40 % of the chip's peak, not measured)
+paper  H/16 at 256 px of the unCLIP paper, with its SAM (which doubles the cost); ~650M pairs. For a
+       v5e-256: 6,600 chip-days, 26 days
 tpu    the same with the text tower's width a multiple of the TPU's 128 lanes (it is already)
 tiny   64 px emoji, 3.2M parameters; 2 CPU cores, twenty minutes; then 97 % of 128 pictures find
        their caption
 judge  tiny's shape, other data: all splits; it scores pictures and never draws
+b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M parameters, 32 epochs of
+       400M pairs. For a v5e-64: 83 chip-days, 1.3 days
+b16    its ViT-B/16, 150M. For a v5e-64: 230 chip-days, 3.6 days
+l14    its ViT-L/14, 428M. For a v5e-256: 990 chip-days, 3.9 days
+
+Times are estimates by FLOPs (analytic, 3 x forward) at 40 % of the chip's bfloat16 peak, not
+measured.
 """
 
 from ml_collections import ConfigDict
@@ -15,18 +22,29 @@ from ml_collections import ConfigDict
 TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
 
 
+# (patch, image width, depth, heads), (text width, heads), dim, learning rate
+ORIGINAL = {
+    "b32": ((32, 768, 12, 12), (512, 8), 512, 5e-4),
+    "b16": ((16, 768, 12, 12), (512, 8), 512, 5e-4),
+    "l14": ((14, 1024, 24, 16), (768, 12), 768, 4e-4),
+}
+
+
 def get_config(variant="paper"):
     if variant in ("tiny", "judge"):
         return tiny(variant)
     if variant in ("paper", "tpu"):
         return paper()
-    raise ValueError(f"clip has no variant {variant!r}: paper, tpu, tiny, judge")
+    if variant in ORIGINAL:
+        return original(*ORIGINAL[variant])
+    names = ", ".join(["paper", "tpu", "tiny", "judge", *ORIGINAL])
+    raise ValueError(f"clip has no variant {variant!r}: {names}")
 
 
 def paper():
     return ConfigDict(
         dict(
-            task=dict(name="clip"),
+            task=dict(name="clip", sam_rho=0.1, sam_replica_batch=64),
             model=dict(
                 dim=1024,
                 image=dict(image_size=256, patch_size=16, width=1280, depth=32, heads=16),
@@ -45,6 +63,44 @@ def paper():
             batch_size=32768,
             num_steps=600_000,
             ema_decay=0.9999,
+            checkpoint_every=1000,
+            preview_every=10_000,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def original(image, text, dim, learning_rate):
+    patch, width, depth, heads = image
+    text_width, text_heads = text
+    return ConfigDict(
+        dict(
+            task=dict(name="clip"),
+            model=dict(
+                dim=dim,
+                image=dict(image_size=224, patch_size=patch, width=width, depth=depth, heads=heads),
+                text=dict(
+                    context_length=77,
+                    vocab_size=49408,
+                    width=text_width,
+                    depth=12,
+                    heads=text_heads,
+                ),
+                activation="quick_gelu",
+                dtype="bfloat16",
+            ),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=224),
+            optimizer=dict(
+                learning_rate=learning_rate,
+                b2=0.98,
+                eps=1e-6,
+                weight_decay=0.2,
+                warmup_steps=2000,
+                schedule="cosine",
+            ),
+            batch_size=32768,
+            num_steps=390_625,  # 32 epochs of 400M pairs
+            ema_decay=0.0,  # none: the weights themselves are exported
             checkpoint_every=1000,
             preview_every=10_000,
             mesh=dict(data=1, fsdp=-1, tensor=1),

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dalle2_jax import images
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct, plain
-from dalle2_jax.tasks import previews
+from dalle2_jax.tasks import previews, sam
+from dalle2_jax.tasks.contrastive import contrast
 from dalle2_jax.tasks.frozen_clip import check_captions, check_pictures, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -25,10 +25,14 @@ class CLIPTask:
     network: CLIP
     model: Mapping[str, Any]
     max_shift: int = 0  # pictures are moved at random by up to so many pixels, edges repeated
+    sam_rho: float = 0.0  # how far SAM moves the weights before a gradient is taken; 0: off
+    sam_replica_batch: int = 64  # pairs that it moves them for together, those of one chip
+    sam_recompute: bool = False  # it keeps no moved weights: tasks/sam.py
     stage: str = dataclasses.field(default="clip", init=False)
 
     def __post_init__(self) -> None:
-        check_range("config.task", 0, max_shift=self.max_shift)
+        check_range("config.task", 0, max_shift=self.max_shift, sam_rho=self.sam_rho)
+        check_range("config.task", 2, sam_replica_batch=self.sam_replica_batch)
 
     def init(self, key: Array) -> Params:
         return self.network.init(key, *self.network.init_inputs())["params"]
@@ -39,20 +43,36 @@ class CLIPTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        """Under jit the batch is global, and so are the logits: b x b over all devices."""
+        """Over all pairs of the global batch: under jit it is one, however it is split.
+
+        With SAM it is the loss at the moved weights, and the scale the mean over replicas.
+        """
         pictures = images.to_float(batch["image"])
         if train and self.max_shift:
             pictures = random_shift(key, pictures, self.max_shift)
         pictures = images.resize(pictures, self.network.image["image_size"], "area")
-        z_img, z_txt, scale = forward(self.network, params, pictures, batch["tokens"])
-        logits = scale * z_img @ z_txt.T  # image by text
-        labels = jnp.arange(logits.shape[0])
-        both = (logits, logits.T)
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        losses = [cross_entropy(side, labels).mean() for side in both]
-        hits = [(jnp.argmax(side, axis=1) == labels).mean() for side in both]
-        metrics = {"image_to_text": hits[0], "text_to_image": hits[1], "logit_scale": scale}
-        return (losses[0] + losses[1]) / 2, metrics
+        inputs = pictures, batch["tokens"]
+        if train and self.sam_rho:
+            z_img, z_txt, scale = sam.encode_perturbed(
+                self._encode,
+                lambda out: contrast(*out).loss,
+                params,
+                inputs,
+                self.sam_rho,
+                self.sam_replica_batch,
+                self.network.dtype,
+                self.sam_recompute,
+            )
+        else:
+            z_img, z_txt, scale = self._encode(params, inputs)
+        loss, *found = contrast(z_img, z_txt, scale)
+        metrics = {"image_to_text": found[0], "text_to_image": found[1]}
+        return loss, {**metrics, "logit_scale": scale.mean()}
+
+    def _encode(self, params: Params, inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """(pictures, tokens) -> (z_img [b, d], z_txt [b, d], scale [b])."""
+        z_img, z_txt, scale = forward(self.network, params, *inputs)
+        return z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1])
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
@@ -88,4 +108,10 @@ def from_config(config: Any) -> CLIPTask:
     check_pictures(config, network.image["image_size"], "config.model.image")
     for name in ("image", "text"):
         check_transformer(f"config.model.{name}", config.model[name], network.activation)
-    return construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))
+    task = construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))
+    if task.sam_rho and config.batch_size % task.sam_replica_batch:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not a multiple of "
+            f"config.task.sam_replica_batch={task.sam_replica_batch}"
+        )
+    return task

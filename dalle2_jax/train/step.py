@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +18,19 @@ from dalle2_jax.train.state import TrainState, shardings_of
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def within(mesh: Mesh, function: F) -> F:
+    """`function`, traced where `jax.sharding.get_abstract_mesh` finds the mesh: what a loss needs
+    that goes over shards itself. jit's shardings alone are not seen while tracing."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced  # pyright: ignore[reportReturnType]
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -85,7 +99,7 @@ def make_train_step(
 
     places = shardings_of(template)
     return jax.jit(
-        train_step,
+        within(mesh, train_step),
         in_shardings=(places, None, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -99,7 +113,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Params, Params, Batch, A
         loss, metrics = task.loss(params, frozen, batch, key, False)
         return {**metrics, "loss": loss}
 
-    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+    return jax.jit(within(mesh, eval_step), out_shardings=sharding.replicated(mesh))
 
 
 def make_preview(
@@ -110,4 +124,4 @@ def make_preview(
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
         return task.preview(params, frozen, batch, key, rows)
 
-    return jax.jit(preview, out_shardings=sharding.replicated(mesh))
+    return jax.jit(within(mesh, preview), out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,50 @@
+"""Running a function on each shard of a batch, where the shards matter to what it computes.
+
+The trainer traces its steps within its mesh (train/step.py); outside one, and on a mesh that does
+not split batches, the whole batch is the only shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dalle2_jax.sharding import BATCH_AXES
+
+
+def batch_shards() -> tuple[tuple[str, ...], int]:
+    """The mesh axes that a batch is split over here, and into how many shards: ((), 1) for none.
+
+    Within `on_shards` a function sees one shard, so there it is ((), 1) again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    return (axes, count) if count > 1 else ((), 1)
+
+
+def on_shards(
+    function: Callable[..., Any], axes: tuple[str, ...], whole: int = 0
+) -> Callable[..., Any]:
+    """`function` on this shard's part of every argument [b, ...]; so are its results put together.
+
+    The first `whole` arguments reach every shard entire; their gradients are summed over shards.
+    Other mesh axes ("tensor") stay with the compiler.
+    """
+    if not axes:
+        return function
+    split = PartitionSpec(axes)
+
+    def mapped(*args: Any) -> Any:
+        specs = (PartitionSpec(),) * whole + (split,) * (len(args) - whole)
+        # Unchecked: a gradient taken within a shard must stay that shard's own, where the checks
+        # of varying axes would sum it over all of them.
+        return jax.shard_map(
+            function, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
+        )(*args)
+
+    return mapped
