@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax.sharding import BATCH_AXES, batch_shards, flatten
+from dalle2_jax.sharding import BATCH_AXES, flatten
 from dalle2_jax.types import Array, PyTree
 
 Groups = list[list[int]]
@@ -35,35 +36,44 @@ _KEEP = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 def gathering(mesh: Mesh, *trees: PyTree):
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
-    `trees` hold the parameters (arrays or ShapeDtypeStructs with a NamedSharding) of all networks
-    that are applied. Does nothing on a mesh of one shard, and for a layer whose rows the shards do
-    not divide: there the compiler chooses.
+    To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
+    networks that are applied, as ShapeDtypeStructs with a NamedSharding. Does nothing on a mesh of
+    one shard, and for a layer whose rows the shards do not divide: there the compiler chooses.
     """
-    shards = batch_shards(mesh)
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     if shards == 1:
         yield
         return
+
+    def by_rows(x: Array) -> PartitionSpec:
+        return PartitionSpec(axes, *[None] * (x.ndim - 1))
+
     specs = _specs(trees)
-    rings = ring_groups([d for d in mesh.devices[0, :, 0]])
-    manual = frozenset(BATCH_AXES if mesh.shape["tensor"] > 1 else mesh.axis_names)
+    rings = ring_groups(mesh.devices[0, :, 0])
     within = False
+
+    def _split(layer: nn.Module, params: Mapping[str, Array]) -> dict[str, PartitionSpec]:
+        """How those of the layer's parameters are split that are."""
+        found = {name: specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
+        return {name: spec for name, spec in found.items() if spec and any(spec)}
 
     def by_batch(x: Any) -> Any:
         if getattr(x, "ndim", 0) and x.shape[0] % shards == 0:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, batch_spec(x.ndim)))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_rows(x)))
         return x
 
     def run(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         nonlocal within
         layer = context.module
-        if within or context.method_name != "__call__":
+        per_shard = jax.sharding.get_abstract_mesh().manual_axes  # there all is whole already
+        if within or per_shard or context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        params = layer.variables.get("params", {})
-        found = {name: specs.get((*layer.path, name, jax.numpy.shape(p))) for name, p in params.items()
-                 if not isinstance(p, Mapping)}
-        split = {name: spec for name, spec in found.items() if spec and any(spec)}
-        whole_rows = all(x.ndim and x.shape[0] % shards == 0 for x in args)
-        if not split or len(found) < len(params) or kwargs or not whole_rows:
+        params = dict(layer.variables.get("params", {}))
+        split = (
+            {} if any(isinstance(p, Mapping) for p in params.values()) else _split(layer, params)
+        )
+        if not split or kwargs or not all(x.ndim and x.shape[0] % shards == 0 for x in args):
             return jax.tree.map(by_batch, next_fun(*args, **kwargs))
 
         def apply(params: Mapping[str, Array], *args: Array) -> Array:
@@ -76,27 +86,22 @@ def gathering(mesh: Mesh, *trees: PyTree):
 
         local = jax.shard_map(
             jax.checkpoint(apply, policy=_KEEP, prevent_cse=False),
-            mesh=mesh,
             in_specs=(
                 {name: split.get(name, PartitionSpec()) for name in params},
-                *(batch_spec(x.ndim) for x in args),
+                *map(by_rows, args),
             ),
-            out_specs=PartitionSpec(BATCH_AXES),
-            axis_names=manual,
+            out_specs=PartitionSpec(axes),
+            axis_names=set(axes),  # "tensor" stays with the compiler
             check_vma=False,  # gathers over groups of an axis have no such types
         )
         within = True
         try:
-            return local(dict(params), *args)
+            return local(params, *args)
         finally:
             within = False
 
     with nn.intercept_methods(run):
         yield
-
-
-def batch_spec(ndim: int) -> PartitionSpec:
-    return PartitionSpec(BATCH_AXES, *[None] * (ndim - 1))
 
 
 def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:

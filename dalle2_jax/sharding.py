@@ -31,6 +31,7 @@ from dalle2_jax.types import PyTree
 AXES = ("data", "fsdp", "tensor")
 _TACTICS = "replicate, fsdp, fsdp:LEAST_SIZE, tensor:AXIS, tensor:AXIS+fsdp"
 BATCH_AXES = ("data", "fsdp")
+_AUTO = (AxisType.Auto,) * len(AXES)
 MIN_SPLIT = 2**18  # elements: 1 MiB of float32
 Rules = Sequence[tuple[str, str]]
 
@@ -51,7 +52,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise UserError(
             f"{told} does not fit {len(devices)} device(s): the sizes must multiply to that number"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(np.array(_along_torus(devices)).reshape(shape), AXES, axis_types=_AUTO)
+
+
+def _along_torus(devices: list[Any]) -> list[Any]:
+    """In rows of the TPU's torus, slice by slice: neighbours in the mesh are neighbours there, and
+    a collective along a row is one (see fsdp.ring_groups). Other devices as they come."""
+    if not all(hasattr(device, "coords") for device in devices):
+        return devices
+    return sorted(
+        devices,
+        key=lambda d: (getattr(d, "slice_index", 0) or 0, tuple(d.coords), d.core_on_chip),
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -138,6 +150,14 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
                 f"earlier rule takes all it matches); paths look like {next(iter(flatten(params)))}"
             )
     return placed
+
+
+def placed(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """The tree of `params` as ShapeDtypeStructs that carry the shardings of `rules`."""
+    places = param_shardings(params, rules, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
 
 
 def inherit_shardings(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:

@@ -39,8 +39,8 @@ class SideWork:
         """`dataset` is the held-out one if there is one; `folder` the model folder to write."""
         self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
         self._dataset = dataset
-        self._eval_step = make_eval_step(task, mesh)
-        self._preview = make_preview(task, mesh, config.preview_size)
+        self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
+        self._preview = make_preview(task, config.sharding_rules, mesh, config.preview_size)
         self._folder = folder
 
     @functools.cached_property

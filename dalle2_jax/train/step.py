@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,24 +13,26 @@ from jax.sharding import Mesh
 
 from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import TrainState, shardings_of
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
-F = TypeVar("F", bound=Callable[..., Any])
+FROZEN_RULES = ((".*", "fsdp"),)
 
 
-def within(mesh: Mesh, function: F) -> F:
-    """`function`, traced where `jax.sharding.get_abstract_mesh` finds the mesh: what a loss needs
-    that goes over shards itself. jit's shardings alone are not seen while tracing."""
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -> Iterator[None]:
+    """Within, while tracing, the networks' layers gather their weights and
+    `jax.sharding.get_abstract_mesh` finds the mesh, for a loss that goes over shards itself.
 
-    @functools.wraps(function)
-    def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
-
-    return traced  # pyright: ignore[reportReturnType]
+    jit's own shardings are not seen while tracing.
+    """
+    trees = [sharding.placed(params, rules, mesh)]
+    trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), gathering(mesh, *trees):
+        yield
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -61,7 +63,7 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
     """Frozen parameters on the devices, split over "fsdp" where an axis divides."""
     if not jax.tree.leaves(frozen):
         return frozen
-    return jax.device_put(frozen, sharding.param_shardings(frozen, ((".*", "fsdp"),), mesh))
+    return jax.device_put(frozen, sharding.param_shardings(frozen, FROZEN_RULES, mesh))
 
 
 def make_train_step(
@@ -76,7 +78,8 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grad = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
+        with on_mesh(mesh, config.sharding_rules, state.params, frozen):
+            (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -99,29 +102,33 @@ def make_train_step(
 
     places = shardings_of(template)
     return jax.jit(
-        within(mesh, train_step),
+        train_step,
         in_shardings=(places, None, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> Callable[[Params, Params, Batch, Array], Metrics]:
+def make_eval_step(
+    task: Task, rules: sharding.Rules, mesh: Mesh
+) -> Callable[[Params, Params, Batch, Array], Metrics]:
     """(params, frozen, batch, key) -> the task's metrics and its loss, with train=False."""
 
     def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
-        loss, metrics = task.loss(params, frozen, batch, key, False)
+        with on_mesh(mesh, rules, params, frozen):
+            loss, metrics = task.loss(params, frozen, batch, key, False)
         return {**metrics, "loss": loss}
 
-    return jax.jit(within(mesh, eval_step), out_shardings=sharding.replicated(mesh))
+    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
 
 def make_preview(
-    task: Task, mesh: Mesh, rows: int
+    task: Task, rules: sharding.Rules, mesh: Mesh, rows: int
 ) -> Callable[[Params, Params, Batch, Array], dict[str, Array]]:
     """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch."""
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        return task.preview(params, frozen, batch, key, rows)
+        with on_mesh(mesh, rules, params, frozen):
+            return task.preview(params, frozen, batch, key, rows)
 
-    return jax.jit(within(mesh, preview), out_shardings=sharding.replicated(mesh))
+    return jax.jit(preview, out_shardings=sharding.replicated(mesh))
