@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import check_keys, check_range, construct, with_defaults
-from dalle2_jax.types import Task
+from dalle2_jax.types import Batch, Task
 
 Config = Any  # a ConfigDict: its attributes have no types
 
@@ -215,12 +215,7 @@ def check(config: Config, task: Task) -> None:
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
 
     make_optimizer(config.optimizer, config.num_steps)
-    data = construct(DataConfig, config.data, "config.data")
-    b, size = config.batch_size, data.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8),
-        "tokens": jax.ShapeDtypeStruct((b, data.context_length), np.int32),
-    }
+    batch = abstract_batch(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = task.frozen()
     try:
@@ -235,6 +230,31 @@ def check(config: Config, task: Task) -> None:
         raise UserError(
             f"the sizes in config.model, config.task and config.data do not fit together: {told}"
         ) from error
+
+
+def abstract_batch(config: Config, place: Any = None) -> Batch:
+    """The shapes of a global batch, sharded as `place` says."""
+    data = construct(DataConfig, config.data, "config.data")
+    b, size = config.batch_size, data.image_size
+    batch: Any = {
+        "image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8, sharding=place),
+        "tokens": jax.ShapeDtypeStruct((b, data.context_length), np.int32, sharding=place),
+    }
+    return batch
+
+
+def without_remat(config: Config) -> Config:
+    """`config` with nothing computed twice: every `remat` in its model is off."""
+
+    def off(section: Any) -> Any:
+        if not isinstance(section, ConfigDict):
+            return section
+        return {k: "none" if k == "remat" else off(v) for k, v in section.items()}
+
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked(), plain.ignore_type():
+        plain.model = ConfigDict(off(config.model))
+    return plain
 
 
 def dataset(config: Config, split: str) -> Callable[[int], Iterator[Mapping[str, Any]]]:

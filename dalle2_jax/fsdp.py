@@ -21,15 +21,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax.sharding import BATCH_AXES, flatten
 from dalle2_jax.types import Array, PyTree
 
 Groups = list[list[int]]
-_GATHERED = "gathered"
-_KEEP = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
 
 @contextlib.contextmanager
@@ -85,7 +82,9 @@ def gathering(mesh: Mesh, *trees: PyTree):
             return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
 
         local = jax.shard_map(
-            jax.checkpoint(apply, policy=_KEEP, prevent_cse=False),
+            # A layer is linear: its backward pass needs its input and the weights gathered anew,
+            # and computes no output again.
+            jax.checkpoint(apply),
             in_specs=(
                 {name: split.get(name, PartitionSpec()) for name in params},
                 *map(by_rows, args),
@@ -126,7 +125,7 @@ def _gather(x: Array, spec: PartitionSpec | None, rings: Sequence[Groups]) -> Ar
     axis = spec.index("fsdp")
     for groups in rings:
         x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
-    return checkpoint_name(x, _GATHERED)
+    return x
 
 
 def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:

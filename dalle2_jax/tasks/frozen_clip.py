@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dalle2_jax import images, model_folder
 from dalle2_jax.data.config import DataConfig
@@ -13,7 +17,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.transformer import ACTIVATIONS
-from dalle2_jax.options import check_keys
+from dalle2_jax.options import check_keys, construct
 from dalle2_jax.sampling import load
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
@@ -59,6 +63,17 @@ def check_transformer(where: str, section: Mapping[str, Any], activation: str) -
     check_keys([activation], ACTIVATIONS, "config.model.activation")
 
 
+def _network_of(path: str) -> CLIP:
+    """The CLIP of a config file, FILE or FILE:VARIANT."""
+    file, _, variant = path.partition(":")
+    spec = importlib.util.spec_from_file_location("clip_config", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UserError(f"config.clip_from={path}: there is no file {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return construct(CLIP, module.get_config(*filter(None, [variant])).model, path)
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenCLIP:
     network: CLIP
@@ -70,6 +85,9 @@ class FrozenCLIP:
     def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
         """From `config.clip_from`, with a width that `config.model.dim` must equal.
 
+        A config file (configs/clip.py:paper) in place of a folder tells the shapes alone, which
+        serve to compile for a slice but not to train.
+
         Where it `reads_captions`, `config.data` and `config.model.context_length` must suit it.
         """
         if not config.clip_from:
@@ -77,8 +95,11 @@ class FrozenCLIP:
                 "config.clip_from is empty: name the model folder of a trained CLIP, "
                 "as in --config.clip_from=runs/tiny/model"
             )
-        folder = model_folder.resolve(config.clip_from)
-        network = load.clip_network(folder)
+        if re.search(r"\.py(:\w+)?$", config.clip_from):
+            network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
+        else:
+            folder = model_folder.resolve(config.clip_from)
+            network, weights = load.clip_network(folder), model_folder.stage_hash(folder, "clip")
         text, whose = network.text, f"the CLIP of {folder}"
         _check_equal("config.model", config.model, {"dim": network.dim}, whose)
         check_pictures(config, network.image["image_size"], whose)
@@ -90,10 +111,14 @@ class FrozenCLIP:
             network=network,
             image_size=network.image["image_size"],
             folder=str(folder),
-            hash=model_folder.stage_hash(folder, "clip"),
+            hash=weights,
         )
 
     def params(self) -> Params:
+        """Shapes alone where there are no weights, see `load`."""
+        if not self.hash:
+            inputs = self.network.init_inputs
+            return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
         return load.clip(Path(self.folder))[1]
 
     def encode_image(self, params: Params, pictures: Array) -> Array:

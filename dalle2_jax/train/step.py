@@ -60,7 +60,15 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def place_frozen(frozen: Params, mesh: Mesh) -> Params:
-    """Frozen parameters on the devices, split over "fsdp" where an axis divides."""
+    """Frozen parameters on the devices, split over "fsdp" where an axis divides.
+
+    Raises UserError where there are shapes alone.
+    """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(frozen)):
+        raise UserError(
+            "config.clip_from names a config, which has no weights (it serves --topology alone): "
+            "train that CLIP first and name its model folder"
+        )
     if not jax.tree.leaves(frozen):
         return frozen
     return jax.device_put(frozen, sharding.param_shardings(frozen, FROZEN_RULES, mesh))

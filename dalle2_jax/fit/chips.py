@@ -1,0 +1,127 @@
+"""The TPUs that there are: their figures, and devices to compile for where there is none.
+
+Figures per chip: bfloat16 peak, HBM size and bandwidth from the vendor's pages on each TPU version;
+the clock follows from the peak and the number of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from dalle2_jax.errors import UserError
+
+GIB = 2**30
+INSTALL = "pip install -e '.[tpu]' brings libtpu, the TPU compiler; it needs no TPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    flops: float  # bfloat16, a second
+    hbm: float  # bytes
+    bandwidth: float  # HBM bytes a second
+    link: float  # ICI bytes a second, one way
+    clock: float  # Hz
+    wraps: int  # a dimension of a slice of so many chips (or a multiple) is a ring
+    dimensions: int
+    options: tuple[tuple[str, Any], ...] = ()  # of the topology
+    aliases: int = 1  # v4-8 counts cores: two a chip
+
+
+CHIPS = {
+    "v4": Chip(
+        275e12, 32 * GIB, 1200e9, 45e9, 1.05e9, 4, 3, (("chip_config_name", "megacore"),), 2
+    ),
+    "v5e": Chip(197e12, 16 * GIB, 800e9, 45e9, 1.5e9, 16, 2),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, (), 2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 1.75e9, 16, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    name: str  # v5e:8x8
+    chip: Chip
+    shape: tuple[int, ...]
+    devices: Any
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    def ring_bandwidth(self, size: int) -> float:
+        """Bytes a second that a chip sends in a collective along a dimension of `size` chips: both
+        ways round a ring; in a row that does not close, one way's worth."""
+        return self.chip.link * (2 if size % self.chip.wraps == 0 else 1)
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...]]:
+    """`v5e:8x8`, or `v5e-64` as the vendor writes it -> ("v5e", (8, 8)). UserError for others."""
+    kind, colon, shape = name.partition(":")
+    if not colon:
+        kind, _, count = name.partition("-")
+        if kind in CHIPS and count.isdigit() and (found := _squarest(CHIPS[kind], int(count))):
+            return kind, found
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UserError(
+            f"--topology={name} is unknown: write {', '.join(CHIPS)} and a shape, as in v5e:8x8, "
+            "v5p:4x4x4, or the vendor's name, as in v5e-64"
+        )
+    sizes = tuple(int(size) for size in shape.split("x"))
+    return kind, sizes
+
+
+def _squarest(chip: Chip, count: int) -> tuple[int, ...] | None:
+    """The vendor's shape for so many chips (cores): as square as powers of two allow."""
+    count, rest = divmod(count, chip.aliases)
+    if rest or count < 1 or count & (count - 1):
+        return None
+    sizes, exponent = [1] * chip.dimensions, count.bit_length() - 1
+    for i in range(exponent):
+        sizes[-1 - i % chip.dimensions] *= 2
+    return tuple(sizes) if chip.dimensions == 2 else tuple(sorted(sizes, reverse=count == 4))
+
+
+def open_slice(name: str) -> Slice:
+    """Devices of the slice, to be compiled for; nothing runs on them.
+
+    Raises UserError for a shape that does not exist and where libtpu is not installed.
+    """
+    kind, shape = parse(name)
+    chip = CHIPS[kind]
+    prepare()
+    from jax.experimental import topologies
+
+    options = dict(chip.options)
+    padded = shape + (1,) * (3 - len(shape))
+    if math.prod(shape) == 1:
+        options |= {"chip_config_name": "default", "chips_per_host_bounds": (1, 1, 1)}
+    sizes = shape if chip.dimensions == 2 else padded
+    full = f"{kind}:{'x'.join(map(str, sizes))}"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
+    except Exception as error:  # the plugin raises what it likes
+        told = str(error).strip().splitlines()
+        if "libtpu" in str(error) and "opology" not in str(error):
+            raise UserError(f"--topology={name}: {told[0]}; {INSTALL}") from error
+        raise UserError(f"--topology={name}: there is no such slice ({told[0][:120]})") from error
+    return Slice(full, chip, sizes, list(found.devices))
+
+
+def prepare() -> None:
+    """What libtpu must find before JAX starts: no TPU is looked for, several compilers may run.
+
+    Raises UserError where it is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that libtpu promises
+    try:
+        import libtpu  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError(f"--topology asks the TPU compiler: {INSTALL}") from None

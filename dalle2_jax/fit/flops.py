@@ -1,0 +1,87 @@
+"""Floating-point operations of matrix products and convolutions, by their shapes.
+
+Other operations are left out, as is the custom: a model's FLOPs are those of its matrix units.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+
+def valid_taps(
+    size: int, out: int, kernel: int, stride: int, low: int, dilate: int, kernel_dilate: int
+) -> int:
+    """How many (output, tap) pairs of one dimension meet an input, and not the padding.
+
+    `size` inputs, `dilate` - 1 holes between them; `low` is the padding before them. The TPU
+    compiler counts so.
+    """
+    count, most = 0, (size - 1) * dilate
+    for tap in range(kernel):
+        for place in range(out):
+            at = place * stride + tap * kernel_dilate - low
+            count += 0 <= at <= most and at % dilate == 0
+    return count
+
+
+def of_jaxpr(jaxpr: Any) -> int:
+    """Of a jaxpr (or ClosedJaxpr), loops counted as often as they run.
+
+    Where it differs by platform the cheapest way counts. A `while` of unknown length counts once.
+    """
+    total = 0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            total += _dot(eqn)
+        elif name == "conv_general_dilated":
+            total += _conv(eqn)
+        elif name == "scan":
+            total += params["length"] * of_jaxpr(params["jaxpr"])
+        elif name == "cond":
+            total += min(of_jaxpr(branch) for branch in params["branches"])
+        else:
+            total += sum(of_jaxpr(inner) for inner in _inner(params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The programs within an equation: of jit, remat, shard_map, a custom rule's primal."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
+    return [params[name] for name in names if hasattr(params.get(name), "eqns")]
+
+
+def _dot(eqn: Any) -> int:
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    lhs = eqn.invars[0].aval.shape
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+
+
+def _conv(eqn: Any) -> int:
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    out = eqn.outvars[0].aval.shape
+    taps = math.prod(
+        valid_taps(lhs[i], out[o], rhs[k], stride, low, dilate, kernel_dilate)
+        for i, k, o, stride, (low, _), dilate, kernel_dilate in zip(
+            numbers.lhs_spec[2:],
+            numbers.rhs_spec[2:],
+            numbers.out_spec[2:],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            strict=True,
+        )
+    )
+    batch, features = (out[i] for i in numbers.out_spec[:2])
+    return 2 * taps * batch * features * rhs[numbers.rhs_spec[1]] // params["batch_group_count"]
+
+
+def of_function(function: Any, *args: Any) -> int:
+    """Of `function` at `args` (arrays or ShapeDtypeStructs), computing nothing."""
+    return of_jaxpr(jax.make_jaxpr(function)(*args))

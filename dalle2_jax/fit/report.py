@@ -1,0 +1,184 @@
+"""One table, or one JSON object, of what a program needs of a TPU slice and how fast it could be."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dalle2_jax.fit.chips import GIB, Slice
+from dalle2_jax.fit.hlo import COLLECTIVES, Program
+
+# Seconds to search for a faster program or a tighter one are not spent: the compiler would take
+# ten times as long, and what it then finds is seldom smaller.
+QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+METHODS = ("optimal", "cycles", "roofline")
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way into the chip's memory."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"{needed / GIB:.2f} GiB needed, {available / GIB:.2f} GiB there")
+        self.needed, self.available = needed, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Bytes and FLOPs are those of one chip and one step."""
+
+    topology: str
+    chips: int
+    batch_size: int
+    num_params: int
+    memory: Mapping[str, float]  # bytes by kind, and `total`
+    hbm: float
+    analytic_flops: float  # forward and backward pass, nothing computed twice
+    compiled_flops: float
+    hbm_traffic: float  # bytes read and written
+    collectives: Mapping[str, Mapping[str, float]]  # kind -> count, bytes sent
+    ideal_collective_bytes: float
+    async_share: float  # of the collectives' bytes
+    seconds: Mapping[str, float | None]  # by method; None: the compiler does not tell
+    unknown_cycles: int  # instructions of which the compiler gave no cycles
+    mfu: Mapping[str, float | None]
+    num_steps: int
+    kernels: bool
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(kind["bytes"] for kind in self.collectives.values())
+
+    def json(self) -> str:
+        seconds = {k: s for k, s in self.seconds.items() if s}
+        extra = {
+            "flops_ratio": self.compiled_flops / max(self.analytic_flops, 1),
+            "images_per_second": {k: self.batch_size / s for k, s in seconds.items()},
+            "days": {k: s * self.num_steps / 86400 for k, s in seconds.items()},
+            "chip_hours": {k: s * self.num_steps * self.chips / 3600 for k, s in seconds.items()},
+        }
+        return json.dumps(dataclasses.asdict(self) | extra)
+
+    def table(self) -> str:
+        rows: list[tuple[str, str]] = [
+            ("slice", f"{self.topology}, {self.chips} chip(s)"),
+            ("batch", f"{self.batch_size}, {self.batch_size / self.chips:g} a chip"),
+            ("parameters", f"{self.num_params:,}"),
+        ]
+        rows += [
+            (f"  {kind}", f"{size / GIB:.2f} GiB a chip") for kind, size in self.memory.items()
+        ]
+        rows += [
+            ("  of HBM", f"{self.hbm / GIB:.2f} GiB ({100 * self.memory['total'] / self.hbm:.0f} %)"),
+            ("FLOPs analytic", f"{self.analytic_flops / 1e12:.2f} T a chip and step"),
+            ("FLOPs compiled", f"{self.compiled_flops / 1e12:.2f} T, "
+             f"{self.compiled_flops / max(self.analytic_flops, 1):.3f} of the analytic"),
+            ("HBM traffic", f"{self.hbm_traffic / 1e9:.1f} GB"),
+        ]  # fmt: skip
+        for kind, found in self.collectives.items():
+            rows.append((kind, f"{found['count']:.0f}, {found['bytes'] / 1e9:.3f} GB a chip"))
+        if self.collectives:
+            ideal = self.ideal_collective_bytes
+            ratio = f", {self.collective_bytes / ideal:.2f} of the ideal" if ideal else ""
+            rows.append(("all collectives", f"{self.collective_bytes / 1e9:.3f} GB{ratio}, "
+                         f"{100 * self.async_share:.0f} % asynchronous"))  # fmt: skip
+        for method in METHODS:
+            rows.append((f"step, {method}", self._speed(method)))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _speed(self, method: str) -> str:
+        seconds, mfu = self.seconds[method], self.mfu[method]
+        if seconds is None or mfu is None:
+            return "not told by the compiler (a Pallas kernel is in the program)"
+        told = f"{1000 * seconds:.1f} ms, {self.batch_size / seconds:.1f} images/s, MFU {100 * mfu:.1f} %"
+        if self.num_steps:
+            days = seconds * self.num_steps / 86400
+            told += f", {self.num_steps:,} steps: {days:.1f} days, {24 * days * self.chips:,.0f} chip-hours"
+        if method == "cycles" and self.unknown_cycles:
+            told += f" ({self.unknown_cycles} instructions without)"
+        return told
+
+
+def compile_for(lowered: Any, effort: Mapping[str, float] | None = None) -> Any:
+    """`lowered` (jax.jit(...).lower) compiled for its slice. Raises DoesNotFit."""
+    try:
+        return lowered.compile(compiler_options=dict(QUICKLY if effort is None else effort))
+    except Exception as error:
+        found = re.search(r"\(?([\d.]+)([KMG])\)? (?:exceeds|of) .*?([\d.]+)([KMG])", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+            raise
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+        needed, available = (float(found[i]) * unit[found[i + 1]] for i in (1, 3))
+        raise DoesNotFit(needed, available) from error
+
+
+def measure(
+    compiled: Any,
+    where: Slice,
+    *,
+    batch_size: int,
+    num_params: int,
+    kinds: Mapping[str, float],
+    analytic_flops: float,
+    ideal_collective_bytes: float,
+    num_steps: int = 0,
+) -> Report:
+    """What `compiled` says of itself.
+
+    `kinds` are the bytes a chip holds of each kind of argument; what else the compiler counts is
+    what a step makes (activations). `analytic_flops` are those of one chip.
+    """
+    chip, program = where.chip, Program(compiled.as_text())
+    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    memory = dict(kinds)
+    memory["activations"] = stats.temp_size_in_bytes
+    memory["program, padding"] = total - sum(memory.values())
+    memory["total"] = total
+    flops, traffic = program.flops(), program.hbm_bytes()
+    found: dict[str, dict[str, float]] = {}
+    sent_async = wire = 0.0
+    for c in program.collectives():
+        kind = found.setdefault(c.kind, collections.Counter())
+        kind["count"] += c.times
+        kind["bytes"] += c.sent * c.times
+        sent_async += c.sent * c.times * c.is_async
+        wire += c.sent * c.times / where.ring_bandwidth(c.group)
+    sent = sum(kind["bytes"] for kind in found.values())
+    cycles, unknown = program.cycles()
+    optimal = cost.get("optimal_seconds", -1.0)
+    told = optimal > 0 and not program.calls_kernels
+    seconds = {
+        "optimal": optimal + program.loop_seconds(chip.flops, chip.bandwidth) if told else None,
+        "cycles": cycles / chip.clock,
+        "roofline": max(flops / chip.flops, traffic / chip.bandwidth, wire),
+    }
+    return Report(
+        topology=where.name,
+        chips=where.chips,
+        batch_size=batch_size,
+        num_params=num_params,
+        memory=memory,
+        hbm=chip.hbm,
+        analytic_flops=analytic_flops,
+        compiled_flops=flops,
+        hbm_traffic=traffic,
+        collectives={kind: dict(found[kind]) for kind in COLLECTIVES if kind in found},
+        ideal_collective_bytes=ideal_collective_bytes,
+        async_share=sent_async / sent if sent else 0.0,
+        seconds=seconds,
+        unknown_cycles=unknown,
+        mfu={k: s and analytic_flops / (s * chip.flops) for k, s in seconds.items()},
+        num_steps=num_steps,
+        kernels=program.calls_kernels,
+    )
