@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,7 +86,8 @@ class Checkpoints:
         best_metric: str = "",
         identity: Mapping[str, Any] | None = None,
     ):
-        """Keeps the `keep` newest, and the one with the lowest `best_metric` if one is named.
+        """Keeps the `keep` newest, the newest that was saved after a good step (recovery.py), and
+        the one with the lowest `best_metric` if one is named.
 
         `identity` (JSON values) says what the weights are of; only checkpoints of the same load.
         """
@@ -98,7 +99,8 @@ class Checkpoints:
         self._found_broken: list[str] = []
         hosts.from_first(self._tidy)
         policies = ocp.checkpoint_managers
-        keepers: list[Any] = [policies.LatestN(max(keep, 1))]
+        self._after_bad_steps: dict[int, bool] = {}  # of the checkpoints seen so far
+        keepers: list[Any] = [_Newest(max(keep, 1), self._is_good)]
         if best_metric:
             keepers.append(
                 policies.BestN(
@@ -146,7 +148,9 @@ class Checkpoints:
         self.wait()  # a full disk shows here, not in Orbax's save()
         if step in self._manager.all_steps():
             return
-        meta = {"arrays": describe(state), "identity": self._identity}
+        bad_steps = int(state.faults.in_a_row)
+        meta = {"arrays": describe(state), "identity": self._identity, "bad_steps": bad_steps}
+        self._after_bad_steps[step] = bool(bad_steps)
         best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         try:
             self._manager.save(
@@ -196,44 +200,38 @@ class Checkpoints:
                 self._manager.delete(later)
         self._remove_old()
 
-    def restore_latest(
-        self, template: TrainState, good: Callable[[TrainState], bool] = lambda _: True
-    ) -> TrainState | None:
-        """The newest whole checkpoint that is `good`, in the shardings of `template`, or None.
+    def restore_latest(self, template: TrainState, good: bool = False) -> TrainState | None:
+        """The newest whole checkpoint (saved after a `good` step), or None.
 
-        A damaged one is moved to WORKDIR/broken_checkpoints with a loud line, and the next older
-        one is tried. Raises UserError where checkpoints exist and none is whole, where the newest
-        is of another config and where it cannot be read; other errors (no memory) go through, and
-        nothing is moved.
+        It comes in the shardings of `template`. A damaged one is moved to
+        WORKDIR/broken_checkpoints with a loud line, and the next older one is tried. Raises
+        UserError where checkpoints exist and none is whole, where the newest is of another config
+        and where it cannot be read; other errors (no memory) go through, and nothing is moved.
         """
-        below = None
-        while True:
-            self.wait()
-            step = hosts.from_first(lambda: self._newest_whole(below))  # noqa: B023 (called at once)
-            self._manager.reload()  # else a step that was set aside would not be saved again
-            if step < 0:
-                return None
-            try:
-                state = self._restore(step, template)
-            except OSError as error:
-                raise UserError(f"cannot read {self._folder / str(step)}: {error}") from error
-            if good(state):
-                return state
-            below = step
+        self.wait()
+        step = hosts.from_first(lambda: self._newest_whole(good))
+        self._manager.reload()  # else a step that was set aside would not be saved again
+        if step < 0:
+            return None
+        try:
+            return self._restore(step, template)
+        except OSError as error:
+            raise UserError(f"cannot read {self._folder / str(step)}: {error}") from error
 
-    def _newest_whole(self, below: int | None) -> int:
-        """The newest step (older than `below`) whose files are what was written, or -1."""
-        steps = [s for s in self._manager.all_steps() if below is None or s < below]
-        for step in sorted(steps, reverse=True):
+    def _newest_whole(self, good: bool) -> int:
+        """The newest step (that is `good`) whose files are what was written, or -1."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             if told := self._read(folder, read_all=True):
                 self._set_aside(folder, told)
+                continue
+            if good and not self._is_good(step):
                 continue
             if faults := list(self._broken.glob("*")):
                 logging.warning("broken checkpoints lie in %s (%d)", self._broken, len(faults))
             return step
         # a later run must not start over in silence either
-        if below is None and (self._found_broken or self._broken.exists()):
+        if self._found_broken or self._broken.exists():
             raise UserError(
                 f"{self._folder} held checkpoints but none is whole "
                 f"({'; '.join(self._found_broken) or 'not complete'}). They are kept in "
@@ -249,9 +247,7 @@ class Checkpoints:
 
     def _restore(self, step: int, template: TrainState) -> TrainState:
         args = self._ocp.args
-        meta: Any = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))[
-            "meta"
-        ]
+        meta = self._meta(step)
         here, there = describe(template), meta["arrays"]
         changed = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
         if changed:
@@ -273,6 +269,19 @@ class Checkpoints:
             step, args=args.Composite(state=args.StandardRestore(template))
         )["state"]
 
+    def _meta(self, step: int) -> Any:
+        args = self._ocp.args
+        return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+
+    def _is_good(self, step: int) -> bool:
+        """Whether a run may be taken back to it; one that cannot be read is kept as well."""
+        if step not in self._after_bad_steps:
+            try:
+                self._after_bad_steps[step] = bool(self._meta(step)["bad_steps"])
+            except Exception:
+                return True
+        return not self._after_bad_steps[step]
+
     def _tidy(self) -> int:
         """Before Orbax looks: it takes an empty folder named `7` for the newest step, and reads
         the scores of every step. What a killed run was about to remove goes for good."""
@@ -289,6 +298,18 @@ class Checkpoints:
         path.rename(target)
         self._found_broken.append(f"step {path.name}: {told}")
         logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, told, target)
+
+
+class _Newest:
+    """Orbax's policy: keep the `number` newest, and the newest that `is_good`."""
+
+    def __init__(self, number: int, is_good: Callable[[int], bool]):
+        self._number, self._is_good = number, is_good
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._number :], *[step for step in steps if self._is_good(step)][-1:]}
+        return [step in kept for step in steps]
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ was saved after a good step and leaves out every batch from there to the last ba
 
 batches 8 to 19 (counted from 0) were tried and given up, and step 9 is trained on batch 20. All is
 decided by numbers that every host has, and by nothing but the state and the data: a run that is
-killed and goes on decides alike.
+killed and goes on decides alike (one that was stopped after a good step has one checkpoint more).
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ class Recovery:
             )
         self._returns += 1
         jax.tree.map(lambda x: x.delete(), state)
-        old = self._checkpoints.restore_latest(self._template, lambda s: not int(s.faults.in_a_row))
-        state = old or self._fresh()
+        state = self._checkpoints.restore_latest(self._template, good=True) or self._fresh()
         to, begin = int(state.step), int(state.position)
         self._checkpoints.remove_after(to)
         # arithmetic on the devices: with several hosts the number stays one array of all of them
