@@ -77,7 +77,8 @@ class _WithManifest:
         if store := self._checkpoint_metadata_store:  # its last word comes before the hashes
             await asyncio.to_thread(_tell_time, store, self.get() / _ORBAX_METADATA)
             self._checkpoint_metadata_store = None
-        await asyncio.to_thread(write, Path(self.get()))
+        if atomicity.TMP_DIR_SUFFIX not in self.get().parent.name:  # not one of its parts
+            await asyncio.to_thread(write, Path(self.get()))
         await super().finalize()
 
 
