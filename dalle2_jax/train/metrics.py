@@ -67,7 +67,7 @@ class Reporter:
         if not self._active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        for folder in (workdir, workdir / "previews"):
+        for folder in (workdir, workdir / "previews", workdir / "model"):
             remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
         self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
         if tensorboard:
