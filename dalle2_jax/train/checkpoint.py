@@ -99,6 +99,7 @@ class Checkpoints:
         self._found_broken: list[str] = []
         hosts.from_first(self._tidy)
         policies = ocp.checkpoint_managers
+        self._writing = False
         self._after_bad_steps: dict[int, bool] = {}  # of the checkpoints seen so far
         keepers: list[Any] = [_Newest(max(keep, 1), self._is_good)]
         if best_metric:
@@ -152,6 +153,7 @@ class Checkpoints:
         meta = {"arrays": describe(state), "identity": self._identity, "bad_steps": bad_steps}
         self._after_bad_steps[step] = bool(bad_steps)
         best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        self._writing = True
         try:
             self._manager.save(
                 step,
@@ -166,20 +168,19 @@ class Checkpoints:
             raise self._write_error(step, error) from error
 
     def check(self) -> None:
-        """Raises UserError where a save that is under way has failed; waits for nothing."""
-        self._or_tell(self._manager.check_for_errors)
+        """Raises UserError where the last save has failed meanwhile; waits for nothing."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Until the last save is on disk; raises UserError where it could not be written."""
-        self._or_tell(self._manager.wait_until_finished)
-        self.check()
-        self._remove_old()
-
-    def _or_tell(self, look: Callable[[], object]) -> None:
+        self._writing = False
         try:
-            look()
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         except Exception as error:
             raise self._write_error(self._manager.latest_step(), error) from error
+        self._remove_old()
 
     def _write_error(self, step: int | None, error: Exception) -> UserError:
         self._manager.reload()  # it counts what was not written as saved
