@@ -1,8 +1,8 @@
 """The sha256 of every file of a checkpoint, inside it: no change of a bit goes unseen.
 
 Orbax keeps no checksum over array data. Its temporary folder is where a checkpoint becomes whole:
-the classes here list the files there, once the arrays of all hosts have been written, and only
-then let Orbax commit. So a committed checkpoint always has its manifest, and one without is
+the class here lists the files there, once the arrays of all hosts have been written, and only
+then lets Orbax commit. So a committed checkpoint always has its manifest, and one without is
 damaged. Outside the manifest stands only Orbax's own mark of the commit, whose content nobody
 reads.
 """
@@ -67,13 +67,13 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _WithManifest:
-    """Mixed into Orbax's temporary folders; Orbax calls `finalize` on process 0 alone, when all
-    hosts have written."""
+class RenamedFolder(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder, with a manifest before it is renamed to what it is to be.
 
-    _checkpoint_metadata_store: Any
+    Orbax calls `finalize` on process 0 alone, when all hosts have written.
+    """
 
-    async def finalize(self: Any) -> None:
+    async def finalize(self) -> None:
         if store := self._checkpoint_metadata_store:  # its last word comes before the hashes
             await asyncio.to_thread(_tell_time, store, self.get() / _ORBAX_METADATA)
             self._checkpoint_metadata_store = None
@@ -86,7 +86,3 @@ def _tell_time(store: Any, path: Any) -> None:
     store.wait_until_finished()
     store.update(file_path=path, commit_timestamp_nsecs=time.time_ns())
     store.wait_until_finished()
-
-
-class RenamedFolder(_WithManifest, atomicity.AtomicRenameTemporaryPath):
-    """Becomes visible by being renamed: on a file system."""

@@ -73,7 +73,7 @@ class Stopper:
     def alive(self) -> None:
         """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
         exits, as a host that hangs would hold all the others for ever."""
-        if self._watchdog > 0:
+        if self._watchdog > 0 and sys.__stderr__:
             # what Python was started with: a notebook's own stderr is no file
             faulthandler.dump_traceback_later(self._watchdog, exit=True, file=sys.__stderr__)
 
