@@ -5,9 +5,13 @@ upsampler_1024) and clip's judge. --config.batch_size=32 changes a setting; whic
 in the config's file, in `defaults` of dalle2_jax/build.py and in dalle2_jax/data/config.py.
 
 The same command goes on where the last one ended.
-Exit status: 0 done, 1 the loss is no longer finite, 2 a mistake in the input, or data or disk
-failed; stopped with everything saved: 75 out of max_minutes, 130 by SIGINT, 143 by SIGTERM (a
-second signal saves nothing).
+Exit status: 0 done, or stopped by SIGTERM with everything saved, as the last line says (a scheduler
+that preempts a run starts it again by itself); 1 no gradient is of use any more, or a step took
+longer than watchdog_seconds; 2 a mistake in the input, or data or disk failed; stopped with
+everything saved: 75 out of max_minutes, 130 by SIGINT. A second signal saves nothing.
+
+Several hosts: the same command on each. A TPU slice tells JAX the rest (--distributed where it
+does not by itself); elsewhere --coordinator_address, --num_processes and --process_id.
 """
 
 from __future__ import annotations
@@ -18,16 +22,19 @@ from dalle2_jax import commands  # first: it tells where no library is installed
 from dalle2_jax.errors import UserError
 
 # isort: split
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
 from dalle2_jax import build
+from dalle2_jax.train import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts (a TPU slice).")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that JAX can find.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 flags.FLAGS["config"].parser = build.ConfigParser("config")
 
@@ -63,8 +70,7 @@ def run(config: build.Config, workdir: str) -> int:
 def main() -> int:
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    hosts.connect(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     return run(CONFIG.value, WORKDIR.value or "")
 
 

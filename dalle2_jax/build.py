@@ -74,7 +74,9 @@ def defaults() -> Config:
             eval_every=0,
             eval_batches=4,
             export_every=0,
-            watchdog_seconds=0.0,  # a step that takes longer ends the process; 0: off
+            max_grad_norm=1e6,  # a larger gradient is not applied; 0: only one that is not finite
+            max_skips=10,  # so many such steps in a row: back to the last good checkpoint
+            watchdog_seconds=1800.0,  # a step that takes longer ends the process; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),
             clip_from="",  # model folder of the frozen CLIP
@@ -87,9 +89,10 @@ def defaults() -> Config:
 
 # (least, most) -> the settings that lie between
 _RANGES: dict[tuple[float, float], str] = {
-    (1, math.inf): "batch_size num_steps preview_size eval_batches keep optimizer.accumulate",
+    (1, math.inf): "batch_size num_steps preview_size eval_batches keep max_skips "
+    "optimizer.accumulate",
     (0, math.inf): "log_every checkpoint_every preview_every eval_every export_every max_minutes "
-    "watchdog_seconds optimizer.learning_rate optimizer.eps optimizer.weight_decay "
+    "max_grad_norm watchdog_seconds optimizer.learning_rate optimizer.eps optimizer.weight_decay "
     "optimizer.warmup_steps optimizer.clip_norm",
     (0, 1): "ema_decay optimizer.b1 optimizer.b2",
     (0, 2**32 - 1): "seed",

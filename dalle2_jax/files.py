@@ -32,11 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_stale(folder: Path) -> None:
-    """Removes the temporary files that killed processes left in `folder` an hour ago or more."""
+def remove_stale(folder: Path, seconds: float = _STALE_SECONDS) -> None:
+    """Removes the temporary files that killed processes left in `folder` an hour ago or more, or
+    `seconds`."""
     for left in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            if time.time() - left.stat().st_mtime >= seconds:
                 left.unlink()
 
 

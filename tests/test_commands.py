@@ -135,6 +135,11 @@ def test_ctrl_c_before_the_training_loop(tmp_path):
         (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
         (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge"]),
         (["-m", "dalle2_jax.data.emoji", "--help"], 0, ["--size"]),
+        (
+            ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--num_processes=2"],
+            2,
+            ["train.py: --coordinator_address and --process_id missing: give"],
+        ),
         (["-m", "dalle2_jax.evals", "--num=0"], 2, ["dalle2_jax.evals: --num=0 must be 1"]),
         (["-m", "dalle2_jax.data.emoji", "x"], 2, ["dalle2_jax.data.emoji: unknown argument 'x'"]),
     ],

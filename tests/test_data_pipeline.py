@@ -59,6 +59,7 @@ EVERY_WAY = [
     dict(subset="concrete", shuffle_seed=3),
     dict(group_by="style"),
     dict(STREAM, subset="concrete", crop_scale=(0.5, 0.5), image_size=32, flip=True),
+    dict(STREAM, stream_parts=2, subset="concrete"),
 ]
 
 
@@ -70,7 +71,14 @@ def test_resume_is_exact(way):
         assert_same(whole[start : start + 3], take(again, 3, start))
 
 
-@pytest.mark.parametrize("way", [{}, dict(STREAM, crop_scale=(0.5, 1.0))], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        dict(STREAM, stream_parts=4, crop_scale=(0.5, 1.0)),
+    ],
+    ids=str,
+)
 def test_hosts_share_each_batch(way):
     whole = take(shared(**way), 7)
     hosts = [take(dataset(process_index=i, process_count=2, **way), 7) for i in range(2)]
@@ -80,7 +88,20 @@ def test_hosts_share_each_batch(way):
             np.testing.assert_array_equal(joined, value)
 
 
-@pytest.mark.parametrize("way", [{}, STREAM], ids=str)
+def test_a_host_reads_its_own_part_of_a_stream_alone():
+    """Two hosts, three epochs: what one has seen the other has not, and together it is all."""
+    seen = []
+    for host in range(2):
+        own = dataset(process_index=host, process_count=2, **STREAM, stream_parts=2)
+        batches = take(own, 3 * 45 // BATCH)
+        seen.append({image.tobytes() for batch in batches for image in batch["image"]})
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == {
+        image.tobytes() for image in tfds_source.load_arrays(FIXTURE, "train")["image"]
+    }
+
+
+@pytest.mark.parametrize("way", [{}, STREAM, dict(STREAM, stream_parts=3)], ids=str)
 def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
     n = tfds.builder_from_directory(FIXTURE).info.splits["train"].num_examples
     batches = dataset(batch_size=n, **way)
@@ -284,6 +305,9 @@ def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
         (dict(subset="style=gothic"), "empty"),
         (dict(subset="style=gothic", ram_gb=0.0), "empty"),
         (dict(subset="style", ram_gb=0.0), "'style' is text"),
+        (dict(process_count=2, **STREAM), "stream_parts=1 is not a multiple of 2 hosts"),
+        (dict(stream_parts=3, **STREAM), "is not a multiple of config.data.stream_parts=3"),
+        (dict(stream_parts=0), "config.data.stream_parts=0 must be"),
         (dict(batch_size=9, process_count=2), "batch_size=9 is not a multiple of 2 hosts"),
     ],
 )

@@ -11,7 +11,7 @@ from toy_task import ToyTask, config
 
 from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock, checksums
+from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
 
@@ -168,7 +168,7 @@ def test_no_checkpoint_that_loads_never_means_step_zero(tmp_path, harm):
     template, _ = save(tmp_path, 4)
     harm(tmp_path / "checkpoints" / "4")
     for _ in range(2):  # nor when the command is run again
-        with pytest.raises(UserError, match="none loads"):
+        with pytest.raises(UserError, match="none is whole"):
             restore(tmp_path, template)
 
 
@@ -254,23 +254,6 @@ def test_a_write_that_fails_is_told(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert kept(tmp_path) == []
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int32"])
-def test_checksum_sees_a_bit_and_an_exchange(dtype):
-    _, state = make()
-    values = np.arange(12).reshape(3, 4).astype(jnp.dtype(dtype))
-    word = values.view(f"uint{8 * values.itemsize}")
-
-    def checksum(x) -> int:
-        return checksums(state.replace(params={"x": jnp.asarray(x)}))["params/x"]
-
-    whole = checksum(values)
-    for bit in range(8 * values.itemsize):
-        changed = word.copy()
-        changed[1, 2] ^= 1 << bit
-        assert checksum(changed.view(values.dtype)) != whole
-    assert checksum(values[::-1]) != whole and checksum(values) == whole
 
 
 def test_lock_is_exclusive_and_released(tmp_path):

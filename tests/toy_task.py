@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import jax
@@ -56,15 +57,15 @@ class ToyTask:
         return {"config": {"width": self.width}}, params
 
 
-def dataset(batch_size: int = 16, poison_at: int = -1):
-    """start step -> numpy batches; step `poison_at` is all white (see ToyTask.loss)."""
+def dataset(batch_size: int = 16, poison_at: Container[int] = ()):
+    """start -> numpy batches; those of `poison_at` are all white (see ToyTask.loss)."""
 
     def batches(start: int):
         step = start
         while True:
             rng = np.random.default_rng(step)
             image = rng.integers(0, 256, (batch_size, SIZE, SIZE, 3), dtype=np.uint8)
-            yield {"image": np.full_like(image, 255) if step == poison_at else image}
+            yield {"image": np.full_like(image, 255) if step in poison_at else image}
             step += 1
 
     return batches

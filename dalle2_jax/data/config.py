@@ -33,6 +33,9 @@ class DataConfig:
       crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
       ram_gb: encoded TFDS splits above this are streamed, through a shuffle buffer of this size: of
         such a split it decides the order too.
+      stream_parts: into how many equal parts a streamed split is cut: each gives its share of every
+        batch, and a host reads only its own parts, so that the number of hosts must divide it. It
+        decides the order too; the number of hosts does not.
       decoded_gb: how much of the decoded pictures to keep in memory; 1e6 at most.
     """
 
@@ -50,6 +53,7 @@ class DataConfig:
     flip: bool = False
     crop_scale: tuple[float, float] = (1.0, 1.0)
     ram_gb: float = 2.0
+    stream_parts: int = 1
     decoded_gb: float = 1.0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,7 @@ class DataConfig:
         if not self.path.strip():  # else the current folder
             raise UserError("config.data.path is empty: name a folder")
         options.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
+        options.check_range("config.data", 1, 2**16, stream_parts=self.stream_parts)
         options.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
         options.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
         options.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed

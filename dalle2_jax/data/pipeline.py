@@ -56,8 +56,18 @@ class Batches:
         self._maker = concurrent.futures.ThreadPoolExecutor(1)
         self._decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         source = _open(config, split)
-        self._stream = source if isinstance(source, stream.Stream) else None
-        self.num_examples = len(source)
+        self._streams: list[stream.Stream] = []  # those that this host reads
+        if isinstance(source, list):
+            self._streams = _own_parts(source, process_index, process_count)
+            if batch_size % len(source):
+                raise UserError(
+                    f"batch_size={batch_size} is not a multiple of "
+                    f"config.data.stream_parts={len(source)}"
+                )
+            self._part_size = batch_size // len(source)
+            self.num_examples = sum(len(part) for part in source)
+        else:
+            self.num_examples = len(source)
         self._group_size = _GROUP_SIZE if config.group_by else 1
         if self._group_size > self.num_examples:
             raise UserError(
@@ -72,9 +82,10 @@ class Batches:
                 batch_size,
                 self.num_examples,
             )
-        _warn_if_small(source.first_picture(), name, config.image_size)
-        if isinstance(source, stream.Stream):
+        if isinstance(source, list):
+            _warn_if_small(self._streams[0].first_picture(), name, config.image_size)
             return
+        _warn_if_small(source.first_picture(), name, config.image_size)
         source.damage = self._damage
         self._tokens = TokenTable(source, self._tokenizer)
         self._cache = PictureCache(
@@ -93,14 +104,14 @@ class Batches:
             a streamed record without a caption.
         """
         plans = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
-        if self._stream is not None:
-            records = self._stream.batches(start_step, self._batch_size)
-            plans = tf.data.Dataset.zip(plans, records).map(lambda plan, record: plan | record)
+        if self._streams:
+            records = [part.batches(start_step, self._part_size) for part in self._streams]
+            plans = tf.data.Dataset.zip(plans, *records).map(_join)
         settings = tf.data.Options()
         settings.deterministic = True
         settings.threading.private_threadpool_size = 2
         make: Callable[..., dict[str, np.ndarray]]
-        make = self._gather if self._stream is None else self._decode_records
+        make = self._decode_records if self._streams else self._gather
         # Python's part is kept out of tf.data: a tf.numpy_function that runs while the interpreter
         # exits hangs it, and its errors come back as text.
         ahead: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -124,7 +135,7 @@ class Batches:
         config, n, size = self._config, self.num_examples, self._group_size
         place = step * self._batch_size + tf.range(self._batch_size, dtype=tf.int64)
         epoch, index = place // (n - n % size), place % (n - n % size)
-        if config.shuffle and self._stream is None:
+        if config.shuffle and not self._streams:
             within = index % size
             index = self._shuffled(index // size, epoch, 0, n // size) * size + within
             if size > 1:  # where the groups begin moves, so that none is always cut in two
@@ -162,11 +173,18 @@ class Batches:
         bare: np.ndarray,
     ) -> dict[str, np.ndarray]:
         del index  # the stream's own order
-        assert self._stream is not None
-        self._stream.require_captions(bare)
-        window = stream.Window(image, self._config.image_size, self._damage)
-        places = range(self._batch_size)[self._share]
-        found = self._decoders.map(window.get, places, self._crops(draws))
+        size = self._part_size
+        self._streams[0].require_captions(bare)
+        windows = [
+            stream.Window(image[start : start + size], self._config.image_size, self._damage)
+            for start in range(0, len(image), size)
+        ]
+
+        def get(row: int, crop: tuple[float, float, float]) -> tuple[np.ndarray, int]:
+            picture, used = windows[row // size].get(row % size, crop)
+            return picture, row - row % size + used
+
+        found = self._decoders.map(get, range(len(image)), self._crops(draws))
         images, used = zip(*found, strict=True)
         texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
@@ -220,15 +238,34 @@ def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:
         )
 
 
-def _open(config: DataConfig, split: str) -> Examples | stream.Stream:
+def _join(plan: dict[str, Any], *records: dict[str, Any]) -> dict[str, Any]:
+    """A host's plan and what its parts gave, row after row."""
+    return plan | {k: tf.concat([record[k] for record in records], 0) for k in records[0]}
+
+
+def _own_parts(parts: list[stream.Stream], index: int, count: int) -> list[stream.Stream]:
+    """Those of host `index`, whose rows of a batch they give."""
+    if len(parts) % count:
+        raise UserError(
+            f"config.data.stream_parts={len(parts)} is not a multiple of {count} hosts, each of "
+            f"which would read all: --config.data.stream_parts={count} or a multiple of it"
+        )
+    own = len(parts) // count
+    return parts[index * own : (index + 1) * own]
+
+
+def _open(config: DataConfig, split: str) -> Examples | list[stream.Stream]:
     if config.source == "folder":
         return folder_source.open_folder(config.path, split, config.eval_split)
     source = tfds_source.open_split(config.path, split, config.subset)
     streamed = source.num_bytes > config.ram_gb * 2**30
     if streamed and not config.group_by:
         buffer = int(source.num_records * config.ram_gb * 2**30 / source.num_bytes)
-        buffer = max(buffer, _LEAST_BUFFER)
-        return stream.Stream(source, config.shuffle, config.shuffle_seed, buffer)
+        buffer = max(buffer // config.stream_parts, _LEAST_BUFFER)
+        return [
+            stream.Stream(part, config.shuffle, config.shuffle_seed, buffer)
+            for part in source.cut(config.stream_parts)
+        ]
     if streamed:
         raise UserError(
             f"config.data.group_by={config.group_by!r} needs {config.path} in memory: "

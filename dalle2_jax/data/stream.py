@@ -1,7 +1,7 @@
 """TFDS splits too large for memory, in a shuffled order that depends on seed and epoch alone.
 
-To go on at a step, the records before it are read again and dropped, still encoded. Every host
-reads every record and decodes only its own share.
+To go on at a step, the records before it are read again and dropped, still encoded. A split may be
+cut into parts, a stream each: a host reads its own alone.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from dalle2_jax.data.examples import Damage
 from dalle2_jax.data.tfds_source import Prepared
 from dalle2_jax.errors import UserError
 
+_PLACES = 2**40  # more than a run has
+
 
 class Stream:
     """Endless batches of encoded records of `source`; one caption a record, drawn by place."""
 
     def __init__(self, source: Prepared, shuffle: bool, seed: int, buffer: int):
         self._source, self._shuffle, self._seed, self._buffer = source, shuffle, seed, buffer
-        self._count = source.num_records
+        self._count = source.part_size(source.part)
+        self._first = sum(source.part_size(i) for i in range(source.part))
         if source.subset:  # how many the filter keeps is known after reading them
             self._count = int(source.dataset().reduce(np.int64(0), lambda n, _: n + 1))
         if not self._count:
+            part = f", part {source.part} of {source.parts}" if source.parts > 1 else ""
             raise UserError(
-                f"{source.path}: split {source.split!r}, subset {source.subset!r}: empty"
+                f"{source.path}: split {source.split!r}, subset {source.subset!r}{part}: empty"
             )
 
     def __len__(self) -> int:
@@ -46,7 +50,7 @@ class Stream:
     def batches(self, start_step: int, batch_size: int) -> tf.data.Dataset:
         """{"image": bytes [b], "caption": bytes [b], "bare": int64 [b]} from `start_step` on.
 
-        b is the global batch; `bare` is for `require_captions`.
+        b is this stream's part of the global batch; `bare` is for `require_captions`.
         """
         first_epoch, skipped = divmod(start_step * batch_size, self._count)
 
@@ -79,17 +83,18 @@ class Stream:
         number, record = numbered
         captions = record[self._source.caption_feature]
         count = tf.size(captions)
-        seed = tf.stack([tf.cast(self._seed, tf.int64), place])
+        draw = place + self._source.part * _PLACES  # other parts draw otherwise
+        seed = tf.stack([tf.cast(self._seed, tf.int64), draw])
         which = tf.random.stateless_uniform([], seed, 0, tf.maximum(count, 1), tf.int32)
         return {
             "image": record["image"],
             "caption": tf.concat([captions, [""]], 0)[which],
-            "bare": tf.where(count > 0, tf.constant(-1, tf.int64), number),
+            "bare": tf.where(count > 0, tf.constant(-1, tf.int64), self._first + number),
         }
 
 
 class Window:
-    """The pictures of one global batch; a damaged one gives way to the next that is whole."""
+    """A stream's pictures in one batch; a damaged one gives way to the next that is whole."""
 
     def __init__(self, encoded: np.ndarray, size: int, damage: Damage):
         self._encoded, self._size, self._damage = encoded, size, damage

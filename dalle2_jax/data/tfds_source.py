@@ -25,7 +25,7 @@ CAPTION_FEATURES = ("captions", "caption", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A split of a TFDS directory, or several, as in "train+validation".
+    """A split of a TFDS directory, or several, as in "train+validation"; or an equal part of it.
 
     `caption_feature` is one of CAPTION_FEATURES.
     """
@@ -35,6 +35,8 @@ class Prepared:
     builder: Any
     caption_feature: str
     subset: str
+    part: int = 0
+    parts: int = 1
 
     @property
     def num_records(self) -> int:
@@ -48,13 +50,23 @@ class Prepared:
     def _splits(self) -> list[Any]:
         return [self.builder.info.splits[name] for name in self.split.split("+")]
 
+    def cut(self, parts: int) -> list[Prepared]:
+        """Equal parts, but for a record; reading one leaves the files of the others alone."""
+        return [dataclasses.replace(self, part=i, parts=parts) for i in range(parts)]
+
+    def part_size(self, part: int) -> int:
+        """Records of that part before `subset` is applied."""
+        return self.num_records // self.parts + (part < self.num_records % self.parts)
+
     def dataset(self) -> tf.data.Dataset:
         """Records as dicts in a fixed order, `subset` applied.
 
         The picture is encoded, and the caption feature, of whatever kind, is bytes [captions].
         """
         dataset = self.builder.as_dataset(
-            split=self.split,
+            split=tfds.even_splits(self.split, self.parts)[self.part]
+            if self.parts > 1
+            else self.split,
             decoders={"image": tfds.decode.SkipDecoding()},
             shuffle_files=False,
             read_config=tfds.ReadConfig(

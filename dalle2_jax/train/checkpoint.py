@@ -1,8 +1,10 @@
 """A thin module over Orbax: save, restore with proof, fall back, never start over in silence.
 
 Orbax commits a checkpoint atomically but keeps no checksum over array data and casts dtypes
-without a word, so every save carries a checksum per array (in the same commit) that is compared
-after the restore. Sums of integers do not depend on the order, so they hold on any mesh.
+without a word: `manifest.py` has the sha256 of every file, compared before anything is restored,
+and shapes, dtypes and what the weights are of are saved beside the arrays.
+
+With several hosts (one workdir for all) process 0 looks at the files and decides for all.
 """
 
 from __future__ import annotations
@@ -11,67 +13,30 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
 from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.train import hosts, manifest
 from dalle2_jax.train.state import TrainState
-from dalle2_jax.types import Array, PyTree
+from dalle2_jax.types import PyTree
 
-# What Orbax raises over files that are missing, cut short or no longer what they were; it tells of
-# array data by a bare Exception. Anything else (no memory, no permission) says nothing of the file.
-_DAMAGE = (
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
 # How a network is computed, not what it is.
 _MAY_CHANGE = ("remat", "dtype", "dropout")
-_NO_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Too many open files")
-
-_UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-
-def _checksum(x: Array) -> Array:
-    """Sum over the bits of x, each word times an odd number of its place, modulo 2^32.
-
-    An odd factor keeps every single flipped bit visible, its place every exchange of two words.
-    """
-    bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _checksums(leaves: list[Array]) -> Array:
-    return jnp.stack([_checksum(x) for x in leaves])
+_REMOVED = "removed"  # Orbax moves old steps here: a kill while files go leaves no half checkpoint
 
 
 def describe(state: PyTree) -> dict[str, list[Any]]:
     """path -> [shape, dtype]: what a config must share with a checkpoint to go on from it."""
     return {k: [list(x.shape), str(x.dtype)] for k, x in sharding.flatten(state).items()}
-
-
-def checksums(state: TrainState) -> dict[str, int]:
-    """path -> checksum of every array, computed where the shards lie."""
-    leaves = sharding.flatten(state)
-    everywhere = state.step.sharding  # replicated: every host reads the result
-    sums = jax.jit(_checksums, out_shardings=everywhere)(list(leaves.values()))
-    return dict(zip(leaves, np.asarray(sums).tolist(), strict=True))
 
 
 class WorkdirLock:
@@ -80,11 +45,12 @@ class WorkdirLock:
     def __init__(self, workdir: Path):
         """Raises UserError where another process holds it and where it cannot be written.
 
-        One host of several locks for all.
+        One host of several locks for all, and all hear of it.
         """
-        self._file = None
-        if jax.process_index():
-            return
+        self._file: Any = None
+        hosts.from_first(lambda: self._lock(workdir))
+
+    def _lock(self, workdir: Path) -> int:
         pictures.prepare_folder(workdir)
         self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
         try:
@@ -100,6 +66,7 @@ class WorkdirLock:
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
+        return 0
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +86,8 @@ class Checkpoints:
         best_metric: str = "",
         identity: Mapping[str, Any] | None = None,
     ):
-        """Keeps the `keep` newest, and the one with the lowest `best_metric` if one is named.
+        """Keeps the `keep` newest, the newest that was saved after a good step (recovery.py), and
+        the one with the lowest `best_metric` if one is named.
 
         `identity` (JSON values) says what the weights are of; only checkpoints of the same load.
         """
@@ -127,11 +95,13 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = (workdir / "checkpoints").absolute()  # Orbax fails late on relative paths
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._broken = workdir.absolute() / "broken_checkpoints"
-        self._set_uncommitted_aside()
+        self._found_broken: list[str] = []
+        hosts.from_first(self._tidy)
         policies = ocp.checkpoint_managers
-        keepers: list[Any] = [policies.LatestN(max(keep, 1))]
+        self._writing = False
+        self._after_bad_steps: dict[int, bool] = {}  # of the checkpoints seen so far
+        keepers: list[Any] = [_Newest(max(keep, 1), self._is_good)]
         if best_metric:
             keepers.append(
                 policies.BestN(
@@ -151,6 +121,8 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                temporary_path_class=manifest.RenamedFolder,
+                todelete_subdir=_REMOVED,
                 **(best if best_metric else {}),
             ),
         )
@@ -174,13 +146,15 @@ class Checkpoints:
         Raises UserError where this save or the one before it could not be written (disk full).
         """
         step = int(state.step)
+        self.wait()  # a full disk shows here, not in Orbax's save()
         if step in self._manager.all_steps():
             return
-        meta = {"arrays": describe(state), "checksums": checksums(state)}
-        meta["identity"] = self._identity
+        bad_steps = int(state.faults.in_a_row)
+        meta = {"arrays": describe(state), "identity": self._identity, "bad_steps": bad_steps}
+        self._after_bad_steps[step] = bool(bad_steps)
         best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        self._writing = True
         try:
-            self._manager.wait_until_finished()  # a full disk shows here, not in save()
             self._manager.save(
                 step,
                 args=self._ocp.args.Composite(
@@ -193,59 +167,88 @@ class Checkpoints:
         except Exception as error:
             raise self._write_error(step, error) from error
 
+    def check(self) -> None:
+        """Raises UserError where the last save has failed meanwhile; waits for nothing."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Until the last save is on disk; raises UserError where it could not be written."""
+        self._writing = False
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
             raise self._write_error(self._manager.latest_step(), error) from error
+        self._remove_old()
 
     def _write_error(self, step: int | None, error: Exception) -> UserError:
+        self._manager.reload()  # it counts what was not written as saved
         return UserError(
             f"could not write a checkpoint to {self._folder} (step {step}): {_first_line(error)}. "
             "Free some space or mend the folder and run the same command again"
         )
 
-    def restore_latest(self, template: TrainState) -> TrainState | None:
-        """The newest checkpoint that loads, in the shardings of `template`; None if none exists.
+    def _remove_old(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
-        A damaged checkpoint is moved to WORKDIR/broken_checkpoints with a loud line, and the next
-        older one is tried. Raises UserError where checkpoints exist and none loads, where the
-        newest is of another config and where it may not be read; other errors (no memory) go
-        through, and nothing is moved.
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: they are of a way that was given up."""
+        self.wait()
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+        self._remove_old()
+
+    def restore_latest(self, template: TrainState, good: bool = False) -> TrainState | None:
+        """The newest whole checkpoint (saved after a `good` step), or None.
+
+        It comes in the shardings of `template`. A damaged one is moved to
+        WORKDIR/broken_checkpoints with a loud line, and the next older one is tried. Raises
+        UserError where checkpoints exist and none is whole, where the newest is of another config
+        and where it cannot be read; other errors (no memory) go through, and nothing is moved.
         """
-        faults = []
+        self.wait()
+        step = hosts.from_first(lambda: self._newest_whole(good))
+        self._manager.reload()  # else a step that was set aside would not be saved again
+        if step < 0:
+            return None
+        try:
+            return self._restore(step, template)
+        except OSError as error:
+            raise UserError(f"cannot read {self._folder / str(step)}: {error}") from error
+
+    def _newest_whole(self, good: bool) -> int:
+        """The newest step (that is `good`) whose files are what was written, or -1."""
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._restore(step, template)
-            except UserError:
-                raise
-            except Exception as error:
-                if not _is_damage(error):
-                    if isinstance(error, OSError):
-                        raise UserError(
-                            f"cannot read {self._folder / str(step)}: {error}"
-                        ) from error
-                    raise
-                faults.append(f"step {step}: {_first_line(error)}")
-                logging.error("CHECKPOINT %d DOES NOT LOAD: %s", step, _first_line(error))
-                self._set_aside(self._folder / str(step))
-                self._manager.reload()  # else the step, reached again, would not be saved
-        self._manager.reload()
-        if faults or self._broken.exists():  # a later run must not start over in silence either
-            told = "; ".join(faults) or "not complete"
+            folder = self._folder / str(step)
+            if told := self._read(folder, read_all=True):
+                self._set_aside(folder, told)
+                continue
+            if good and not self._is_good(step):
+                continue
+            if faults := list(self._broken.glob("*")):
+                logging.warning("broken checkpoints lie in %s (%d)", self._broken, len(faults))
+            return step
+        # a later run must not start over in silence either
+        if self._found_broken or self._broken.exists():
             raise UserError(
-                f"{self._folder} held checkpoints but none loads ({told}). They are kept in "
+                f"{self._folder} held checkpoints but none is whole "
+                f"({'; '.join(self._found_broken) or 'not complete'}). They are kept in "
                 f"{self._broken}. To start from step 0 on purpose, use another --workdir."
             )
-        return None
+        return -1
+
+    def _read(self, folder: Path, read_all: bool) -> str:
+        try:
+            return manifest.fault(folder, read_all)
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error}") from error
 
     def _restore(self, step: int, template: TrainState) -> TrainState:
         args = self._ocp.args
-        meta: Any = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))[
-            "meta"
-        ]
+        meta = self._meta(step)
         here, there = describe(template), meta["arrays"]
         changed = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
         if changed:
@@ -263,44 +266,56 @@ class Checkpoints:
                     f"{here[name]} here. Use the config (and the CLIP) it was started with, or "
                     "another --workdir, where --config.init_from goes on from exported weights."
                 )
-        restored = self._manager.restore(
+        return self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(template))
         )["state"]
-        sums = checksums(restored)
-        damaged = [k for k, v in meta["checksums"].items() if sums[k] != v]
-        if damaged:
-            raise ValueError(f"damaged data: the checksum of {damaged[0]} differs")
-        if faults := list(self._broken.glob("*")):
-            logging.warning("broken checkpoints lie in %s (%d)", self._broken, len(faults))
-        return restored
 
-    def _set_uncommitted_aside(self) -> None:
-        """Orbax takes an empty folder named `7` for the newest step: move such folders away."""
-        for folder in self._folder.iterdir():
-            committed = (folder / "_CHECKPOINT_METADATA").exists()
-            if folder.is_dir() and folder.name.isdigit() and not committed:
-                logging.error("CHECKPOINT %s IS NOT COMPLETE", folder)
-                self._set_aside(folder)
+    def _meta(self, step: int) -> Any:
+        args = self._ocp.args
+        return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
 
-    def _set_aside(self, folder: Path) -> None:
-        if jax.process_index():
-            return
+    def _is_good(self, step: int) -> bool:
+        """Whether a run may be taken back to it; one that cannot be read is kept as well."""
+        if step not in self._after_bad_steps:
+            try:
+                self._after_bad_steps[step] = bool(self._meta(step)["bad_steps"])
+            except Exception:
+                return True
+        return not self._after_bad_steps[step]
+
+    def _tidy(self) -> int:
+        """Before Orbax looks: it takes an empty folder named `7` for the newest step, and reads
+        the scores of every step. What a killed run was about to remove goes for good."""
+        pictures.prepare_folder(self._folder)
+        self._remove_old()
+        for path in self._folder.iterdir():
+            if path.name.isdigit() and (told := self._read(path, read_all=False)):
+                self._set_aside(path, told)
+        return 0
+
+    def _set_aside(self, path: Path, told: str) -> None:
         self._broken.mkdir(exist_ok=True)
-        target = self._broken / f"{folder.name}.{int(time.time())}"
-        if folder.exists():
-            folder.rename(target)
-            logging.error("moved it to %s", target)
+        target = self._broken / f"{path.name}.{time.time_ns()}"
+        path.rename(target)
+        self._found_broken.append(f"step {path.name}: {told}")
+        logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, told, target)
+
+
+class _Newest:
+    """Orbax's policy: keep the `number` newest, and the newest that `is_good`."""
+
+    def __init__(self, number: int, is_good: Callable[[int], bool]):
+        self._number, self._is_good = number, is_good
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._number :], *[step for step in steps if self._is_good(step)][-1:]}
+        return [step in kept for step in steps]
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     """{"model": {"dim": 8}} -> {"model.dim": 8}."""
     return traverse_util.flatten_dict(dict(identity), sep=".")
-
-
-def _is_damage(error: Exception) -> bool:
-    told = f"{error} {error.__cause__}"
-    kind = type(error) is Exception or isinstance(error, _DAMAGE)
-    return kind and not any(sign in told for sign in _NO_DAMAGE)
 
 
 def _first_line(error: Exception) -> str:

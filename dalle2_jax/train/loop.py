@@ -13,8 +13,9 @@ from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import checks
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
-from dalle2_jax.train.metrics import Diverged, Reporter, Window
+from dalle2_jax.train.metrics import Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.recovery import Diverged, Recovery, keep
 from dalle2_jax.train.side import Dataset, SideWork
 from dalle2_jax.train.state import TrainState, abstract_state, init_state
 from dalle2_jax.train.step import check_batch_size, global_batch, make_train_step, place_frozen
@@ -34,8 +35,8 @@ def train(
 
     `config` is a complete one (build.complete). Without `eval_dataset` nothing is evaluated, and
     previews show training pictures. Raises UserError for mistakes and where data, disk or folder
-    fail on the way (what was learned till then is saved if it can be), Diverged where the loss or
-    gradient is no longer finite (the last good checkpoint stays).
+    fail on the way (what was learned till then is saved if it can be), Diverged where going back to
+    the last good checkpoint (recovery.py) does not help; it stays.
     """
     workdir = checks.local_folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
@@ -58,78 +59,71 @@ def train(
             checks.check_stands_alone(model, task.stage)
         if config.export_to:
             pictures.prepare_folder(model)  # not only after hours of training
-        state = checkpoints.restore_latest(template)
-        if state is None:
-            state = init_state(task, optimizer, config.seed, template, config.init_from)
-        else:
-            logging.info("going on from step %d of %s", int(state.step), workdir)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        recovery = Recovery(
+            checkpoints,
+            template,
+            lambda: init_state(task, optimizer, config.seed, template, config.init_from),
+            config.max_skips,
+            lag=0 if on_cpu else 2,
+        )
+        state = recovery.start()
+        start = step = int(state.step)
+        if start:
+            logging.info("going on from step %d of %s", start, workdir)
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
-        start = int(state.step)
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)
-        data, window = dataset(start), Window(max(config.log_every, 1000))
+        data, window = dataset(int(state.position)), Window(max(config.log_every, 1000))
         stopped_by, scores = None, {}
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        with Reporter(workdir, start, tensorboard) as report:
+        with Reporter(workdir, start, int(state.position), tensorboard) as report:
             report.parameters(template.params)
             try:
-                for step in range(start + 1, config.num_steps + 1):
+                while step < config.num_steps and not stopped_by:
                     state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
-                    window.add(step, metrics)
-                    scores = {}
+                    step, scores = step + 1, {}
+                    window.add(metrics)
+                    recovery.add(step, metrics)
                     stopper.alive()
                     if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
-                        jax.block_until_ready(metrics)
-                        window.check(newest_only=True)
+                        jax.block_until_ready((state, metrics))
                     if step == start + 1:
                         report.restart_clock(step)  # compiling is not speed
+                    stopped_by = stopper.reason()
+                    save = _due(config.checkpoint_every, step, config.num_steps) or stopped_by
+                    if bad_end := recovery.bad_end(read_all=bool(save)):
+                        stopper.rest()
+                        state, event = recovery.go_back(state, bad_end)
+                        step, batch = int(state.step), int(state.position)
+                        data, window = dataset(batch), Window(max(config.log_every, 1000))
+                        report.go_back(step, batch, event)
+                        continue
                     if _due(config.log_every, step, config.num_steps):
                         report.log(step, config.num_steps, config.batch_size, window.mean())
                     since = time.perf_counter()
                     stopper.rest()
+                    checkpoints.check()  # a disk that filled up meanwhile
                     if eval_dataset and _due(config.eval_every, step):
                         scores = side.evaluate(state.ema_params)
                         report.scalars(step, scores)
-                    stopped_by = stopper.reason(step)
-                    if _due(config.checkpoint_every, step, config.num_steps) or stopped_by:
-                        window.check()  # a state that is not finite must not be kept
-                        checkpoints.save(state, scores)
+                    if save:
+                        recovery.save(state, scores, bool(stopped_by) or step == config.num_steps)
                     if _due(config.preview_every, step):
                         report.images(step, side.preview(state.ema_params))
                     if _due(config.export_every, step):
                         side.export(state.ema_params)
                     report.pause(time.perf_counter() - since)
                     stopper.alive()
-                    if stopped_by:
-                        break
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
                 stopper.rest()
-                raise UserError(
-                    f"{error}{_keep(checkpoints, window, state, scores, start)}"
-                ) from error
+                raise UserError(f"{error}{keep(checkpoints, state, scores, start)}") from error
         stopper.rest()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)
-        return Result(int(state.step), stopped_by, state)
-
-
-def _keep(
-    checkpoints: Checkpoints, window: Window, state: TrainState, scores: dict, start: int
-) -> str:
-    """Saves `state` where the run fails on the way; what to tell of it."""
-    step = int(state.step)
-    if step == start or jax.process_count() > 1:  # saving needs every host, and they train on
-        return ""
-    try:
-        window.check()
-        checkpoints.save(state, scores)
-        checkpoints.wait()
-    except (UserError, OSError, Diverged):
-        return ""
-    return f" (step {step} is saved: mend that and run the same command again to go on)"
+        return Result(step, stopped_by, state)
 
 
 def _identity(task: Task, template: TrainState) -> dict[str, Any]:

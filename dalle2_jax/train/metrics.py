@@ -21,20 +21,9 @@ from absl import logging
 from clu import parameter_overview
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.files import replacing
+from dalle2_jax.files import remove_stale, replacing
 from dalle2_jax.pictures import save_png
 from dalle2_jax.types import Metrics, Params
-
-
-class Diverged(RuntimeError):
-    """The loss or its gradient is no longer a finite number."""
-
-    def __init__(self, step: int, what: str):
-        super().__init__(
-            f"{what} at step {step}; the last good checkpoint is kept. Lower "
-            "optimizer.learning_rate or set optimizer.clip_norm and run the command again"
-        )
-        self.step = step
 
 
 class Window:
@@ -45,30 +34,20 @@ class Window:
 
     def __init__(self, most: int = 1000):
         self._most = most
-        self._steps: list[tuple[int, Metrics]] = []
+        self._steps: list[Metrics] = []
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def add(self, metrics: Metrics) -> None:
         if len(self._steps) >= 2 * self._most:
-            self.check()  # none goes unseen
             self._steps = self._steps[-self._most :]
-        self._steps.append((step, metrics))
-
-    def check(self, newest_only: bool = False) -> None:
-        """Raises Diverged naming the first step whose loss or norms are not finite."""
-        for step, metrics in self._steps[-1:] if newest_only else self._steps:
-            for name in ("loss", "grad_norm", "param_norm"):
-                value = float(metrics[name])
-                if not math.isfinite(value):
-                    raise Diverged(step, f"{name} is {value}")
+        self._steps.append(metrics)
 
     def mean(self) -> dict[str, float]:
-        """Averages over the window, which is emptied."""
-        self.check()
-        values = jax.device_get([metrics for _, metrics in self._steps])
+        """Averages over the window's good steps, and how many were `skipped`; it is emptied."""
+        values = jax.device_get(self._steps)
         self._steps = []
-        if not values:
-            return {}
-        return {k: float(np.mean([np.float64(v[k]) for v in values])) for k in values[0]}
+        good = [v for v in values if not v["skipped"]]
+        means = {k: float(np.mean([np.float64(v[k]) for v in good])) for k in (good or [{}])[0]}
+        return {**means, "skipped": float(len(values) - len(good))} if values else {}
 
 
 def _duration(seconds: float) -> str:
@@ -80,14 +59,17 @@ def _duration(seconds: float) -> str:
 class Reporter:
     """Writes for process 0 only; on the others every method does nothing."""
 
-    def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
+    def __init__(self, workdir: Path, start_step: int, start_batch: int, tensorboard: bool):
+        """A run goes on after `start_step`, whose next batch is `start_batch`."""
         self._active = jax.process_index() == 0
         self._folder, self._clu = workdir, None
         self._last_step, self._last_time = start_step, time.perf_counter()
         if not self._active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = _reopen(workdir / "metrics.jsonl", start_step)
+        for folder in (workdir, workdir / "previews", workdir / "model"):
+            remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
+        self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
         if tensorboard:
             from clu import metric_writers
 
@@ -107,6 +89,15 @@ class Reporter:
                 self._lines.close()
             self._tensorboard("close")
 
+    def go_back(self, step: int, batch: int, event: Mapping[str, Any]) -> None:
+        """As a run that was killed and goes on after `step`, at `batch` of the data; `event`, told
+        there, says why."""
+        self.restart_clock(step)
+        if self._active:
+            self._lines.close()
+            self._lines = _reopen(self._folder / "metrics.jsonl", step, batch)
+            self._line({"step": step, **event})
+
     def parameters(self, params: Params) -> None:
         """A table of the parameters on the terminal, and their number."""
         if self._active:
@@ -122,9 +113,10 @@ class Reporter:
         self.scalars(step, {**values, **speed})
         if self._active:
             left = _duration((num_steps - step) / rate) if rate else "?"
+            loss = values.get("loss", math.nan)  # no step of the window was good
             print(
                 f"step {step}/{num_steps} ({100 * step / num_steps:.1f} %)  "
-                f"loss {values['loss']:.5f}  {rate:.2f} steps/s  {rate * batch_size:.1f} images/s  "
+                f"loss {loss:.5f}  {rate:.2f} steps/s  {rate * batch_size:.1f} images/s  "
                 f"{left} left",
                 flush=True,
             )
@@ -137,14 +129,16 @@ class Reporter:
         self._last_time += seconds
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if not self._active:
-            return
+        if self._active:
+            self._line({"step": step, **values})
+            self._tensorboard("write_scalars", step, dict(values))
+
+    def _line(self, values: Mapping[str, Any]) -> None:
         try:
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.write(json.dumps(values) + "\n")
             self._lines.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._lines.name}: {error.strerror}") from error
-        self._tensorboard("write_scalars", step, dict(values))
 
     def images(self, step: int, pictures: Mapping[str, Any]) -> None:
         """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
@@ -167,15 +161,21 @@ class Reporter:
             logging.warning("TensorBoard's files are no longer written (%s)", told)
 
 
-def _reopen(path: Path, start_step: int) -> IO[str]:
-    """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed."""
+def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str]:
+    """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed, nor
+    rollbacks (recovery.py) past batches that the checkpoint still has before it."""
     kept = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= start_step:
+            told = json.loads(line)
+            passed = told.get("skipped_batches", (0, 0))
+            if told["step"] <= start_step and passed[1] <= start_batch:
                 kept.append(line + b"\n")
-        except (ValueError, LookupError, TypeError):  # no JSON, no UTF-8, no object with a step
+        except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
-    return path.open("a", encoding="utf-8")
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -21,11 +21,32 @@ PREVIEW_STREAM = np.uint32(2**32 - 2)
 EVAL_STREAM = np.uint32(2**32 - 3)
 
 
+class Faults(struct.PyTreeNode):
+    """What became of steps and batches that were no use; int32 scalars, saved with the rest, so
+    that a run that goes on decides as the undisturbed one."""
+
+    skipped: Array  # steps of this state whose update was left out
+    in_a_row: Array  # the newest of them: 0 after a good step
+    passed_over: Array  # batches that returns to a checkpoint left out
+
+
 class TrainState(struct.PyTreeNode):
-    step: Array  # int32 scalar: batches seen, which is also the position in the data
+    step: Array  # int32 scalar: batches trained on
     params: Params
     ema_params: Params
     opt_state: PyTree
+    faults: Faults
+
+    @property
+    def position(self) -> Array:
+        """The next batch's place in the data; its noise is drawn from this number, so that a batch
+        keeps its noise wherever it falls in a run."""
+        return self.step + self.faults.passed_over
+
+    @property
+    def good_steps(self) -> Array:
+        """Steps that made their update: what schedules and averages count."""
+        return self.step - self.faults.skipped
 
 
 def stream(seed: int, salt: np.uint32) -> Array:
@@ -40,6 +61,7 @@ def _create(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated
         opt_state=optimizer.tx.init(params),
+        faults=Faults(*(jnp.zeros((), jnp.int32) for _ in range(3))),
     )
 
 
@@ -49,11 +71,13 @@ def abstract_state(
     """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
     places = sharding.param_shardings(shapes.params, rules, mesh)
+    everywhere = cast(Any, sharding.replicated(mesh))
     placed = TrainState(
-        step=cast(Any, sharding.replicated(mesh)),
+        step=everywhere,
         params=places,
         ema_params=places,
         opt_state=sharding.inherit_shardings(shapes.opt_state, shapes.params, places, mesh),
+        faults=Faults(everywhere, everywhere, everywhere),
     )
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

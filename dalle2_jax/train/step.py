@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
-from dalle2_jax.train.state import TrainState, shardings_of
+from dalle2_jax.train.state import Faults, TrainState, shardings_of
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
@@ -74,29 +75,49 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
     return jax.device_put(frozen, sharding.param_shardings(frozen, FROZEN_RULES, mesh))
 
 
+def keep_if_good(
+    old: TrainState, new: TrainState, metrics: Metrics, max_grad_norm: float
+) -> tuple[TrainState, Metrics]:
+    """`new` one step on, or, where its numbers are no good, `old` with its counters moved."""
+    numbers = jnp.stack([metrics[name] for name in ("loss", "grad_norm", "param_norm")])
+    good = jnp.all(jnp.isfinite(numbers))
+    if max_grad_norm:
+        good &= metrics["grad_norm"] <= max_grad_norm
+    # a choice leaf by leaf goes into the update's own loop; lax.cond would keep both in memory
+    chosen = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    faults = Faults(
+        skipped=old.faults.skipped + ~good,
+        in_a_row=jnp.where(good, 0, old.faults.in_a_row + 1),
+        passed_over=old.faults.passed_over,
+    )
+    skipped = jnp.where(good, 0.0, 1.0)
+    return chosen.replace(step=old.step + 1, faults=faults), {**metrics, "skipped": skipped}
+
+
 def make_train_step(
     task: Task, optimizer: Optimizer, config: Any, template: TrainState, mesh: Mesh
 ) -> TrainStep:
     """(state, frozen, batch) -> (state, metrics); the given state's buffers are donated.
 
-    metrics are those of the task and loss, grad_norm (before clipping), param_norm and
-    learning_rate, float32 scalars.
+    metrics are those of the task and loss, grad_norm (before clipping), param_norm, learning_rate
+    and skipped, float32 scalars. Where skipped is 1 the loss, gradient or new parameters were not
+    finite or the gradient above config.max_grad_norm, and only the counters moved: a finite state
+    stays finite.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
         with on_mesh(mesh, config.sharding_rules, state.params, frozen):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        step = state.step + 1
         ema_params = ema_update(
             state.ema_params,
             params,
             config.ema_decay,
             config.ema_warmup,
-            step,
+            state.good_steps + 1,
             optimizer,
         )
         metrics = {
@@ -104,9 +125,10 @@ def make_train_step(
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": optimizer.schedule(optimizer.num_updates(state.step)),
+            "learning_rate": optimizer.schedule(optimizer.num_updates(state.good_steps)),
         }
-        return TrainState(step, params, ema_params, opt_state), metrics
+        new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
+        return keep_if_good(state, new, metrics, config.max_grad_norm)
 
     places = shardings_of(template)
     return jax.jit(

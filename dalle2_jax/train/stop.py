@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any, NamedTuple, Self
@@ -24,27 +26,27 @@ class Result(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        """0 at the end alone: a script must not take a stop for it.
+        """0 at the end, and by SIGTERM with everything saved: what sent it knows that the run is
+        not done, and a scheduler must not take a preemption for a failure.
 
-        A signal's as shells count it; 75 ("try again", sysexits.h) out of `max_minutes`.
+        130 by SIGINT, as shells count it; 75 ("try again", sysexits.h) out of `max_minutes`.
         """
-        if self.stopped_by is None:
-            return 0
-        number = signal.Signals.__members__.get(self.stopped_by)
-        return 128 + number if number else os.EX_TEMPFAIL
+        others = {"SIGINT": 128 + signal.SIGINT, "max_minutes": os.EX_TEMPFAIL}
+        return others.get(self.stopped_by or "", 0)
 
 
 class Stopper:
     """Says between two steps whether to stop, the same on every host.
 
-    One process: its own handler of SIGTERM and SIGINT; a second signal acts at once. Several:
-    the preemption service of `jax.distributed` agrees on the step, process 0 keeps the clock.
+    One process: its own handler of SIGTERM and SIGINT. Several: the preemption service of
+    `jax.distributed` agrees on the step, process 0 keeps the clock. A second signal acts at once.
     """
 
     def __init__(self, max_minutes: float = 0.0, watchdog_seconds: float = 0.0):
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes > 0 else None
         self._watchdog = watchdog_seconds
         self._signal: str | None = None
+        self._calls = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -56,6 +58,7 @@ class Stopper:
             # The preemption service hears SIGTERM alone.
             interrupt = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
             self._previous[signal.SIGINT] = interrupt
+        _only_once(signal.SIGTERM)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -70,24 +73,42 @@ class Stopper:
     def alive(self) -> None:
         """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
         exits, as a host that hangs would hold all the others for ever."""
-        if self._watchdog > 0:
-            faulthandler.dump_traceback_later(self._watchdog, exit=True)
+        if self._watchdog > 0 and sys.__stderr__:
+            # what Python was started with: a notebook's own stderr is no file
+            faulthandler.dump_traceback_later(self._watchdog, exit=True, file=sys.__stderr__)
 
     def rest(self) -> None:
         """Called before work that may take longer than a step; `alive` watches again."""
         if self._watchdog > 0:
             faulthandler.cancel_dump_traceback_later()
 
-    def reason(self, step: int) -> str | None:
-        """`SIGTERM`, `SIGINT` or `max_minutes` where the run is to end after `step`."""
+    def reason(self) -> str | None:
+        """`SIGTERM`, `SIGINT` or `max_minutes` where the run is to end now."""
+        self._calls += 1  # hosts count alike; steps do not always go up (recovery.py)
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if jax.process_count() == 1:
             return self._signal or ("max_minutes" if late else None)
         from jax.experimental import multihost_utils
 
-        if multihost_utils.reached_preemption_sync_point(step):
+        if multihost_utils.reached_preemption_sync_point(self._calls):
             return "SIGTERM"
-        look = self._deadline is not None and step % 10 == 0
+        look = self._deadline is not None and self._calls % 10 == 0
         if look and multihost_utils.broadcast_one_to_all(np.array(late)):
             return "max_minutes"
         return None
+
+
+def _only_once(number: int) -> None:
+    """A second signal ends the process at once, even where Python is stuck in a collective or its
+    handler (jax.distributed's, for several hosts) would swallow it.
+
+    Linux' sysv_signal installs the handler that is there for one signal alone.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = ctypes.c_void_p
+        libc.sysv_signal.restype = ctypes.c_void_p
+        handler = ctypes.c_void_p(libc.signal(number, None))
+        libc.sysv_signal(number, handler)
+    except (OSError, AttributeError):  # not on a Linux with glibc
+        return

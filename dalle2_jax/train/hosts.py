@@ -1,0 +1,95 @@
+"""Several hosts: how they find each other, and how one of them decides for all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dalle2_jax.errors import UserError
+
+_MESSAGE_BYTES = 2048
+# What a TPU's own environment says of a slice: its hosts, or several slices.
+_TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"
+
+
+def connect(
+    distributed: bool = False,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other hosts, before JAX looks for devices; one host alone does nothing.
+
+    With the three values by them; else, where `distributed` is true or the environment names
+    several TPU hosts, by what JAX finds (TPU, Slurm, Open MPI). Raises UserError where a value is
+    missing or wrong and where nothing is found.
+    """
+    given = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        slice_of_several = "," in os.environ.get(_TPU_HOSTS, "") or _TPU_SLICES in os.environ
+        if not distributed and not slice_of_several:
+            return
+    elif missing:
+        raise UserError(f"{' and '.join(missing)} missing: give {', '.join(given)} or none of them")
+    else:
+        _check(str(coordinator_address), int(num_processes or 0), int(process_id or 0))
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot join the other hosts ({told}): but on a TPU slice, Slurm and Open MPI, give "
+            f"{', '.join(given)}"
+        ) from error
+
+
+def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0"
+        )
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be 1 or more")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} must be from 0 to {num_processes - 1} "
+            f"(--num_processes={num_processes})"
+        )
+
+
+def from_first(work: Callable[[], int]) -> int:
+    """What `work` gives on process 0, on every host; a UserError or OSError there is one here.
+
+    Every host calls it at the same place. So they go the same way and none waits for another that
+    gave up.
+    """
+    if jax.process_count() == 1:
+        return work()
+    from jax.experimental import multihost_utils
+
+    told = np.zeros(_MESSAGE_BYTES, np.uint8)
+    failure: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            message: dict[str, int | str] = {"value": work()}
+        except (UserError, OSError) as error:
+            failure, message = error, {"error": str(error)[: _MESSAGE_BYTES // 8]}
+        text = json.dumps(message).encode()
+        told[: len(text)] = np.frombuffer(text, np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(told)).astype(np.uint8)
+    if failure:
+        raise failure
+    answer = json.loads(heard.tobytes().rstrip(b"\0"))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]

@@ -1,0 +1,126 @@
+"""Steps whose gradient is no good: counted, and after too many in a row back to a good checkpoint.
+
+A step with such a gradient changes nothing but counters (step.py). `max_skips` of them in a row
+mean that the parameters have come to a bad place: the run goes back to the newest checkpoint that
+was saved after a good step and leaves out every batch from there to the last bad one, as PaLM did
+(arXiv:2204.02311, section 5.1). A line in metrics.jsonl tells it:
+
+  {"step": 8, "event": "rollback", "from": 20, "to": 8, "skipped_batches": [8, 20]}
+
+batches 8 to 19 (counted from 0) were tried and given up, and step 9 is trained on batch 20. All is
+decided by numbers that every host has, and by nothing but the state and the data: a run that is
+killed and goes on decides alike (one that was stopped after a good step has one checkpoint more).
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.train.checkpoint import Checkpoints
+from dalle2_jax.train.state import TrainState
+from dalle2_jax.types import Metrics
+
+MAX_RETURNS = 3  # to a checkpoint, with none newer that is good
+
+
+class Diverged(RuntimeError):
+    """No gradient that is of use comes any more."""
+
+
+class Recovery:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        template: TrainState,
+        fresh: Callable[[], TrainState],
+        max_skips: int,
+        lag: int,
+    ):
+        """`fresh` makes the state of step 0. Metrics are read `lag` steps late, so that the host
+        need not wait for the devices."""
+        self._checkpoints, self._template, self._fresh = checkpoints, template, fresh
+        self._max_skips, self._lag = max_skips, lag
+        self._returns = 0
+        self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._in_a_row, self._passed_over, self._told = 0, 0, ""
+
+    def start(self) -> TrainState:
+        """The state to go on from: of the newest checkpoint, or of step 0."""
+        return self._follow(self._checkpoints.restore_latest(self._template) or self._fresh())
+
+    def _follow(self, state: TrainState) -> TrainState:
+        self._unread.clear()
+        self._in_a_row = int(state.faults.in_a_row)
+        self._passed_over = int(state.faults.passed_over)
+        return state
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self._unread.append((step, metrics))
+
+    def bad_end(self, read_all: bool = False) -> int | None:
+        """The step at which the `max_skips`-th bad one in a row came, if it did."""
+        while len(self._unread) > (0 if read_all else self._lag):
+            step, metrics = self._unread.popleft()
+            if not float(metrics["skipped"]):
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
+            self._told = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            logging.warning("step %d is not applied: %s", step, self._told)
+            if self._in_a_row >= self._max_skips:
+                return step
+        return None
+
+    def save(self, state: TrainState, scores: dict[str, float], must: bool) -> None:
+        """Saves after a good step, or where it `must`: a run is never taken back to another."""
+        if self._in_a_row and not must:
+            return
+        self._checkpoints.save(state, scores)
+        if not self._in_a_row:
+            self._returns = 0
+
+    def go_back(self, state: TrainState, at: int) -> tuple[TrainState, dict[str, Any]]:
+        """(the last good state with its place in the data after step `at`, what to log of it).
+
+        `state` is deleted: there may be no room for two. Raises Diverged after MAX_RETURNS in vain.
+        """
+        end = at + self._passed_over
+        if self._returns == MAX_RETURNS:
+            raise Diverged(
+                f"{self._told} at step {at}, the last of {self._max_skips} in a row whose gradient "
+                f"is no good, again after {MAX_RETURNS} returns to the last good checkpoint (it is "
+                "kept). Lower optimizer.learning_rate or set optimizer.clip_norm and run the "
+                "command again"
+            )
+        self._returns += 1
+        jax.tree.map(lambda x: x.delete(), state)
+        state = self._checkpoints.restore_latest(self._template, good=True) or self._fresh()
+        to, begin = int(state.step), int(state.position)
+        self._checkpoints.remove_after(to)
+        # arithmetic on the devices: with several hosts the number stays one array of all of them
+        faults = state.faults.replace(passed_over=state.faults.passed_over + (end - begin))
+        event = {"event": "rollback", "from": at, "to": to, "skipped_batches": [begin, end]}
+        logging.error("BACK from step %d to %d: batches %d to %d are left out", at, to, begin, end)
+        return self._follow(state.replace(faults=faults)), event
+
+
+def keep(checkpoints: Checkpoints, state: TrainState, scores: dict, start: int) -> str:
+    """Saves `state` where the run fails on the way; what to tell of it."""
+    if jax.process_count() > 1:  # saving needs every host, and they train on
+        return ""
+    try:
+        step = int(state.step)
+        if step == start:
+            return ""
+        checkpoints.save(state, scores)
+        checkpoints.wait()
+    except (UserError, OSError, RuntimeError):  # RuntimeError: the state was just deleted
+        return ""
+    return f" (step {step} is saved: mend that and run the same command again to go on)"

@@ -1,0 +1,83 @@
+"""One host of a toy run, for tests: python host_run.py RANK HOSTS PORT SETTINGS (a JSON object).
+
+Settings: workdir, config (changes to the toy's), seconds (a batch takes), hang_at (the batch that
+never comes) on hang_rank, restore (write what the newest checkpoint holds to restored.npz, then
+train). What it ends with stands in WORKDIR/state.npz.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+RANK, HOSTS, PORT = (int(argument) for argument in sys.argv[1:4])
+SETTINGS = json.loads(sys.argv[4])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+)
+
+# isort: split
+import jax
+import numpy as np
+import toy_task
+
+from dalle2_jax import commands, sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import hosts, loop
+from dalle2_jax.train.checkpoint import Checkpoints
+from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.state import abstract_state
+
+WORKDIR = Path(SETTINGS["workdir"])
+
+
+def own_share(start: int):
+    for number, batch in enumerate(toy_task.dataset()(start), start):
+        if number == SETTINGS.get("hang_at") and SETTINGS.get("hang_rank") == RANK:
+            print("hangs", flush=True)
+            time.sleep(1000)
+        time.sleep(SETTINGS.get("seconds", 0.0))
+        rows = len(batch["image"]) // HOSTS
+        yield {"image": batch["image"][RANK * rows : (RANK + 1) * rows]}
+
+
+def write_state(state, name: str) -> None:
+    from jax.experimental import multihost_utils
+
+    whole = multihost_utils.process_allgather(state, tiled=True) if HOSTS > 1 else state
+    if RANK == 0:
+        np.savez(WORKDIR / name, **sharding.flatten(jax.device_get(whole)))
+
+
+def restore(config, task):
+    opt = make_optimizer(config.optimizer, config.num_steps)
+    mesh = sharding.make_mesh(config.mesh)
+    template = abstract_state(task, opt, config.seed, mesh, config.sharding_rules)
+    with Checkpoints(WORKDIR, 3) as checkpoints:
+        return checkpoints.restore_latest(template)
+
+
+def main() -> int:
+    if HOSTS > 1:
+        hosts.connect(False, f"localhost:{PORT}", HOSTS, RANK)
+    config, task = toy_task.config(**SETTINGS.get("config", {})), toy_task.ToyTask()
+    if SETTINGS.get("restore"):
+        write_state(restore(config, task), "restored.npz")
+        print("restored", flush=True)
+    result = loop.train(config, task, own_share, WORKDIR)
+    print("stopped by", result.stopped_by, "after", result.step, flush=True)
+    if not result.stopped_by:
+        write_state(result.state, "state.npz")
+    return result.exit_status
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, commands.stop)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(commands.say(error, 2))

@@ -1,0 +1,223 @@
+"""Two processes on loopback: the numbers of one, each its share, one checkpoint, one decision."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy_task
+from toy_task import ToyTask, losses
+
+from dalle2_jax import build, sharding
+from dalle2_jax.data import examples
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import hosts, loop
+from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
+from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.state import abstract_state
+
+SCRIPT = pathlib.Path(__file__).parent / "host_run.py"
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "emoji"
+# every array split over both hosts
+SPLIT = dict(mesh=dict(data=1, fsdp=8), num_steps=6, checkpoint_every=3)
+PICTURES = dict(source="emoji", path=str(FIXTURE), image_size=toy_task.SIZE, context_length=8)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """(hosts, settings) -> the started processes; none outlives its test."""
+    started: list[subprocess.Popen] = []
+
+    def start_all(count: int, **settings) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent / "jax")}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        for rank in range(count):
+            command = [sys.executable, str(SCRIPT), str(rank), str(count), str(port)]
+            errors = open(tmp_path / f"stderr_{len(started)}", "w+")  # noqa: SIM115 (closed below)
+            started.append(
+                subprocess.Popen(
+                    [*command, json.dumps(settings)],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            )
+            started[-1].errors = errors
+        return started[-count:]
+
+    yield start_all
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.errors.close()
+
+
+def finish(processes, timeout: float = 120) -> list[int]:
+    """Exit statuses; what each said on stderr is left in `.said`."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.wait(max(end - time.monotonic(), 0.1))
+        process.errors.seek(0)
+        process.said = process.errors.read()
+    return [process.returncode for process in processes]
+
+
+def wait_for(process, text: str) -> str:
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"no {text!r}; {finish([process])}: {process.said}")
+
+
+def restored_on(workdir, devices: int):
+    cfg = toy_task.config(**SPLIT)
+    opt = make_optimizer(cfg.optimizer, cfg.num_steps)
+    mesh = sharding.make_mesh(dict(data=1, fsdp=devices), jax.devices()[:devices])
+    template = abstract_state(ToyTask(), opt, cfg.seed, mesh, cfg.sharding_rules)
+    with Checkpoints(workdir, 3) as checkpoints:
+        return sharding.flatten(jax.device_get(checkpoints.restore_latest(template)))
+
+
+def assert_same(arrays, file) -> None:
+    with np.load(file) as told:
+        assert sorted(told.files) == sorted(arrays)
+        for name, value in arrays.items():
+            assert told[name].dtype == value.dtype
+            np.testing.assert_array_equal(value, told[name], err_msg=name)
+
+
+def test_two_hosts_are_one(start, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    processes = start(2, workdir=str(two), config=SPLIT)
+    result = loop.train(toy_task.config(**SPLIT), ToyTask(), toy_task.dataset(), one)
+    assert finish(processes) == [0, 0], [p.said for p in processes]
+
+    told, alone = losses(two), losses(one)
+    assert sorted(told) == sorted(alone) == list(range(1, 7))
+    np.testing.assert_allclose(list(told.values()), list(alone.values()), rtol=1e-5)
+
+    # saved once, by both: bit-equal on 8, 4 and 1 devices of one process
+    assert {p.name for p in (two / "checkpoints").iterdir()} == {"3", "6"}
+    for devices in (8, 4, 1):
+        assert_same(restored_on(two, devices), two / "state.npz")
+
+    # and what one process saved on 8 devices comes to two; one SIGTERM to one of them stops both
+    endless = dict(SPLIT, num_steps=10**6, checkpoint_every=10**6)
+    processes = start(2, workdir=str(one), config=endless, seconds=0.02, restore=True)
+    wait_for(processes[0], "step 10/")
+    assert_same(sharding.flatten(jax.device_get(result.state)), one / "restored.npz")
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes, timeout=10) == [0, 0], [p.said for p in processes]
+    steps = {p.stdout.read().split("stopped by SIGTERM after ")[1].strip() for p in processes}
+    assert len(steps) == 1  # a common one
+    newest = max(int(p.name) for p in (one / "checkpoints").iterdir())
+    assert {str(newest)} == steps
+
+
+def test_a_host_that_hangs_ends_all_with_their_stacks(start, tmp_path):
+    settings = dict(SPLIT, num_steps=100, watchdog_seconds=4.0)
+    processes = start(2, workdir=str(tmp_path), config=settings, hang_at=5, hang_rank=1)
+    wait_for(processes[1], "hangs")
+    statuses = finish(processes, timeout=30)
+    assert 0 not in statuses
+    for process, where in zip(processes, ("loop.py", "host_run.py"), strict=True):
+        assert "Timeout (0:00:04)!" in process.said, process.said
+        assert "most recent call first" in process.said and where in process.said
+
+
+@pytest.mark.slow  # of one process: test_train_kills.py
+def test_a_second_sigterm_ends_a_host_that_hangs_at_once(start, tmp_path):
+    processes = start(2, workdir=str(tmp_path), config=SPLIT, hang_at=3, hang_rank=1)
+    wait_for(processes[1], "hangs")
+    for _ in range(2):  # one waits in a collective, one in Python, for the end of their step
+        assert [process.poll() for process in processes] == [None, None]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    assert finish(processes, timeout=10) == [-signal.SIGTERM] * 2
+
+
+def test_each_host_reads_its_own_pictures(monkeypatch):
+    """Of every batch of 16 each of two hosts reads 8: together those that one host reads."""
+    get, places = examples.PictureCache.get, []
+
+    def spy(self, place, *crop):
+        places.append(int(place))
+        return get(self, place, *crop)
+
+    monkeypatch.setattr(examples.PictureCache, "get", spy)
+    cfg, read = toy_task.config(data=PICTURES), {}
+    for host, count in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        places.clear()
+        batches = build.dataset(cfg, "train")(0)
+        assert {next(batches)["image"].shape[0] for _ in range(4)} == {16 // count}
+        batches.close()
+        read[host, count] = places[: 4 * 16 // count]  # what was made ahead comes after it
+    for step in range(4):
+        shares = [read[host, 2][8 * step : 8 * step + 8] for host in (0, 1)]
+        assert len({*shares[0]}) == len({*shares[1]}) == 8
+        assert sorted(shares[0] + shares[1]) == sorted(read[0, 1][16 * step : 16 * step + 16])
+
+
+def test_all_hosts_hear_of_what_only_the_first_can_see(start, tmp_path):
+    with WorkdirLock(tmp_path):
+        processes = start(2, workdir=str(tmp_path), config=SPLIT)
+        assert finish(processes, timeout=60) == [2, 2]
+    for process in processes:
+        told = [line for line in process.said.splitlines() if line.startswith("host_run.py: ")]
+        assert len(told) == 1 and f"another run (process {os.getpid()})" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("h:1", None, 0), r"--num_processes missing: give --coordinator_address, --num"),
+        ((None, 2, None), "--coordinator_address and --process_id missing"),
+        (("h", 2, 0), "--coordinator_address=h must be HOST:PORT"),
+        (("h:1", 0, 0), "--num_processes=0 must be 1 or more"),
+        (("h:1", 2, 2), "--process_id=2 must be from 0 to 1"),
+    ],
+)
+def test_a_part_of_the_flags_or_a_wrong_one_is_told(given, told):
+    with pytest.raises(UserError, match=told):
+        hosts.connect(False, *given)
+
+
+def test_hosts_are_joined_by_flags_by_the_slice_or_not_at_all(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    monkeypatch.delenv("MEGASCALE_COORDINATOR_ADDRESS", raising=False)
+    hosts.connect()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    hosts.connect()
+    assert calls == []
+    hosts.connect(False, "10.0.0.1:1234", 2, 0)
+    hosts.connect(True)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")
+    hosts.connect()
+    assert calls == [("10.0.0.1:1234", 2, 0), (None, None, None), (None, None, None)]
+
+
+def test_where_there_is_no_slice_it_is_told(monkeypatch):
+    def fail(*_):
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(UserError, match=r"\(coordinator_address should be defined\.\).*give --co"):
+        hosts.connect(True)
