@@ -10,6 +10,9 @@ that preempts a run starts it again by itself); 1 no gradient is of use any more
 longer than watchdog_seconds; 2 a mistake in the input, or data or disk failed; stopped with
 everything saved: 75 out of max_minutes, 130 by SIGINT. A second signal saves nothing.
 
+--topology=v5e:8x8 compiles the step for that TPU slice, without a TPU and without a workdir, and
+tells what it needs and how fast it could be (docs/tpu.md); status 3 where it does not fit.
+
 Several hosts: the same command on each. A TPU slice tells JAX the rest (--distributed where it
 does not by itself); elsewhere --coordinator_address, --num_processes and --process_id.
 """
@@ -26,17 +29,15 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dalle2_jax import build
+from dalle2_jax.fit import command
 from dalle2_jax.train import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that JAX can find.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-flags.mark_flags_as_required(["config", "workdir"])
-flags.FLAGS["config"].parser = build.ConfigParser("config")
+AUTO_BATCH = flags.DEFINE_bool("auto_batch", False, "With --topology: the largest batch that fits.")
+flags.mark_flag_as_required("config")
+flags.FLAGS["config"].parser = PARSER = build.ConfigParser("config")
 
 
 def run(config: build.Config, workdir: str) -> int:
@@ -70,8 +71,15 @@ def run(config: build.Config, workdir: str) -> int:
 def main() -> int:
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
-    hosts.connect(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    return run(CONFIG.value, WORKDIR.value or "")
+    if command.TOPOLOGY.value:
+        from dalle2_jax.fit import training  # late, as above
+
+        config = build.complete(build.beside_clip(CONFIG.value, PARSER.path))
+        return command.tell(training.report(config, command.TOPOLOGY.value, AUTO_BATCH.value))
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing: name a folder of checkpoints, metrics and the model")
+    hosts.connect_by_flags()
+    return run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
     """Reads FILE:VARIANT of a --config flag and completes it before the --config.x are applied,
     so that each of them has a type and may name a setting that the file leaves at its default."""
 
+    path = ""  # FILE:VARIANT, as it was given
+
     def parse(self, path: str) -> Config:
+        self.path = path
         file = path.partition(":")[0]
         if not Path(file).is_file():
             raise UserError(f"there is no file {file}")
@@ -138,6 +141,15 @@ class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
             config.data = ConfigDict(with_defaults(DataConfig, config.data))
         check_overrides(sys.argv[1:], config)
         return config
+
+
+def beside_clip(config: Config, path: str) -> Config:
+    """`config` of the file `path` (FILE:VARIANT); where it names no folder of a trained CLIP, the
+    shapes of the clip.py beside that file serve. They are enough for a compiler."""
+    if not config.clip_from:
+        file, colon, variant = path.partition(":")
+        config.clip_from = f"{Path(file).with_name('clip.py')}{colon}{variant}"
+    return config
 
 
 def complete(config: Config) -> Config:

@@ -46,7 +46,7 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             return main() or 0
         except UserError as error:
-            return say(error)
+            return say(error, error.exit_status)
         except ModuleNotFoundError as error:
             return say(_missing(error))
 

@@ -4,5 +4,7 @@
 class UserError(ValueError):
     """A mistake in the input, told in one line that names the input and the cure.
 
-    Entry points print the message without a traceback and exit with status 2.
+    Entry points print the message without a traceback and exit with `exit_status`.
     """
+
+    exit_status = 2

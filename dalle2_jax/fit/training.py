@@ -25,6 +25,8 @@ from dalle2_jax.types import Batch, Params, PyTree, Task
 class TooLarge(UserError):
     """The step does not fit the chips; the message says by how much, and the cure."""
 
+    exit_status = 3
+
 
 def report(config: build.Config, topology: str, auto_batch: bool = False) -> Report:
     """The step that `config` (a complete one) would run on the slice `topology`.
@@ -107,14 +109,10 @@ def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mes
     f, d = mesh.shape["fsdp"], mesh.shape["data"]
 
     def sent(x: jax.ShapeDtypeStruct, passes: int) -> float:
-        of_tensor = (
-            math.prod(x.shape)
-            * size
-            / (
-                mesh.shape["tensor"] if "tensor" in x.sharding.spec else 1  # pyright: ignore
-            )
-        )
-        if "fsdp" not in x.sharding.spec:  # pyright: ignore[reportAttributeAccessIssue]
+        axes: Any = x.sharding
+        parts = mesh.shape["tensor"] if "tensor" in axes.spec else 1
+        of_tensor = math.prod(x.shape) * size / parts
+        if "fsdp" not in axes.spec:
             return 2 * of_tensor * (f * d - 1) / (f * d) if passes > 1 else 0.0
         across = 2 * of_tensor / f * (d - 1) / d if passes > 1 else 0.0
         return passes * of_tensor * (f - 1) / f + across

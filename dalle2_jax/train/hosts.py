@@ -8,12 +8,23 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from absl import flags
 
 from dalle2_jax.errors import UserError
+
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that JAX can find.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 _MESSAGE_BYTES = 2048
 # What a TPU's own environment says of a slice: its hosts, or several slices.
 _TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"
+
+
+def connect_by_flags() -> None:
+    """`connect` as the command line says."""
+    connect(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def connect(
