@@ -14,6 +14,8 @@ from dalle2_jax.errors import UserError
 # isort: split
 from absl import flags
 
+from dalle2_jax.fit import command
+
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
 N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
@@ -58,10 +60,16 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def main() -> None:
-    prompts = read_prompts()
+def main() -> int:
     steps, cfg_scale = choice(STEPS, int), choice(CFG_SCALE, float)
     solver = choice(SAMPLER, str)
+    if command.TOPOLOGY.value:
+        from dalle2_jax.fit import sampling
+
+        changes = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver}
+        shown = sampling.report(WEIGHTS.value, command.TOPOLOGY.value, BATCH_SIZE.value, changes)
+        return command.tell(shown)
+    prompts = read_prompts()
     from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
@@ -70,6 +78,7 @@ def main() -> None:
     out = pictures.prepare_folder(OUT.value)
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
     print(draw_prompts(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
+    return 0
 
 
 if __name__ == "__main__":

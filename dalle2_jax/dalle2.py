@@ -82,7 +82,9 @@ class DALLE2:
             prior=prior,
             decoder=decoder,
             upsamplers={name: sampler for name, (sampler, _) in upsamplers.items()},
-            params=jax.device_put(params, _replicated()),
+            params=jax.device_put(
+                {name: stored(tree, dtype) for name, tree in params.items()}, _replicated()
+            ),
             weights=str(weights),
             weights_hash=model_folder.weights_hash(folder),
         )
@@ -251,7 +253,7 @@ class DALLE2:
     ) -> Array:
         """b seeds, indices and captions -> pictures [b, h, w, 3] in [-1, 1]."""
         keys = _keys(seed, index, list(self.samplers()))
-        text = _encode_text(self.clip, self.params["clip"], captions.clip)
+        text = encode_text(self.clip, self.params["clip"], captions.clip)
         if z_img is None:
             z_img = self.prior(self.params["prior"], text, keys["prior"], report("prior"))
         pictures = self.decode(z_img, text, captions, keys["decoder"], report("decoder"))
@@ -276,6 +278,19 @@ class DALLE2:
             tokens = jnp.asarray(captions.decoder)
             cond |= {"tokens": tokens, "txt_mask": text_mask(tokens, own["vocab_size"] - 1)}
         return self.decoder(self.params["decoder"], cond, keys, progress)
+
+
+def stored(params: Params, dtype: Any) -> Params:
+    """`params` as drawing keeps them: matrices in the dtype that networks compute in, and half the
+    memory where that is bfloat16; vectors (biases, norms) in float32. Shapes serve as arrays."""
+
+    def cast(x: Any) -> Any:
+        if len(x.shape) < 2 or x.dtype == dtype:
+            return x
+        is_shape = isinstance(x, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(x.shape, dtype) if is_shape else x.astype(dtype)
+
+    return jax.tree.map(cast, params)
 
 
 def _tokenizer(text: Mapping[str, Any]) -> Tokenizer:
@@ -322,7 +337,8 @@ def _unit_rows(name: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
+def encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
+    """tokens [b, n] -> CLIP's encoding of them."""
     return forward(clip, params, tokens, method="encode_text")
 
 

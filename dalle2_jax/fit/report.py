@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.fit.chips import GIB, Slice
 from dalle2_jax.fit.hlo import COLLECTIVES, Program
 
@@ -24,6 +25,12 @@ class DoesNotFit(Exception):
     def __init__(self, needed: float, available: float):
         super().__init__(f"{needed / GIB:.2f} GiB needed, {available / GIB:.2f} GiB there")
         self.needed, self.available = needed, available
+
+
+class TooLarge(UserError):
+    """A program does not fit the chips; the message says by how much, and the cure."""
+
+    exit_status = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,11 @@ from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
-from dalle2_jax.fit.report import DoesNotFit, Report, compile_for, measure
+from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_for, measure
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import TrainState, abstract_state
 from dalle2_jax.train.step import FROZEN_RULES, check_batch_size, make_train_step
 from dalle2_jax.types import Batch, Params, PyTree, Task
-
-
-class TooLarge(UserError):
-    """The step does not fit the chips; the message says by how much, and the cure."""
-
-    exit_status = 3
 
 
 def report(config: build.Config, topology: str, auto_batch: bool = False) -> Report:

@@ -130,24 +130,24 @@ class StageSampler:
             raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
         if progress is not None:
             progress(0, steps)  # the first call compiles: the bar is there meanwhile
-        state, chunk = _start(self, keys, tuple(shape), noise), _chunk(steps)
+        state, chunk = start(self, keys, tuple(shape), noise), steps_a_call(steps)
         for done in range(0, steps, chunk):
             ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
             given = None if noise is None else noise[1 + done : 1 + done + chunk]
-            state = _advance(self, params, cond, state, ts, keys, given)
+            state = advance_steps(self, params, cond, state, ts, keys, given)
             if progress is not None:
                 jax.block_until_ready(state)
                 progress(done + chunk, steps)
         return state[0]
 
 
-def _chunk(steps: int) -> int:
+def steps_a_call(steps: int) -> int:
     """How many steps a call runs: a divisor of all, so that one program serves every call."""
     return max(n for n in range(1, _STEPS_A_CALL + 1) if steps % n == 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _start(
+def start(
     stage: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
 ) -> tuple[Array, PyTree]:
     x_T = init_noise(keys, shape) if noise is None else noise[0]
@@ -155,7 +155,7 @@ def _start(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(
+def advance_steps(
     stage: StageSampler,
     params: Params,
     cond: PyTree,

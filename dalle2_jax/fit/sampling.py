@@ -1,0 +1,210 @@
+"""The whole cascade of sampling, compiled for a slice that is not there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax import build, sharding
+from dalle2_jax.dalle2 import DALLE2, encode_text, stored
+from dalle2_jax.errors import UserError
+from dalle2_jax.fit import flops
+from dalle2_jax.fit.chips import GIB, Slice, open_slice
+from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_for, measure
+from dalle2_jax.fit.training import local_bytes
+from dalle2_jax.sampling import stage as sampling
+from dalle2_jax.sampling.stage import StageSampler
+from dalle2_jax.types import Params, PyTree
+
+STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+def report(weights: str, topology: str, batch_size: int, changes: Mapping[str, Any]) -> Report:
+    """What drawing `batch_size` pictures at a time takes, all stages' weights in memory.
+
+    `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
+    weights. `changes` as for DALLE2.with_settings. Raises TooLarge, and UserError as those do.
+    """
+    where = open_slice(topology)
+    model = _shapes(weights).with_settings(**changes)
+    mesh = sharding.make_mesh({"data": -1}, where.devices)
+    batch_size = -(-batch_size // where.chips) * where.chips
+    weighed = {
+        name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
+        for name, tree in model.params.items()
+    }
+    held = sum(local_bytes(tree) for tree in weighed.values())
+    parts: list[tuple[int, Report]] = []
+    for name, lowered, calls, analytic, own in _programs(model, weighed, mesh, batch_size):
+        # The weights of the other stages wait in memory meanwhile.
+        room = where.chip.hbm - (held - own)
+        try:
+            part = measure(
+                compile_for(lowered),
+                where,
+                batch_size=batch_size,
+                num_params=0,
+                kinds={},
+                analytic_flops=analytic / where.chips,
+                ideal_collective_bytes=0.0,
+            )
+            if part.memory["total"] > room:
+                raise DoesNotFit(part.memory["total"] + held - own, where.chip.hbm)
+        except DoesNotFit as error:
+            raise TooLarge(
+                f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, all "
+                f"weights ({held / GIB:.2f} GiB) included. It would help: a smaller --batch_size"
+            ) from error
+        parts.append((calls, part))
+    sizes = {name: float(local_bytes(tree)) for name, tree in weighed.items()}
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+    return _together(parts, where, batch_size, sizes, count)
+
+
+def _shapes(weights: str) -> DALLE2:
+    """The model, of a folder, or of the configs in FOLDER/VARIANT as shapes alone."""
+    folder, variant = Path(weights).parent, Path(weights).name
+    if not (folder / "decoder.py").is_file():
+        return DALLE2.from_pretrained(weights)
+    tasks, params = {}, {}
+    for name in STAGES:
+        path = f"{folder / name}.py:{variant}"
+        if not (folder / f"{name}.py").is_file():
+            continue
+        config = build.ConfigParser("config").parse(path)
+        task: Any = build.task(build.complete(build.beside_clip(config, path)))
+        tasks[name] = task
+        params[task.stage] = jax.eval_shape(task.init, jax.random.key(0))
+    clip = tasks["decoder"].clip
+    params["clip"] = clip.params()
+    prior, decoder, *upsamplers = (task.sampler for task in tasks.values())
+    return DALLE2(
+        tokenizer=Any,  # pyright: ignore[reportArgumentType]  # nothing is read
+        clip=clip.network,
+        prior=prior,
+        decoder=decoder,
+        upsamplers={f"upsampler_{s.image_size}": s for s in upsamplers},
+        params=params,
+        weights=weights,
+        weights_hash="",
+    )
+
+
+def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _programs(
+    model: DALLE2, params: Mapping[str, Params], mesh: Mesh, b: int
+) -> Iterator[tuple[str, Any, int, int, int]]:
+    """(stage, its lowered program, how often it is called, FLOPs of a call, bytes of weights)."""
+    rows = functools.partial(_on, mesh, PartitionSpec("data"))
+    clip, text = model.clip, model.clip.text
+    tokens = jax.ShapeDtypeStruct((b, text["context_length"]), jnp.int32)
+    yield (
+        "clip",
+        encode_text.lower(clip, params["clip"], rows(tokens)),
+        1,
+        flops.of_function(lambda p, t: encode_text(clip, p, t), params["clip"], tokens),
+        local_bytes(params["clip"]),
+    )
+    encoded = jax.eval_shape(functools.partial(encode_text, clip), params["clip"], tokens)
+    many = b * model.prior.candidates
+    dim = clip.dim
+    cond = {
+        name: jax.ShapeDtypeStruct((many, *x.shape[1:]), x.dtype)
+        for name, x in encoded._asdict().items()
+    }
+    yield _stage("prior", model.prior, params["prior"], cond, many, (dim,), rows, mesh)
+    own, n = model.decoder.network.text, model.decoder.network.context_length
+    cond = {
+        "z_img": jax.ShapeDtypeStruct((b, dim), jnp.float32),
+        "z_mask": jax.ShapeDtypeStruct((b,), bool),
+        "txt_mask": jax.ShapeDtypeStruct((b, n), bool),
+    }
+    if own is None:
+        cond["txt_enc"] = encoded.txt_enc
+    else:
+        cond["tokens"] = jax.ShapeDtypeStruct((b, n), jnp.int32)
+    size = model.decoder.image_size
+    yield _stage("decoder", model.decoder, params["decoder"], cond, b, (size, size, 3), rows, mesh)
+    for name, upsampler in model.upsamplers.items():
+        size = upsampler.image_size
+        cond = {"low_res": jax.ShapeDtypeStruct((b, size, size, 3), jnp.float32)}
+        yield _stage(name, upsampler, params[name], cond, b, (size, size, 3), rows, mesh)
+
+
+def _stage(
+    name: str,
+    stage: StageSampler,
+    params: Params,
+    cond: Mapping[str, Any],
+    b: int,
+    shape: tuple[int, ...],
+    rows: Any,
+    mesh: Mesh,
+) -> tuple[str, Any, int, int, int]:
+    steps = stage.settings.num_steps
+    chunk = sampling.steps_a_call(steps)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
+    state = jax.eval_shape(lambda k: sampling.start(stage, k, shape, None), keys)
+    ts = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+    args = params, cond, state, ts, keys
+    placed = (params, rows(cond), rows(state), _on(mesh, PartitionSpec(), ts), rows(keys))
+    count = flops.of_function(lambda *a: sampling.advance_steps(stage, *a, None), *args)
+    lowered = sampling.advance_steps.lower(stage, *placed, None)
+    return name, lowered, steps // chunk, count, local_bytes(params)
+
+
+def _together(
+    parts: list[tuple[int, Report]],
+    where: Slice,
+    batch_size: int,
+    weights: Mapping[str, float],
+    num_params: int,
+) -> Report:
+    """All calls one after the other; of the memory they need in turn, the most."""
+    _, first = parts[0]
+
+    def total(field: str) -> float:
+        return sum(calls * getattr(part, field) for calls, part in parts)
+
+    seconds: dict[str, float | None] = {}
+    for method in first.seconds:
+        told = [(calls, part.seconds[method]) for calls, part in parts]
+        known = [calls * s for calls, s in told if s is not None]
+        seconds[method] = sum(known) if len(known) == len(told) else None
+    found: dict[str, dict[str, float]] = {}
+    for calls, part in parts:
+        for kind, numbers in part.collectives.items():
+            kept = found.setdefault(kind, collections.Counter())
+            for key, value in numbers.items():
+                kept[key] += calls * value
+    analytic = total("analytic_flops")
+    most = max(part.memory["activations"] for _, part in parts)
+    memory = {f"weights of {k}": size for k, size in weights.items()} | {"activations": most}
+    memory["total"] = sum(memory.values())
+    return dataclasses.replace(
+        first,
+        batch_size=batch_size,
+        num_params=num_params,
+        memory=memory,
+        analytic_flops=analytic,
+        compiled_flops=total("compiled_flops"),
+        hbm_traffic=total("hbm_traffic"),
+        collectives=found,
+        seconds=seconds,
+        unknown_cycles=int(total("unknown_cycles")),
+        mfu={k: s and analytic / (s * where.chip.flops) for k, s in seconds.items()},
+        kernels=any(part.kernels for _, part in parts),
+    )
