@@ -1,7 +1,10 @@
 """Draws pictures: python sample.py --prompt "a flat emoji of a red apple" --n 4 --out out
 
 Every picture is written as a PNG that carries its prompt, seed and settings; grid.png shows all.
-Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
+--topology=v5e:1x1 compiles the cascade for that TPU slice, draws nothing and tells what it needs
+(docs/tpu.md); --weights=configs/paper then stands for the shapes of those configs.
+
+Exit status: 0 done, 2 a mistake in the input, 3 too large for --topology, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,25 +31,6 @@ SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++; or STAGE=NA
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 
 
-def choice(flag: flags.FlagHolder, kind: type) -> object:
-    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}."""
-    if flag.value is None:
-        return None
-    try:
-        if "=" not in flag.value:
-            return kind(flag.value)
-        pairs = [part.split("=") for part in flag.value.split(",")]
-        chosen = {stage.strip(): kind(value) for stage, value in pairs}
-    except ValueError:
-        what = {int: "a whole number", float: "a number", str: "a name"}[kind]
-        raise UserError(
-            f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
-        ) from None
-    if len(chosen) < len(pairs):
-        raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
-    return chosen
-
-
 def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
@@ -61,8 +45,8 @@ def read_prompts() -> list[str]:
 
 
 def main() -> int:
-    steps, cfg_scale = choice(STEPS, int), choice(CFG_SCALE, float)
-    solver = choice(SAMPLER, str)
+    steps, cfg_scale = commands.choice(STEPS, int), commands.choice(CFG_SCALE, float)
+    solver = commands.choice(SAMPLER, str)
     if command.TOPOLOGY.value:
         from dalle2_jax.fit import sampling
 

@@ -12,9 +12,6 @@ everything saved: 75 out of max_minutes, 130 by SIGINT. A second signal saves no
 
 --topology=v5e:8x8 compiles the step for that TPU slice, without a TPU and without a workdir, and
 tells what it needs and how fast it could be (docs/tpu.md); status 3 where it does not fit.
-
-Several hosts: the same command on each. A TPU slice tells JAX the rest (--distributed where it
-does not by itself); elsewhere --coordinator_address, --num_processes and --process_id.
 """
 
 from __future__ import annotations
@@ -61,10 +58,8 @@ def run(config: build.Config, workdir: str) -> int:
     except loop.Diverged as error:
         return commands.say(error, 1)
     if result.stopped_by:
-        print(
-            f"stopped by {result.stopped_by} after step {result.step} of {config.num_steps}: run "
-            "the same command again to go on"
-        )
+        at = f"after step {result.step} of {config.num_steps}"
+        print(f"stopped by {result.stopped_by} {at}: run the same command again to go on")
     return result.exit_status
 
 

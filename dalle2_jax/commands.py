@@ -107,6 +107,25 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(say(error))
 
 
+def choice(flag: flags.FlagHolder, kind: type) -> object:
+    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}."""
+    if flag.value is None:
+        return None
+    try:
+        if "=" not in flag.value:
+            return kind(flag.value)
+        pairs = [part.split("=") for part in flag.value.split(",")]
+        chosen = {stage.strip(): kind(value) for stage, value in pairs}
+    except ValueError:
+        what = {int: "a whole number", float: "a number", str: "a name"}[kind]
+        raise UserError(
+            f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
+        ) from None
+    if len(chosen) < len(pairs):
+        raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
+    return chosen
+
+
 def keep_compiled_programs() -> None:
     """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
     import jax  # late: before it Ctrl-C and a mistake are told at once

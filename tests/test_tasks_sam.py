@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 import small_cascade
+from meshes import within
 
 from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.tasks import sam
 from dalle2_jax.tasks.contrastive import contrast
-from dalle2_jax.train.step import within
 
 RHO, REPLICA, BATCH = 0.1, 2, 16
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
-from dalle2_jax.fit.report import Report
+if TYPE_CHECKING:  # mistakes in the flags are told before jax is loaded
+    from dalle2_jax.fit.report import Report
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A TPU slice, as v5e:8x8 or v5e-64: compile for it and tell, run nothing."

@@ -252,10 +252,10 @@ class Program:
                 continue
             if used and all(u.opcode == "dynamic-slice" for u in used):
                 operands[place] = sum(s.bytes for u in used for s in u.shapes)
-            elif len(used) == 1 and used[0].opcode == "dynamic-update-slice":
-                if used[0].operands[0] == name and (update := body.get(used[0].operands[1])):
-                    written -= operands[place] - sum(s.bytes for s in update.shapes)
-                    operands[place] = 0
+            elif [(u.opcode, u.operands[0]) for u in used] == [("dynamic-update-slice", name)]:
+                update = body[used[0].operands[1]]
+                written -= operands[place] - sum(s.bytes for s in update.shapes)
+                operands[place] = 0
         return operands, max(written, 0.0)
 
 

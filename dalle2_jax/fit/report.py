@@ -1,4 +1,4 @@
-"""One table, or one JSON object, of what a program needs of a TPU slice and how fast it could be."""
+"""One table, or one JSON object: what a program needs of a TPU slice, how fast it could be."""
 
 from __future__ import annotations
 
@@ -78,20 +78,22 @@ class Report:
         rows += [
             (f"  {kind}", f"{size / GIB:.2f} GiB a chip") for kind, size in self.memory.items()
         ]
+        ratio = self.compiled_flops / max(self.analytic_flops, 1)
+        share = 100 * self.memory["total"] / self.hbm
         rows += [
-            ("  of HBM", f"{self.hbm / GIB:.2f} GiB ({100 * self.memory['total'] / self.hbm:.0f} %)"),
+            ("  of HBM", f"{self.hbm / GIB:.2f} GiB ({share:.0f} %)"),
             ("FLOPs analytic", f"{self.analytic_flops / 1e12:.2f} T a chip and step"),
-            ("FLOPs compiled", f"{self.compiled_flops / 1e12:.2f} T, "
-             f"{self.compiled_flops / max(self.analytic_flops, 1):.3f} of the analytic"),
+            ("FLOPs compiled", f"{self.compiled_flops / 1e12:.2f} T, {ratio:.3f} of the analytic"),
             ("HBM traffic", f"{self.hbm_traffic / 1e9:.1f} GB"),
-        ]  # fmt: skip
+        ]
         for kind, found in self.collectives.items():
             rows.append((kind, f"{found['count']:.0f}, {found['bytes'] / 1e9:.3f} GB a chip"))
         if self.collectives:
             ideal = self.ideal_collective_bytes
             ratio = f", {self.collective_bytes / ideal:.2f} of the ideal" if ideal else ""
-            rows.append(("all collectives", f"{self.collective_bytes / 1e9:.3f} GB{ratio}, "
-                         f"{100 * self.async_share:.0f} % asynchronous"))  # fmt: skip
+            told = f"{self.collective_bytes / 1e9:.3f} GB{ratio}"
+            share = 100 * self.async_share
+            rows.append(("all collectives", f"{told}, {share:.0f} % asynchronous"))
         for method in METHODS:
             rows.append((f"step, {method}", self._speed(method)))
         width = max(len(name) for name, _ in rows)
@@ -101,10 +103,12 @@ class Report:
         seconds, mfu = self.seconds[method], self.mfu[method]
         if seconds is None or mfu is None:
             return "not told by the compiler (a Pallas kernel is in the program)"
-        told = f"{1000 * seconds:.1f} ms, {self.batch_size / seconds:.1f} images/s, MFU {100 * mfu:.1f} %"
+        rate = self.batch_size / seconds
+        told = f"{1000 * seconds:.1f} ms, {rate:.1f} images/s, MFU {100 * mfu:.1f} %"
         if self.num_steps:
             days = seconds * self.num_steps / 86400
-            told += f", {self.num_steps:,} steps: {days:.1f} days, {24 * days * self.chips:,.0f} chip-hours"
+            hours = 24 * days * self.chips
+            told += f", {self.num_steps:,} steps: {days:.1f} days, {hours:,.0f} chip-hours"
         if method == "cycles" and self.unknown_cycles:
             told += f" ({self.unknown_cycles} instructions without)"
         return told

@@ -1,4 +1,4 @@
-"""A stage's train step, compiled for a slice that is not there: will it fit, how fast could it be."""
+"""A stage's train step, compiled for a slice that is not there."""
 
 from __future__ import annotations
 
