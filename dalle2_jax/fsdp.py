@@ -119,20 +119,34 @@ def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:
     return found
 
 
-def _gather(x: Array, spec: PartitionSpec | None, rings: Sequence[Groups]) -> Array:
+def _gather(x: Array, spec: PartitionSpec | None, rings: Sequence[Groups | None]) -> Array:
+    """A layer's weight from its slices; its gradient is summed and sliced ring by ring."""
     if spec is None:
         return x
     axis = spec.index("fsdp")
-    for groups in rings:
-        x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
-    return x
+
+    @jax.custom_vjp
+    def gather(x: Array) -> Array:
+        return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+    def scatter(_: None, g: Array) -> tuple[Array]:
+        for groups in reversed(rings):
+            g = jax.lax.psum_scatter(
+                g, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups
+            )
+        return (g,)
+
+    gather.defvjp(lambda x: (gather(x), None), scatter)
+    return gather(x)
 
 
 def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
-    """Stages in which an axis of `devices` is gathered, each along one dimension of the torus.
+    """Stages in which gradients are scattered over an axis of `devices`, in reverse order, each
+    along one dimension of the torus.
 
     The TPU compiler reduce-scatters along a physical ring alone; over several dimensions at once it
-    reduces everything to everybody, twice the bytes. Where devices have no coordinates, or not in
+    reduces everything to everybody, twice the bytes. (It gathers over all dimensions at once, and
+    well.) Where devices have no coordinates, or not in
     rows, there is one stage over all (None).
     """
     coords = [getattr(d, "coords", None) for d in devices]

@@ -54,10 +54,14 @@ class Slice:
     def chips(self) -> int:
         return math.prod(self.shape)
 
-    def ring_bandwidth(self, size: int) -> float:
-        """Bytes a second that a chip sends in a collective along a dimension of `size` chips: both
-        ways round a ring; in a row that does not close, one way's worth."""
-        return self.chip.link * (2 if size % self.chip.wraps == 0 else 1)
+    def bandwidth(self, group: int) -> float:
+        """ICI bytes a second that a chip can send in a collective over `group` chips.
+
+        Along one dimension of the slice, or over all of them at once. A dimension gives both ways
+        round where it closes to a ring; in a row that does not close, the ends have one way.
+        """
+        over = [group] if group in self.shape else [n for n in self.shape if n > 1]
+        return self.chip.link * sum(2 if n % self.chip.wraps == 0 else 1 for n in over)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:

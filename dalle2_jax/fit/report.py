@@ -164,7 +164,7 @@ def measure(
         kind["count"] += c.times
         kind["bytes"] += c.sent * c.times
         sent_async += c.sent * c.times * c.is_async
-        wire += c.sent * c.times / where.ring_bandwidth(c.group)
+        wire += c.sent * c.times / where.bandwidth(c.group)
     sent = sum(kind["bytes"] for kind in found.values())
     cycles, unknown = program.cycles()
     optimal = cost.get("optimal_seconds", -1.0)

@@ -79,7 +79,7 @@ def _conv3x3_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _conv3x3_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    dx = jax.vjp(lambda x: _conv(x, kernel), x)[1](g)[0]
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel), x)(g)
     dkernel = jax.lax.platform_dependent(
         x, g, cpu=_kernel_gradient_by_matmuls, default=_kernel_gradient_by_conv
     )
@@ -87,8 +87,8 @@ def _conv3x3_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array
 
 
 def _kernel_gradient_by_conv(x: Array, g: Array) -> Array:
-    kernel = jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    return jax.vjp(lambda k: _conv(x, k), kernel)[1](g)[0]
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
+    return jax.linear_transpose(lambda k: _conv(x, k), kernel)(g)[0]
 
 
 def _kernel_gradient_by_matmuls(x: Array, g: Array) -> Array:

@@ -1,0 +1,68 @@
+"""FLOPs by shapes, against sums by hand and over every pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.fit import flops
+from dalle2_jax.nets.layers import conv3x3
+
+
+def test_a_product_is_two_a_multiply_add():
+    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 7))
+    assert flops.of_function(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5 * 7
+
+
+def test_a_scan_counts_its_length_and_inner_jits_count():
+    def scanned(x):
+        step = jax.jit(lambda x: x @ x)
+        return jax.lax.scan(lambda x, _: (step(x), None), x, None, length=6)[0]
+
+    assert flops.of_function(scanned, jnp.ones((8, 8))) == 6 * 2 * 8**3
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilate"), [(1, "SAME", 1), (2, "VALID", 1), (1, ((2, 1), (0, 3)), 2)]
+)
+def test_a_convolution_counts_what_meets_an_input(stride, padding, dilate):
+    x, kernel = jnp.ones((2, 9, 6, 3)), jnp.ones((3, 2, 3, 5))
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            (dilate, 1),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    # of ones each output is the number of multiply-adds that made it
+    assert flops.of_function(conv, x, kernel) == 2 * float(conv(x, kernel).sum())
+
+
+def test_a_backward_pass_costs_two_forward_ones_more():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    forward = flops.of_function(lambda x, w: x @ w, x, w)
+    both = jax.grad(lambda x, w: (x @ w).sum(), argnums=(0, 1))
+    assert flops.of_function(both, x, w) == 3 * forward
+
+
+def test_what_remat_computes_again_is_counted():
+    w = jnp.ones((8, 8))
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(jnp.sin(x @ w) @ w))
+
+    plain = flops.of_function(jax.grad(loss), w, jnp.ones((4, 8)))
+    again = flops.of_function(jax.grad(jax.checkpoint(loss)), w, jnp.ones((4, 8)))
+    assert plain < again <= 2 * plain
+
+
+def test_where_platforms_differ_the_cheapest_way_counts():
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 6))
+    forward = flops.of_function(conv3x3, x, kernel)
+    assert forward == 2 * np.square(22) * 2 * 4 * 6
+    both = jax.grad(lambda x, k: conv3x3(x, k).sum(), argnums=(0, 1))
+    assert flops.of_function(both, x, kernel) == 3 * forward
