@@ -4,7 +4,7 @@ Parameters split over "fsdp" (ZeRO stage 3, 1910.02054, section 5) are of use on
 itself the compiler moves activations as gladly as weights, and reduces gradients whole. Here every
 layer of a Flax network that owns a split parameter runs under `shard_map` instead: on this device's
 rows of the batch, with weights gathered in the layer's own dtype. The transpose of that gather is
-a reduce-scatter of the gradient; gathered weights are never kept for the backward pass.
+a reduce-scatter of the gradient; gathered weights are not kept for the backward pass.
 
 The networks know nothing of it: `gathering` is a Flax interceptor around the loss. What it does
 not touch (norms, attention, noise, the loss) stays under `jit` with global meaning, so that a run
@@ -30,12 +30,15 @@ Groups = list[list[int]]
 
 
 @contextlib.contextmanager
-def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
+def gathering(mesh: Mesh, *trees: PyTree, regather: bool = True) -> Iterator[None]:
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
     To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
     networks that are applied, as ShapeDtypeStructs with a NamedSharding. Does nothing on a mesh of
     one shard, and for a layer whose rows the shards do not divide: there the compiler chooses.
+
+    With `regather` the backward pass gathers a layer's weights anew. A network whose blocks are
+    recomputed as a whole does so by itself: there it would be a third time.
     """
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
     shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -82,9 +85,9 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
             return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
 
         local = jax.shard_map(
-            # A layer is linear: its backward pass needs its input and the weights gathered anew,
-            # and computes no output again.
-            jax.checkpoint(apply),
+            # A layer is linear: its backward pass needs its input and weights, and computes no
+            # output again.
+            jax.checkpoint(apply) if regather else apply,
             in_specs=(
                 {name: split.get(name, PartitionSpec()) for name in params},
                 *map(by_rows, args),

@@ -24,7 +24,9 @@ FROZEN_RULES = ((".*", "fsdp"),)
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -> Iterator[None]:
+def on_mesh(
+    mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params, regather: bool = True
+) -> Iterator[None]:
     """Within, while tracing, the networks' layers gather their weights and
     `jax.sharding.get_abstract_mesh` finds the mesh, for a loss that goes over shards itself.
 
@@ -32,8 +34,19 @@ def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -
     """
     trees = [sharding.placed(params, rules, mesh)]
     trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), gathering(mesh, *trees):
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        gathering(mesh, *trees, regather=regather),
+    ):
         yield
+
+
+def recomputes_blocks(section: Any) -> bool:
+    """Whether a config's section says that the backward pass computes whole blocks anew."""
+    return any(
+        recomputes_blocks(value) if hasattr(value, "items") else key == "remat" and value in ("full", True)
+        for key, value in section.items()
+    )
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -99,7 +112,8 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
-        with on_mesh(mesh, config.sharding_rules, state.params, frozen):
+        regather = not recomputes_blocks(config.model)
+        with on_mesh(mesh, config.sharding_rules, state.params, frozen, regather):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
