@@ -22,6 +22,9 @@ from dalle2_jax.train.step import FROZEN_RULES, check_batch_size, make_train_ste
 from dalle2_jax.types import Batch, Params, PyTree, Task
 
 
+MOST_WHOLE = 0.02  # of the parameters' bytes on every chip
+
+
 def report(config: build.Config, topology: str, auto_batch: bool = False) -> Report:
     """The step that `config` (a complete one) would run on the slice `topology`.
 
@@ -47,6 +50,7 @@ def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
     build.check(config, task)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    _check_split(template.params, mesh)
     frozen = {
         name: sharding.placed(tree, FROZEN_RULES, mesh) for name, tree in task.frozen().items()
     }
@@ -63,6 +67,22 @@ def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
         ideal_collective_bytes=_ideal_bytes(config, template.params, frozen, mesh),
         num_steps=config.num_steps,
     )
+
+
+def _check_split(params: Params, mesh: Mesh) -> None:
+    """UserError where too many weights lie whole on every chip, as no axis of them divides."""
+    places = jax.tree.map(lambda x: x.sharding, params)
+    whole = sharding.replicated_bytes_fraction(params, places)
+    if mesh.shape["fsdp"] > 1 and whole > MOST_WHOLE:
+        least = max(
+            (x for x in sharding.flatten(params).items() if x[1].sharding.is_fully_replicated),
+            key=lambda x: math.prod(x[1].shape),
+        )
+        raise UserError(
+            f"{100 * whole:.0f} % of the parameters' bytes would lie whole on every chip, for "
+            f"mesh.fsdp={mesh.shape['fsdp']} divides no axis of {least[0]} {least[1].shape}: give "
+            "fewer, as in --config.mesh.data=4"
+        )
 
 
 def local_bytes(tree: PyTree) -> int:

@@ -44,7 +44,9 @@ def on_mesh(
 def recomputes_blocks(section: Any) -> bool:
     """Whether a config's section says that the backward pass computes whole blocks anew."""
     return any(
-        recomputes_blocks(value) if hasattr(value, "items") else key == "remat" and value in ("full", True)
+        recomputes_blocks(value)
+        if hasattr(value, "items")
+        else key == "remat" and value in ("full", True)
         for key, value in section.items()
     )
 

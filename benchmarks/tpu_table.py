@@ -1,0 +1,152 @@
+"""The table of docs/tpu.md: every network on every slice, by the TPU compiler.
+
+python benchmarks/tpu_table.py [--only=decoder] [--again]    compiles what is not there yet
+python benchmarks/tpu_table.py --write                        puts the table into docs/tpu.md
+
+A row is the command that it shows, with --json; its answer is kept in docs/tpu_rows.json, so that
+what was interrupted goes on. A compile takes from one to twenty minutes on a core.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "docs" / "tpu_rows.json"
+PAGE = ROOT / "docs" / "tpu.md"
+BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
+
+# A chip's HBM in GiB decides how many examples it takes.
+SLICES = {
+    "v5e:8x8": 16,
+    "v5e:16x16": 16,
+    "v5e:2x4": 16,
+    "v4:2x2x1": 32,
+    "v5p:4x4x4": 95,
+    "v6e:8x8": 32,
+    "v6e:16x16": 32,
+}
+# stage:variant -> examples a 16 GiB chip
+TRAINED = {
+    "decoder:paper": 8,
+    "prior:paper": 64,
+    "clip:paper": 64,
+    "upsampler_256:paper": 16,
+    "upsampler_1024:paper": 4,
+    "upsampler_256:tpu": 16,
+    "upsampler_1024:tpu": 4,
+}
+SAMPLED = ("v5e:1x1", "v5e:2x4", "v6e:1x1")
+
+
+def chips(topology: str) -> int:
+    count = 1
+    for size in topology.partition(":")[2].split("x"):
+        count *= int(size)
+    return count
+
+
+def commands() -> list[str]:
+    """Every row's command, those that matter most first."""
+    found = []
+    for topology, gib in SLICES.items():
+        for name, rows in TRAINED.items():
+            stage, variant = name.split(":")
+            batch = rows * gib // 16 * chips(topology)
+            # 320 and 192 channels do not divide by 256 chips
+            wide = " --config.mesh.data=4" if "upsampler" in name and chips(topology) > 64 else ""
+            found.append(
+                f"python train.py --config=configs/{stage}.py:{variant} --topology={topology} "
+                f"--config.batch_size={batch}{wide}"
+            )
+    sampled = [
+        f"python sample.py --weights=configs/{variant} --topology={topology} "
+        f"--batch_size={chips(topology)}"
+        for topology in SAMPLED
+        for variant in ("paper", "tpu")
+    ]
+    natural = len(TRAINED)  # all networks on the first slice, then sampling, then the rest
+    return found[:natural] + sampled + found[natural:]
+
+
+def run(command: str) -> dict:
+    """The row's report; {"error": its one line} where it does not fit."""
+    words = [sys.executable, *command.split()[1:], "--json"]
+    since = time.time()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+    elif done.returncode == 3:
+        row = {"error": done.stderr.strip().splitlines()[-1]}
+    else:
+        raise SystemExit(f"{command}: {done.stderr.strip().splitlines()[-1:]}")
+    return row | {"compiled_in": round(time.time() - since)}
+
+
+def load() -> dict[str, dict]:
+    return json.loads(ROWS.read_text()) if ROWS.exists() else {}
+
+
+def table(rows: dict[str, dict]) -> str:
+    lines = [
+        "| network | slice | batch | GiB a chip | FLOPs compiled / analytic | collectives, GB "
+        "(of ideal) | ms a step: compiler / roofline / cycles | MFU | images/s | days |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for command, row in rows.items():
+        words = dict(w.lstrip("-").split("=") for w in command.split() if "=" in w)
+        name = Path(words.get("config", words.get("weights", "")).replace(".py", "")).name
+        if "error" in row:
+            told = row["error"].partition(":")[2].strip()
+            lines.append(f"| {name} | {words['topology']} | does not fit: {told} | | | | | | | |")
+            continue
+        lines.append(_line(name, row))
+    return "\n".join(lines)
+
+
+def _line(name: str, row: dict) -> str:
+    def each(values: dict, scale: float, digits: int) -> str:
+        order = ("optimal", "roofline", "cycles")
+        return " / ".join(
+            f"{scale * values[k]:.{digits}f}" if values.get(k) else "-" for k in order
+        )
+
+    sent = sum(kind["bytes"] for kind in row["collectives"].values())
+    ideal = row["ideal_collective_bytes"]
+    ratio = f" ({sent / ideal:.2f})" if ideal else ""
+    best = "optimal" if row["seconds"]["optimal"] else "roofline"
+    days = f"{row['days'][best]:.1f}" if row["num_steps"] else ""
+    return (
+        f"| {name} | {row['topology']} | {row['batch_size']} | "
+        f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.0f} | "
+        f"{row['flops_ratio']:.3f} | {sent / 1e9:.2f}{ratio} | {each(row['seconds'], 1e3, 0)} | "
+        f"{each(row['mfu'], 100, 0)} % | {row['images_per_second'][best]:.1f} | {days} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="rows whose command holds this text")
+    parser.add_argument("--again", action="store_true", help="compile rows that are there as well")
+    parser.add_argument("--write", action="store_true", help="write the table, compile nothing")
+    flags = parser.parse_args()
+    if not flags.write:
+        for command in commands():
+            rows = load()
+            if flags.only in command and (flags.again or command not in rows):
+                print(command, flush=True)
+                rows = load() | {command: run(command)}
+                order = {c: i for i, c in enumerate(commands())}
+                rows = dict(sorted(rows.items(), key=lambda item: order.get(item[0], 1e9)))
+                ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(load())}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
