@@ -21,7 +21,6 @@ from dalle2_jax.train.state import TrainState, abstract_state
 from dalle2_jax.train.step import FROZEN_RULES, check_batch_size, make_train_step
 from dalle2_jax.types import Batch, Params, PyTree, Task
 
-
 MOST_WHOLE = 0.02  # of the parameters' bytes on every chip
 
 

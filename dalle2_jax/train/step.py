@@ -21,6 +21,7 @@ from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 FROZEN_RULES = ((".*", "fsdp"),)
+RECOMPUTED = (("remat", "full"), ("remat", True))
 
 
 @contextlib.contextmanager
@@ -44,9 +45,7 @@ def on_mesh(
 def recomputes_blocks(section: Any) -> bool:
     """Whether a config's section says that the backward pass computes whole blocks anew."""
     return any(
-        recomputes_blocks(value)
-        if hasattr(value, "items")
-        else key == "remat" and value in ("full", True)
+        recomputes_blocks(value) if hasattr(value, "items") else (key, value) in RECOMPUTED
         for key, value in section.items()
     )
 
