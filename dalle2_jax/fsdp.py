@@ -4,7 +4,7 @@ Parameters split over "fsdp" (ZeRO stage 3, 1910.02054, section 5) are of use on
 itself the compiler moves activations as gladly as weights, and reduces gradients whole. Here every
 layer of a Flax network that owns a split parameter runs under `shard_map` instead: on this device's
 rows of the batch, with weights gathered in the layer's own dtype. The transpose of that gather is
-a reduce-scatter of the gradient; gathered weights are not kept for the backward pass.
+a reduce-scatter of the gradient; gathered weights are never kept for the backward pass.
 
 The networks know nothing of it: `gathering` is a Flax interceptor around the loss. What it does
 not touch (norms, attention, noise, the loss) stays under `jit` with global meaning, so that a run
@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax.sharding import BATCH_AXES, flatten
@@ -30,15 +31,12 @@ Groups = list[list[int]]
 
 
 @contextlib.contextmanager
-def gathering(mesh: Mesh, *trees: PyTree, regather: bool = True) -> Iterator[None]:
+def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
     To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
     networks that are applied, as ShapeDtypeStructs with a NamedSharding. Does nothing on a mesh of
     one shard, and for a layer whose rows the shards do not divide: there the compiler chooses.
-
-    With `regather` the backward pass gathers a layer's weights anew. A network whose blocks are
-    recomputed as a whole does so by itself: there it would be a third time.
     """
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
     shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -50,7 +48,10 @@ def gathering(mesh: Mesh, *trees: PyTree, regather: bool = True) -> Iterator[Non
         return PartitionSpec(axes, *[None] * (x.ndim - 1))
 
     specs = _specs(trees)
-    rings = ring_groups(mesh.devices[0, :, 0])
+    rows = np.moveaxis(mesh.devices, 1, -1).reshape(-1, mesh.shape["fsdp"])
+    rings = ring_groups(rows[0])
+    if any(ring_groups(row) != rings for row in rows[1:]):
+        rings = [None]
     within = False
 
     def _split(layer: nn.Module, params: Mapping[str, Array]) -> dict[str, PartitionSpec]:
@@ -58,8 +59,11 @@ def gathering(mesh: Mesh, *trees: PyTree, regather: bool = True) -> Iterator[Non
         found = {name: specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
         return {name: spec for name, spec in found.items() if spec and any(spec)}
 
+    def divides(x: Any) -> bool:
+        return getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
+
     def by_batch(x: Any) -> Any:
-        if getattr(x, "ndim", 0) and x.shape[0] % shards == 0:
+        if divides(x):
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_rows(x)))
         return x
 
@@ -73,21 +77,24 @@ def gathering(mesh: Mesh, *trees: PyTree, regather: bool = True) -> Iterator[Non
         split = (
             {} if any(isinstance(p, Mapping) for p in params.values()) else _split(layer, params)
         )
-        if not split or kwargs or not all(x.ndim and x.shape[0] % shards == 0 for x in args):
+        named = any(hasattr(x, "ndim") for x in kwargs.values())  # rows, or not: nobody says
+        if not split or named or not args or not all(map(divides, args)):
             return jax.tree.map(by_batch, next_fun(*args, **kwargs))
 
+        # Messages of the layer's own dtype. Cast here: within, the backward pass would gather from
+        # a copy, which the compiler could not know for the same.
+        dtype = getattr(layer, "dtype", None)
+        params |= {name: params[name].astype(dtype or params[name].dtype) for name in split}
+
         def apply(params: Mapping[str, Array], *args: Array) -> Array:
-            dtype = getattr(layer, "dtype", None)
             whole = {
-                name: _gather(p if dtype is None else p.astype(dtype), split.get(name), rings)
+                name: _gather(p, split[name], rings) if name in split else p
                 for name, p in params.items()
             }
-            return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
+            return layer.clone(parent=None, name=None).apply({"params": whole}, *args, **kwargs)
 
         local = jax.shard_map(
-            # A layer is linear: its backward pass needs its input and weights, and computes no
-            # output again.
-            jax.checkpoint(apply) if regather else apply,
+            jax.checkpoint(apply, policy=_keep, prevent_cse=not _in_body(layer)),
             in_specs=(
                 {name: split.get(name, PartitionSpec()) for name in params},
                 *map(by_rows, args),
@@ -122,10 +129,25 @@ def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:
     return found
 
 
-def _gather(x: Array, spec: PartitionSpec | None, rings: Sequence[Groups | None]) -> Array:
+def _in_body(layer: nn.Module) -> bool:
+    """Whether nn.scan or nn.remat runs the layer. Flax binds what it transforms as a new root.
+
+    Their backward pass is a program of its own, which gathers weights anew, and once. Elsewhere the
+    compiler would see that the forward pass gathers the same and keep that, unless prevented.
+    """
+    while isinstance(layer.parent, nn.Module):
+        layer = layer.parent
+    return bool(layer.path)
+
+
+def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
+    """All but gathered weights is kept for the backward pass. By primitive: a name would be that of
+    a copy, and the gather's own result were kept."""
+    return primitive is not jax.lax.all_gather_p
+
+
+def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Array:
     """A layer's weight from its slices; its gradient is summed and sliced ring by ring."""
-    if spec is None:
-        return x
     axis = spec.index("fsdp")
 
     @jax.custom_vjp

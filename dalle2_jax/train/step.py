@@ -21,13 +21,10 @@ from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 FROZEN_RULES = ((".*", "fsdp"),)
-RECOMPUTED = (("remat", "full"), ("remat", True))
 
 
 @contextlib.contextmanager
-def on_mesh(
-    mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params, regather: bool = True
-) -> Iterator[None]:
+def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -> Iterator[None]:
     """Within, while tracing, the networks' layers gather their weights and
     `jax.sharding.get_abstract_mesh` finds the mesh, for a loss that goes over shards itself.
 
@@ -37,17 +34,9 @@ def on_mesh(
     trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-        gathering(mesh, *trees, regather=regather),
+        gathering(mesh, *trees),
     ):
         yield
-
-
-def recomputes_blocks(section: Any) -> bool:
-    """Whether a config's section says that the backward pass computes whole blocks anew."""
-    return any(
-        recomputes_blocks(value) if hasattr(value, "items") else (key, value) in RECOMPUTED
-        for key, value in section.items()
-    )
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -113,8 +102,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
-        regather = not recomputes_blocks(config.model)
-        with on_mesh(mesh, config.sharding_rules, state.params, frozen, regather):
+        with on_mesh(mesh, config.sharding_rules, state.params, frozen):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
