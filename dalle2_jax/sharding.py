@@ -7,8 +7,9 @@ along one of its own axes). Rules are ordered pairs (regex, tactic); a path such
 
 Tactics:
   "replicate"      every device holds the whole array
-  "fsdp"           the largest axis that "fsdp" divides is split (none: replicated); an array of
-                   fewer than `MIN_SPLIT` elements is not worth a message and replicated
+  "fsdp"           the largest axis that "fsdp" divides is split, first of those whose slices fill
+                   a TPU's tiles (none: replicated); an array of fewer than `MIN_SPLIT` elements is
+                   not worth a message and replicated
   "fsdp:N"         the same, with N in place of `MIN_SPLIT`
   "tensor:A"       axis A (may be negative) is split over "tensor"
   "tensor:A+fsdp"  the same, and the largest other axis over "fsdp"
@@ -112,10 +113,17 @@ def _spec(shape: tuple[int, ...], tactic: str, mesh: Mesh, path: str) -> Partiti
                 i for i, n in enumerate(shape) if axes[i] is None and n % size == 0 and n >= size
             ]
             if free and size > 1:
-                axes[max(free, key=lambda i: shape[i])] = "fsdp"
+                axes[max(free, key=lambda i: (_fills_tiles(shape, i, size), shape[i]))] = "fsdp"
         else:
             raise UserError(f"unknown sharding tactic {tactic!r}; known: {_TACTICS}")
     return PartitionSpec(*axes)
+
+
+def _fills_tiles(shape: tuple[int, ...], axis: int, parts: int) -> bool:
+    """Whether slices along `axis` end where a TPU's tiles of 8 x 128 do: others are sent padded,
+    and the compiler gathers them by adding them up, twice the bytes."""
+    tile = {len(shape) - 1: 128, len(shape) - 2: 8}.get(axis, 1)
+    return shape[axis] // parts % tile == 0
 
 
 def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:

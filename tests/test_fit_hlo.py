@@ -1,4 +1,5 @@
 """Reading an optimised program's text: values counted by hand."""
+# ruff: noqa: E501 (lines of a compiler)
 
 import pytest
 

@@ -57,11 +57,16 @@ class Slice:
     def bandwidth(self, group: int) -> float:
         """ICI bytes a second that a chip can send in a collective over `group` chips.
 
-        Along one dimension of the slice, or over all of them at once. A dimension gives both ways
-        round where it closes to a ring; in a row that does not close, the ends have one way.
+        It lies along the slice's last dimensions: each gives both ways round where it closes to a
+        ring; in a row that does not close, or a part of one, the ends have one way.
         """
-        over = [group] if group in self.shape else [n for n in self.shape if n > 1]
-        return self.chip.link * sum(2 if n % self.chip.wraps == 0 else 1 for n in over)
+        links = 0
+        for size in [group] if group in self.shape else reversed(self.shape):
+            along = math.gcd(group, size)
+            group //= along
+            if along > 1:
+                links += 2 if along == size and size % self.chip.wraps == 0 else 1
+        return self.chip.link * max(links, 1)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:

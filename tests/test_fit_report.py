@@ -1,0 +1,208 @@
+"""The parts of the fit report that need no TPU compiler."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small_cascade
+
+from dalle2_jax import build, sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.fit import chips, flops, report, training
+from dalle2_jax.fit.chips import GIB
+from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge
+
+
+def made(batch_size: int = 8, total: float = GIB) -> Report:
+    return Report(
+        topology="v5e:2x2",
+        chips=4,
+        batch_size=batch_size,
+        num_params=1000,
+        memory={"params": total / 2, "activations": total / 2, "total": total},
+        hbm=16 * GIB,
+        analytic_flops=1e12,
+        compiled_flops=1.25e12,
+        hbm_traffic=1e9,
+        collectives={"all-gather": {"count": 3, "bytes": 2e9}},
+        ideal_collective_bytes=1e9,
+        async_share=0.5,
+        seconds={"optimal": 0.5, "cycles": 1.0, "roofline": None},
+        unknown_cycles=2,
+        mfu={"optimal": 0.4, "cycles": 0.2, "roofline": None},
+        num_steps=86400,
+        kernels=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v5e:8x8", ("v5e", (8, 8))),
+        ("v5e-8", ("v5e", (2, 4))),
+        ("v5e-64", ("v5e", (8, 8))),
+        ("v5e-256", ("v5e", (16, 16))),
+        ("v6e-256", ("v6e", (16, 16))),
+        ("v5p-128", ("v5p", (4, 4, 4))),  # cores: two a chip
+        ("v4-8", ("v4", (2, 2, 1))),
+        ("v5p:2x2x1", ("v5p", (2, 2, 1))),
+    ],
+)
+def test_slices_by_shape_and_by_the_vendors_name(name, expected):
+    assert chips.parse(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5e", "v5e:", "v5e:0x2", "v5e-7", "v5e:2", "8x8", "v4-1"]
+)
+def test_an_unknown_slice_is_one_clear_error(name):
+    with pytest.raises(UserError, match="--topology="):
+        chips.parse(name)
+
+
+def test_without_the_compiler_it_is_said_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
+        chips.open_slice("v5e:2x2")
+
+
+def test_a_row_gives_one_way_and_a_ring_both():
+    small = chips.Slice("v5e:8x8", chips.CHIPS["v5e"], (8, 8), None)
+    pod = chips.Slice("v5e:16x16", chips.CHIPS["v5e"], (16, 16), None)
+    assert small.bandwidth(8) == 45e9
+    assert small.bandwidth(64) == 2 * 45e9  # over both dimensions
+    assert pod.bandwidth(16) == 2 * 45e9
+    assert pod.bandwidth(256) == 4 * 45e9
+    assert pod.bandwidth(64) == 3 * 45e9  # a ring of 16, and 4 in a row of the other
+
+
+def test_the_table_and_the_json_tell_the_same():
+    told = made()
+    given = json.loads(told.json())
+    assert given["flops_ratio"] == 1.25
+    assert given["images_per_second"] == {"optimal": 16.0, "cycles": 8.0}
+    assert given["days"] == {"optimal": 0.5, "cycles": 1.0}
+    assert given["chip_hours"]["optimal"] == 48
+    table = told.table()
+    for part in (
+        "1.250 of the analytic",
+        "2.00 of the ideal",
+        "50 % asynchronous",
+        "16.0 images/s",
+    ):
+        assert part in table, table
+    assert "0.5 days" in table and "48 chip-hours" in table
+    assert "not told by the compiler" in table
+
+
+class Lowered:
+    def __init__(self, message: str):
+        self.message = message
+
+    def compile(self, compiler_options):
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.31G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 16.31G of 15.75G hbm. Exceeded hbm capacity by 574.7M.",
+    ],
+)
+def test_what_does_not_fit_is_read_from_the_compilers_words(message):
+    with pytest.raises(DoesNotFit) as caught:
+        report.compile_for(Lowered(message))
+    assert caught.value.needed == pytest.approx(16.31 * GIB)
+    assert caught.value.available == pytest.approx(15.75 * GIB)
+
+
+def test_other_errors_of_the_compiler_are_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        report.compile_for(Lowered("INTERNAL: 3G of 4G"))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 40, 41])
+def test_the_largest_batch_is_found_exactly(most):
+    tried = []
+
+    def attempt(rows: int) -> Report:
+        tried.append(rows)
+        if rows > most:
+            raise DoesNotFit(17 * GIB, 16 * GIB)
+        return made(rows, GIB + rows * 15 * GIB / (most + 0.5))
+
+    best = training.largest(attempt, 16 * GIB, lambda error: TooLarge(str(error)))
+    assert best.batch_size == most
+    assert len(tried) == len(set(tried)) <= 10, tried
+
+
+def test_a_step_too_large_for_one_example_is_told():
+    def attempt(rows: int) -> Report:
+        raise DoesNotFit(17 * GIB, 16 * GIB)
+
+    with pytest.raises(TooLarge, match=r"17\.00 GiB needed, 16\.00 GiB there") as caught:
+        training.largest(attempt, 16 * GIB, lambda error: TooLarge(str(error)))
+    assert caught.value.exit_status == 3
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    clip = small_cascade.write(tmp_path_factory.mktemp("clip"), ["clip"])
+    return small_cascade.config("decoder", clip, batch_size=16)
+
+
+def test_the_cure_is_named(config):
+    where = chips.Slice("v5e:2x2", chips.CHIPS["v5e"], (2, 2), None)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    told = training._told(config, where, mesh, DoesNotFit(20 * GIB, 16 * GIB))
+    for part in ("batch_size=16", "4.00 GiB too much", "--config.batch_size=8", "mesh.data=1"):
+        assert part in told, told
+
+
+def test_bytes_are_those_of_one_device():
+    mesh = sharding.make_mesh({"fsdp": 8})
+    tree = {
+        "a": jax.ShapeDtypeStruct((16, 3), np.float32),
+        "b": jax.ShapeDtypeStruct((5,), np.int8),
+    }
+    placed = sharding.placed(tree, (("a", "fsdp:1"), ("b", "replicate")), mesh)
+    assert training.local_bytes(placed) == 2 * 3 * 4 + 5
+
+
+def test_the_ideal_is_two_gathers_and_a_scatter(config):
+    mesh = sharding.make_mesh({"fsdp": 8})
+    tree = {
+        "w": jax.ShapeDtypeStruct((8, 100), np.float32),
+        "b": jax.ShapeDtypeStruct((8,), np.float32),
+    }
+    placed = sharding.placed(tree, (("w", "fsdp:1"), ("b", "replicate")), mesh)
+    ideal = training._ideal_bytes(config, placed, {}, mesh)  # it computes in float32
+    assert ideal == 3 * 800 * 4 * 7 / 8 + 2 * 8 * 4 * 7 / 8
+    frozen = training._ideal_bytes(config, {}, {"clip": placed}, mesh)
+    assert frozen == 800 * 4 * 7 / 8
+
+
+def test_the_analytic_flops_have_no_recomputation_in_them(config):
+    plain = training._analytic_flops(config)
+    again = config.copy_and_resolve_references()
+    with again.unlocked(), again.model.unet.ignore_type():
+        again.model.unet.remat = "full"
+    assert training._analytic_flops(again) == plain
+    task = build.task(again)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(task.init, key)
+    grad = jax.grad(lambda p, b, k: task.loss(p, task.frozen(), b, k, True)[0])
+    assert flops.of_function(grad, params, build.abstract_batch(again), key) > 1.1 * plain
+
+
+def test_weights_that_no_axis_divides_are_told():
+    mesh = sharding.make_mesh({"fsdp": 8})
+    tree = {"w": jax.ShapeDtypeStruct((9, 100_003), np.float32)}
+    placed = sharding.placed(tree, ((".*", "fsdp"),), mesh)
+    with pytest.raises(UserError, match=r"100 % .* mesh.fsdp=8 divides no axis of w"):
+        training._check_split(placed, mesh)
