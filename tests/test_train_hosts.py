@@ -138,6 +138,21 @@ def test_a_host_that_hangs_ends_all_with_their_stacks(start, tmp_path):
         assert "most recent call first" in process.said and where in process.said
 
 
+@pytest.mark.slow
+def test_two_hosts_go_back_together(start, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    cfg, bad = dict(SPLIT, max_skips=3, num_steps=9), [2, 5, 6, 7]
+    processes = start(2, workdir=str(two), config=cfg, poison_at=bad)
+    result = loop.train(toy_task.config(**cfg), ToyTask(), toy_task.dataset(poison_at=bad), one)
+    assert finish(processes) == [0, 0], [p.said for p in processes]
+    assert int(result.state.faults.passed_over) == 8
+    told, alone = losses(two), losses(one)
+    assert sorted(told) == sorted(alone)
+    np.testing.assert_allclose(list(told.values()), list(alone.values()), rtol=1e-5)
+    with np.load(two / "state.npz") as state:
+        assert state["faults/passed_over"] == 8 and state["step"] == 9
+
+
 @pytest.mark.slow  # of one process: test_train_kills.py
 def test_a_second_sigterm_ends_a_host_that_hangs_at_once(start, tmp_path):
     processes = start(2, workdir=str(tmp_path), config=SPLIT, hang_at=3, hang_rank=1)
