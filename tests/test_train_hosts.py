@@ -128,12 +128,12 @@ def test_two_hosts_are_one(start, tmp_path):
 
 
 def test_a_host_that_hangs_ends_all_with_their_stacks(start, tmp_path):
-    settings = dict(SPLIT, num_steps=100, watchdog_seconds=4.0)
-    processes = start(2, workdir=str(tmp_path), config=settings, hang_at=5, hang_rank=1)
+    settings = dict(SPLIT, num_steps=100, watchdog_seconds=8.0)
+    processes = start(2, workdir=str(tmp_path), config=settings, hang_at=2, hang_rank=1)
     wait_for(processes[1], "hangs")
     assert 0 not in finish(processes, timeout=60)
     told = processes[1].said
-    assert "Timeout (0:00:03.600000)!" in told and "most recent call first" in told, told
+    assert "Timeout (0:00:07.200000)!" in told and "most recent call first" in told, told
     assert "host_run.py" in told and "in own_share" in told
     # the other is told by its own watchdog or, a moment earlier, by the broken connection
     assert "loop.py" in processes[0].said, processes[0].said
