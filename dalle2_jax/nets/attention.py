@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dalle2_jax.nets.chunked import attention_by_chunks
-from dalle2_jax.nets.flash import flash_attention
+from dalle2_jax.nets.flash import MOST_CHANNELS, flash_attention
 from dalle2_jax.shards import BATCH_AXES, batch_shards
 from dalle2_jax.types import Array
 
@@ -55,7 +55,8 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
     # what any of the platforms would keep.
     einsum = jax.checkpoint(attention_by_einsum)
-    kernel = flash_attention if _kernels and mask is None else einsum
+    fits = mask is None and q.shape[-1] <= MOST_CHANNELS
+    kernel = flash_attention if _kernels and fits else einsum
 
     def choose(q: Array, k: Array, v: Array, *mask: Array) -> Array:
         return jax.lax.platform_dependent(

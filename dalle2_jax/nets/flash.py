@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.types import Array
 
+MOST_CHANNELS = 128  # of a head: what the blocks below leave room for
 _LANES = 128
 _MOST_Q, _MOST_KV = 512, 1536  # of a block: what the 16 MiB of VMEM hold in the backward pass
 
@@ -21,8 +22,8 @@ _MOST_Q, _MOST_KV = 512, 1536  # of a block: what the 16 MiB of VMEM hold in the
 def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     """q [b, n, heads, d], k, v [b, m, heads, d] -> [b, n, heads, d] in v's dtype, no mask.
 
-    For this device's arrays alone: the compiler cannot split a kernel. `interpret` runs it anywhere,
-    slowly.
+    For this device's arrays alone: the compiler cannot split a kernel. `interpret` runs it
+    anywhere, slowly.
     """
     # Late: it takes long, and what draws small pictures needs none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
