@@ -47,8 +47,17 @@ def paper():
             task=dict(name="clip", sam_rho=0.1, sam_replica_batch=64),
             model=dict(
                 dim=1024,
-                image=dict(image_size=256, patch_size=16, width=1280, depth=32, heads=16),
-                text=dict(context_length=77, vocab_size=49408, width=1024, depth=24, heads=16),
+                image=dict(
+                    image_size=256, patch_size=16, width=1280, depth=32, heads=16, remat="full"
+                ),
+                text=dict(
+                    context_length=77,
+                    vocab_size=49408,
+                    width=1024,
+                    depth=24,
+                    heads=16,
+                    remat="full",
+                ),
                 dtype="bfloat16",
             ),
             data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
@@ -78,13 +87,21 @@ def original(image, text, dim, learning_rate):
             task=dict(name="clip"),
             model=dict(
                 dim=dim,
-                image=dict(image_size=224, patch_size=patch, width=width, depth=depth, heads=heads),
+                image=dict(
+                    image_size=224,
+                    patch_size=patch,
+                    width=width,
+                    depth=depth,
+                    heads=heads,
+                    remat="full",
+                ),
                 text=dict(
                     context_length=77,
                     vocab_size=49408,
                     width=text_width,
                     depth=12,
                     heads=text_heads,
+                    remat="full",
                 ),
                 activation="quick_gelu",
                 dtype="bfloat16",

@@ -39,9 +39,16 @@ def paper():
                     attention_levels=(1, 2, 3),  # 32, 16 and 8 px
                     head_channels=64,
                     dropout=0.1,
-                    remat=True,
+                    remat="full",
                 ),
-                text=dict(context_length=256, vocab_size=49408, width=2048, depth=24, heads=32),
+                text=dict(
+                    context_length=256,
+                    vocab_size=49408,
+                    width=2048,
+                    depth=24,
+                    heads=32,
+                    remat="full",
+                ),
                 dim=1024,
                 context_length=256,
                 learned_variance=True,

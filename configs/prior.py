@@ -40,6 +40,7 @@ def paper():
                 width=2048,
                 depth=24,
                 heads=32,
+                remat="full",
                 dtype="bfloat16",
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),

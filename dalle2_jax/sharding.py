@@ -27,11 +27,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.shards import BATCH_AXES
 from dalle2_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 _TACTICS = "replicate, fsdp, fsdp:LEAST_SIZE, tensor:AXIS, tensor:AXIS+fsdp"
-BATCH_AXES = ("data", "fsdp")
 _AUTO = (AxisType.Auto,) * len(AXES)
 MIN_SPLIT = 2**18  # elements: 1 MiB of float32
 Rules = Sequence[tuple[str, str]]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dalle2_jax"
 
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
-    {"errors", "files", "options", "types", "version"},
+    {"errors", "files", "options", "shards", "types", "version"},
     {
         "commands",
         "data",

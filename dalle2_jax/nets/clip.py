@@ -46,6 +46,7 @@ class TextTower(nn.Module):
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    remat: str | bool = "none"
 
     @nn.compact
     def __call__(self, tokens: Array) -> tuple[Array, Array, Array]:
@@ -60,9 +61,9 @@ class TextTower(nn.Module):
         shape = (self.context_length, self.width)
         positions = self.param("positions", nn.initializers.normal(0.01), shape, jnp.float32)
         x = embed(tokens) + positions[None, :n].astype(self.dtype)
-        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(
-            x, causal_mask(n)
-        )
+        x = Transformer(
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+        )(x, causal_mask(n))
         x = LayerNorm(name="norm")(x)
         mask = text_mask(tokens, self.vocab_size - 1)
         last = jnp.sum(mask, axis=1) - 1
@@ -82,6 +83,7 @@ class ImageTower(nn.Module):
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    remat: str | bool = "none"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -97,7 +99,9 @@ class ImageTower(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.width)), x], axis=1)
         positions = self.param("positions", init, x.shape[1:], jnp.float32)
         x = LayerNorm(name="norm_in")(x + positions[None].astype(self.dtype))
-        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(x)
+        x = Transformer(
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+        )(x)
         x = LayerNorm(name="norm")(x[:, 0])
         return nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(x)
 

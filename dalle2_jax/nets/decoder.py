@@ -28,6 +28,7 @@ class TextEncoder(nn.Module):
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    remat: str | bool = "none"
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array) -> Array:
@@ -38,7 +39,9 @@ class TextEncoder(nn.Module):
         positions = self.param("positions", init, shape, jnp.float32)[None, :n]
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token")
         x = jnp.where(mask[..., None], embed(tokens) + positions, padding)
-        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(x)
+        x = Transformer(
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+        )(x)
         return LayerNorm(name="norm")(x)
 
 

@@ -28,6 +28,7 @@ class DiffusionPrior(nn.Module):
     learned_null: bool = True
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    remat: str | bool = "none"
 
     def init_inputs(self, text_width: int) -> tuple[Array, ...]:
         """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
@@ -65,8 +66,8 @@ class DiffusionPrior(nn.Module):
         x = x + places[None].astype(self.dtype)
         keys = jnp.pad(txt_mask, ((0, 0), (0, 4)), constant_values=True)
         mask = causal_mask(n + 4) & keys[:, None, None, :]
-        x = Transformer(self.depth, self.heads, self.activation, self.dtype, name="transformer")(
-            x, mask
-        )
+        x = Transformer(
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+        )(x, mask)
         x = LayerNorm(name="norm")(x[:, -1])
         return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)

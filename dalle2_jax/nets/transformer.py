@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
 from dalle2_jax.nets.layers import LayerNorm
+from dalle2_jax.nets.remat import rematerialised
 from dalle2_jax.types import Array
 
 
@@ -52,17 +53,21 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks over [b, n, width], scanned: one block is compiled, weights are stacked."""
+    """`depth` blocks over [b, n, width], scanned: one block is compiled, weights are stacked.
+
+    `remat` names a policy of `nets.remat` for the blocks.
+    """
 
     depth: int
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    remat: str | bool = "none"
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         blocks = nn.scan(
-            Block,
+            rematerialised(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # typed by its default, 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
 from dalle2_jax.nets.layers import Conv3x3, GroupNorm
+from dalle2_jax.nets.remat import rematerialised
 from dalle2_jax.types import Array
 
 
@@ -116,7 +117,8 @@ class UNet(nn.Module):
     levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
     With `patch_size` p the levels start at h / p pixels: patches of p x p are folded into channels
     at the entrance and unfolded at the exit, which trades detail for speed (a small model's way
-    to wide channels at few pixels, where convolutions are fastest).
+    to wide channels at few pixels, where convolutions are fastest). `remat` names a policy of
+    `nets.remat` for the blocks.
     """
 
     out_channels: int
@@ -129,15 +131,15 @@ class UNet(nn.Module):
     scale_shift: bool = True
     groups: int = 32
     patch_size: int = 1
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Array, emb: Array, context: Array | None = None, train: bool = False
     ) -> Array:
-        block_class = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_class = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        block_class = rematerialised(ResBlock, self.remat, static_argnums=(3,))
+        attention_class = rematerialised(AttentionBlock, self.remat)
 
         def block(x: Array, level: int, name: str, resample: str = "") -> Array:
             features = self.channels * self.channel_mults[level]

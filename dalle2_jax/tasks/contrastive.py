@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.tasks.shards import batch_shards, on_shards
+from dalle2_jax.shards import batch_shards, on_shards
 from dalle2_jax.types import Array
 
 COLUMNS = 1024  # of the logits at a time

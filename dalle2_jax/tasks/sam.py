@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.tasks.shards import batch_shards, on_shards
+from dalle2_jax.shards import batch_shards, on_shards
 from dalle2_jax.types import Array, Params, PyTree
 
 # Leaves that Flax's layers cast to their dtype before use. Norms, biases and tables keep theirs.

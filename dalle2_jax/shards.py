@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from dalle2_jax.sharding import BATCH_AXES
+BATCH_AXES = ("data", "fsdp")  # of the mesh (sharding.py): a batch is split over them
 
 
 def batch_shards() -> tuple[tuple[str, ...], int]:

@@ -1,0 +1,71 @@
+"""Attention by the Pallas TPU kernel that JAX ships (splash attention; FlashAttention 2205.14135).
+
+Of JAX's two kernels this one keeps a single float32 a query for its backward pass, where
+`flash_attention` keeps rows of 128. Layouts have the sequence last: with 64 channels a head
+last, half of a TPU's 128 lanes would hold padding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.types import Array
+
+MOST_CHANNELS = 128  # of a head: what the blocks below leave room for
+_LANES = 128
+_MOST_Q, _MOST_KV = 512, 1536  # of a block: what the 16 MiB of VMEM hold in the backward pass
+
+
+def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
+    """q [b, n, heads, d], k, v [b, m, heads, d] -> [b, n, heads, d] in v's dtype, no mask.
+
+    For this device's arrays alone: the compiler cannot split a kernel. `interpret` runs it
+    anywhere, slowly.
+    """
+    # Late: it takes long, and what draws small pictures needs none of it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, n, heads, d = q.shape
+    m = k.shape[1]
+    (block_q, rows), (block_kv, keys) = _blocks(n, _MOST_Q), _blocks(m, _MOST_KV)
+    one_block = block_kv == keys
+    last = splash.QKVLayout.SEQ_MINOR
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        # The fused backward pass holds dq once a block of keys.
+        use_fused_bwd_kernel=one_block,
+        block_q_dq=None if one_block else block_q,
+        block_kv_dq=None if one_block else block_kv,
+        q_layout=last,
+        k_layout=last,
+        v_layout=last,
+    )
+    mask = splash.MultiHeadMask([splash.FullMask((rows, keys))] * heads)
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    # Keys that fill up the last block are of a segment that no query is in.
+    segments = splash.SegmentIds(
+        jnp.zeros(rows, jnp.int32), (jnp.arange(keys) >= m).astype(jnp.int32)
+    )
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, length in ((q / math.sqrt(d), rows), (k, keys), (v, keys))
+    )
+    segmented = None if keys == m else segments
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segmented)
+    return out[:, :, :n].swapaxes(1, 2).astype(v.dtype)
+
+
+def _blocks(n: int, most: int) -> tuple[int, int]:
+    """(length of a block, of all blocks): as few of at most `most` as hold n, and as short."""
+    lanes = -(-n // _LANES)
+    count = -(-lanes * _LANES // most)
+    block = -(-lanes // count) * _LANES
+    return block, count * block

@@ -1,0 +1,176 @@
+"""Long attention: chunks of queries and the TPU's kernel against one einsum."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dalle2_jax import sharding
+from dalle2_jax.nets import chunked
+from dalle2_jax.nets.attention import LONG, attention, attention_by_einsum, without_kernels
+from dalle2_jax.nets.chunked import attention_by_chunks
+from dalle2_jax.nets.flash import flash_attention
+from dalle2_jax.nets.transformer import causal_mask
+
+
+def inputs(b, n, m, heads, d, dtype=jnp.float32):
+    rng = np.random.default_rng(n * m + d)
+    return [jnp.asarray(rng.standard_normal((b, length, heads, d)), dtype) for length in (n, m, m)]
+
+
+def with_gradients(function, q, k, v, *mask):
+    """The output, and the gradients of a sum that weighs every element differently."""
+
+    @jax.jit
+    def run(q, k, v):
+        out, backward = jax.vjp(lambda q, k, v: function(q, k, v, *mask), q, k, v)
+        weights = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return out, *backward(weights.astype(out.dtype))
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v)]
+
+
+def assert_equal(got, want, rtol=2e-6):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
+
+
+def random_mask(b, n, m):
+    mask = np.random.default_rng(0).random((b, 1, n, m)) < 0.5
+    mask[:, :, -1] = False  # sees nothing: averages
+    return jnp.asarray(mask)
+
+
+MASKS = {
+    "none": lambda b, n, m: (),
+    "of each example and query": lambda b, n, m: (random_mask(b, n, m),),
+    "of each example": lambda b, n, m: (random_mask(b, 3, m)[:, :, :1],),
+    "of each query": lambda b, n, m: (random_mask(1, n, m),),
+    "causal": lambda b, n, m: (causal_mask(max(n, m))[:, :, :n, :m],),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("n", [1, 7, 8, 29], ids=lambda n: f"{n} queries")
+def test_chunks_equal_the_einsum(mask, n, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", 8)
+    args = [*inputs(2, n, 11, 3, 4), *MASKS[mask](2, n, 11)]
+    assert_equal(
+        with_gradients(attention_by_chunks, *args), with_gradients(attention_by_einsum, *args)
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_attention_equals_the_einsum(masked):
+    args = inputs(1, LONG + 88, LONG + 101, 2, 8)
+    args += [random_mask(1, LONG + 88, LONG + 101)] if masked else []
+    assert_equal(with_gradients(attention, *args), with_gradients(attention_by_einsum, *args))
+
+
+def test_long_attention_keeps_logits_in_float32():
+    """As the einsum's: of bfloat16 inputs both round the weights alone."""
+    args = inputs(1, LONG, 40, 1, 8, jnp.bfloat16)
+    assert attention(*args).dtype == jnp.bfloat16
+    exact = attention_by_einsum(*(x.astype(jnp.float32) for x in args))
+    np.testing.assert_allclose(np.asarray(attention(*args), np.float32), exact, atol=0.01)
+
+
+def test_chunks_hold_few_logits():
+    args = inputs(1, LONG, 2 * LONG, 4, 8)
+    logits = 4 * LONG * 2 * LONG * 4  # bytes
+
+    def temp(function):
+        step = jax.grad(lambda *x: jnp.square(function(*x)).sum(), argnums=(0, 1, 2))
+        return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(attention_by_einsum) > logits > 1.3 * temp(attention)
+
+
+@pytest.mark.parametrize("n", [LONG - 1, LONG])
+def test_short_attention_is_one_einsum_on_every_platform(n):
+    program = str(jax.make_jaxpr(attention)(*inputs(1, n, 3, 1, 8)))
+    assert ("platform_index" in program) == (n >= LONG)
+
+
+def test_kernels_are_for_the_tpu_without_a_mask_and_can_be_left_out():
+    args = inputs(1, LONG, 3, 1, 8)
+
+    def kernels(*args):
+        return str(jax.make_jaxpr(lambda *x: attention(*x))(*args)).count("pallas_call")
+
+    assert kernels(*args) == 1
+    assert kernels(*args, causal_mask(LONG)[:, :, :, :3]) == 0
+    assert kernels(*inputs(1, LONG, 3, 1, 256)) == 0
+    with without_kernels():
+        assert kernels(*args) == 0
+        with contextlib.suppress(ValueError), without_kernels():
+            raise ValueError
+        assert kernels(*args) == 0
+    assert kernels(*args) == 1
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(128, 128, 64), (200, 130, 16), (520, 1540, 8)], ids=str)
+def test_the_kernel_equals_the_einsum(n, m, d):
+    """Interpreted. The last has several blocks of queries and of keys."""
+    args = inputs(1, n, m, 2, d)
+    kernel = functools.partial(flash_attention, interpret=True)
+    with jax.numpy_rank_promotion("allow"):  # JAX's own code
+        got = with_gradients(kernel, *args)
+    assert_equal(got, with_gradients(attention_by_einsum, *args), rtol=1e-5)
+
+
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"tensor": 8}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_attention_on_a_mesh_stays_on_its_shards(sizes, masked):
+    """Rows split over the batch's axes, heads over the others where they divide: no exchange."""
+    mesh = sharding.make_mesh(sizes)
+    args = inputs(8, LONG, 5, 2, 4)
+    mask = [random_mask(8, 1, 5)] if masked else []
+    want = with_gradients(attention_by_einsum, *args, *mask)
+
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.vjp(lambda q, k, v: attention(q, k, v, *mask), *args)[0]
+
+    heads = "tensor" if sizes.get("tensor", 1) == 2 else None
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, heads))
+    jitted = jax.jit(run, in_shardings=place, out_shardings=place)
+    for exchange in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert exchange not in jitted.lower(*args).compile().as_text()
+
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention(*args)
+
+    assert_equal([np.asarray(jitted(*args))], want[:1])
+    assert_equal(with_gradients(on_mesh, *args, *mask), want)
+
+
+def test_rows_that_the_mesh_does_not_divide_are_computed_everywhere():
+    mesh = sharding.make_mesh({"fsdp": 8})
+    args = inputs(3, LONG, 5, 2, 4)
+    want = with_gradients(attention_by_einsum, *args)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(args, sharding.replicated(mesh))
+        assert_equal(with_gradients(attention, *args), want)
+
+
+def test_within_a_shard_attention_does_not_split_again():
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+    args = inputs(2, LONG, 5, 4, 4)
+    want = attention_by_einsum(*args)
+    with jax.set_mesh(mesh):
+        split = PartitionSpec("data")
+        local = jax.shard_map(
+            attention, in_specs=split, out_specs=split, axis_names={"data"}, check_vma=False
+        )
+        got = jax.jit(local)(*args)
+    np.testing.assert_allclose(got, want, atol=2e-6)
