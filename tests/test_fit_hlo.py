@@ -101,7 +101,7 @@ def test_traffic_of_a_slice_is_that_of_the_slice(program):
 
 
 def _scalars() -> int:
-    return 11 * (4 + 4 + 1)  # the condition runs once more than the body
+    return 10 * (4 + 4 + 1)  # the condition's comparison
 
 
 def test_the_time_of_a_loop_is_that_of_its_other_runs(program):

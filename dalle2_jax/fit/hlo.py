@@ -250,7 +250,7 @@ class Program:
             used = [u for u in users[name] if u.opcode not in ("bitcast",)]
             if place >= len(operands) or not operands[place] or len(used) < len(users[name]):
                 continue
-            if used and all(u.opcode == "dynamic-slice" for u in used):
+            if used and all(u.opcode == "dynamic-slice" and u.operands[0] == name for u in used):
                 operands[place] = sum(s.bytes for u in used for s in u.shapes)
             elif [(u.opcode, u.operands[0]) for u in used] == [("dynamic-update-slice", name)]:
                 update = body[used[0].operands[1]]
