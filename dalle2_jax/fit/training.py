@@ -15,7 +15,7 @@ from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
-from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_for, measure
+from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import TrainState, abstract_state
 from dalle2_jax.train.step import FROZEN_RULES, check_batch_size, make_train_step
@@ -54,10 +54,13 @@ def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
         name: sharding.placed(tree, FROZEN_RULES, mesh) for name, tree in task.frozen().items()
     }
     batch = build.abstract_batch(config, sharding.batch_sharding(mesh))
-    step = make_train_step(task, optimizer, config, template, mesh)
-    compiled = compile_for(step.lower(template, frozen, batch))
+
+    def lower() -> Any:
+        step = make_train_step(task, optimizer, config, template, mesh)
+        return step.lower(template, frozen, batch)
+
     return measure(
-        compiled,
+        *compile_twice(lower),
         where,
         batch_size=config.batch_size,
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(template.params)),
