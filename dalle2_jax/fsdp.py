@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,7 +51,10 @@ def gathering(mesh: Mesh, *trees: PyTree):
         return PartitionSpec(axes, *[None] * (x.ndim - 1))
 
     specs = _specs(trees)
-    rings = ring_groups(mesh.devices[0, :, 0])
+    rows = np.moveaxis(mesh.devices, 1, -1).reshape(-1, mesh.shape["fsdp"])
+    rings = ring_groups(rows[0])
+    if any(ring_groups(row) != rings for row in rows[1:]):
+        rings = [None]
     within = False
 
     def _split(layer: nn.Module, params: Mapping[str, Array]) -> dict[str, PartitionSpec]:
@@ -58,8 +62,11 @@ def gathering(mesh: Mesh, *trees: PyTree):
         found = {name: specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
         return {name: spec for name, spec in found.items() if spec and any(spec)}
 
+    def divides(x: Any) -> bool:
+        return getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
+
     def by_batch(x: Any) -> Any:
-        if getattr(x, "ndim", 0) and x.shape[0] % shards == 0:
+        if divides(x):
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_rows(x)))
         return x
 
@@ -73,15 +80,15 @@ def gathering(mesh: Mesh, *trees: PyTree):
         split = (
             {} if any(isinstance(p, Mapping) for p in params.values()) else _split(layer, params)
         )
-        if not split or kwargs or not all(x.ndim and x.shape[0] % shards == 0 for x in args):
+        if not split or kwargs or not args or not all(map(divides, args)):
             return jax.tree.map(by_batch, next_fun(*args, **kwargs))
 
         def apply(params: Mapping[str, Array], *args: Array) -> Array:
             dtype = getattr(layer, "dtype", None)
-            whole = {
-                name: _gather(p if dtype is None else p.astype(dtype), split.get(name), rings)
-                for name, p in params.items()
-            }
+            whole = dict(params)
+            for name, spec in split.items():  # what is whole already keeps its own dtype
+                p = params[name]
+                whole[name] = _gather(p if dtype is None else p.astype(dtype), spec, rings)
             return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
 
         local = jax.shard_map(
@@ -120,9 +127,7 @@ def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:
     return found
 
 
-def _gather(x: Array, spec: PartitionSpec | None, rings: Sequence[Groups]) -> Array:
-    if spec is None:
-        return x
+def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Array:
     axis = spec.index("fsdp")
     for groups in rings:
         x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
