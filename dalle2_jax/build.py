@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, config_flags
 
+from dalle2_jax import sharding
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import check_keys, check_range, construct, with_defaults
@@ -238,13 +239,17 @@ def check(config: Config, task: Task) -> None:
 
 
 def dataset(config: Config, split: str) -> Callable[[int], Iterator[Mapping[str, Any]]]:
-    """start step -> numpy batches of this host's share of config.batch_size, from that step on."""
+    """start step -> numpy batches from that step on: those of their rows that this host's devices
+    hold in config.mesh.
+
+    Raises UserError where the mesh fits neither the devices nor config.batch_size.
+    """
     from dalle2_jax.data import pipeline  # late: TensorFlow
 
+    rows = sharding.local_rows(sharding.make_mesh(config.mesh), config.batch_size)
     return pipeline.make_dataset(
         config.data,
         split=split,
         batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +34,7 @@ _KEEP = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
 
 @contextlib.contextmanager
-def gathering(mesh: Mesh, *trees: PyTree):
+def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
     To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all

@@ -42,14 +42,9 @@ class Batches:
         config: DataConfig,
         split: str,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray,
     ):
-        if batch_size % process_count:
-            raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} hosts")
-        self._config, self._batch_size = config, batch_size
-        local = batch_size // process_count
-        self._share = slice(process_index * local, (process_index + 1) * local)
+        self._config, self._batch_size, self._rows = config, batch_size, rows
         self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
         self._random_crops = tuple(config.crop_scale) != (1.0, 1.0)
         self._damage = Damage()
@@ -132,7 +127,7 @@ class Batches:
         draws = tf.random.stateless_uniform(
             [self._batch_size, 5], tf.stack([tf.cast(config.shuffle_seed, tf.int64), step])
         )
-        return {"index": index[self._share], "draws": draws[self._share]}
+        return {"index": tf.gather(index, self._rows), "draws": tf.gather(draws, self._rows)}
 
     def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor, salt: int, n: int) -> tf.Tensor:
         """Where a permutation of 0 ... n - 1, named by `epoch` [b] and `salt`, puts `index` [b]."""
@@ -165,8 +160,7 @@ class Batches:
         assert self._stream is not None
         self._stream.require_captions(bare)
         window = stream.Window(image, self._config.image_size, self._damage)
-        places = range(self._batch_size)[self._share]
-        found = self._decoders.map(window.get, places, self._crops(draws))
+        found = self._decoders.map(window.get, self._rows.tolist(), self._crops(draws))
         images, used = zip(*found, strict=True)
         texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
@@ -190,19 +184,21 @@ def make_dataset(
     *,
     batch_size: int,
     split: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Batches:
     """The section `data` of a config -> `Batches`: call it with the step to start from.
 
-    `batch_size` is that of all hosts together; `split` defaults to the config's.
+    `batch_size` is that of all hosts together, of which this one reads `rows` (int [n]; all where
+    it is None); `split` defaults to the config's.
 
     Raises:
       UserError: an unknown key or source, a value of the wrong kind or out of range, a missing or
         empty path, see the sources.
     """
     data = options.construct(DataConfig, config, "config.data")
-    return Batches(data, split or data.split, batch_size, process_index, process_count)
+    return Batches(
+        data, split or data.split, batch_size, np.arange(batch_size) if rows is None else rows
+    )
 
 
 def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 
 from dalle2_jax import sharding
-from dalle2_jax.errors import UserError
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import TrainState, shardings_of
@@ -35,28 +34,22 @@ def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -
         yield
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the mesh cannot split the global batch evenly."""
-    shards = sharding.batch_shards(mesh)
-    if batch_size % shards:
-        raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
-    local = batch_size // jax.process_count()
-    places = sharding.batch_sharding(mesh).devices_indices_map((batch_size,))
-    for device, (rows,) in places.items():
-        start, stop, _ = rows.indices(batch_size)
-        if not device.process_index * local <= start < stop <= (device.process_index + 1) * local:
-            raise UserError(
-                f"mesh {dict(mesh.shape)}: each of {jax.process_count()} hosts reads its own part "
-                "of a batch, so the tensor axis must end within a host: make it smaller"
-            )
-
-
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This host's part of a batch, numpy [b / hosts, ...] -> global arrays [b, ...]."""
-    place = sharding.batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in local.items()
-    }
+    """The `sharding.local_rows` of a batch, numpy [rows, ...] -> global arrays [b, ...]."""
+    place, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
+    held = sharding.local_shards(mesh)
+
+    def spread(x: np.ndarray) -> Array:
+        size = len(x) // len(held)  # rows of a shard
+        parts = dict(zip(held, x.reshape(len(held), size, *x.shape[1:]), strict=True))
+        shape = (shards * size, *x.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return parts[index[0].indices(shape[0])[0] // size]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return {name: spread(np.asarray(x)) for name, x in local.items()}
 
 
 def place_frozen(frozen: Params, mesh: Mesh) -> Params:
@@ -124,11 +117,13 @@ def make_eval_step(
 
 def make_preview(
     task: Task, rules: sharding.Rules, mesh: Mesh, rows: int
-) -> Callable[[Params, Params, Batch, Array], dict[str, Array]]:
-    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch."""
+) -> Callable[[Params, Params, Batch, Array], tuple[dict[str, Array], Array | None]]:
+    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch, and
+    those rows' tokens, which another host may have read."""
 
-    def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+    def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
         with on_mesh(mesh, rules, params, frozen):
-            return task.preview(params, frozen, batch, key, rows)
+            shown = task.preview(params, frozen, batch, key, rows)
+        return shown, batch["tokens"][:rows] if "tokens" in batch else None
 
     return jax.jit(preview, out_shardings=sharding.replicated(mesh))
