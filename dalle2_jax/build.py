@@ -54,6 +54,7 @@ def defaults() -> Config:
                 b1=0.9,
                 b2=0.999,
                 eps=1e-8,
+                mu_dtype="float32",  # of the first moments; "bfloat16" is half their memory
                 weight_decay=0.0,
                 warmup_steps=0,  # updates
                 schedule="constant",  # or "cosine", to 0 at the end of the run
@@ -78,6 +79,7 @@ def defaults() -> Config:
             watchdog_seconds=0.0,  # a step that takes longer ends the process; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),
+            offload="",  # kept in the hosts' memory: "ema", "optimizer" or "ema,optimizer"
             clip_from="",  # model folder of the frozen CLIP
             init_from="",  # model folder to start from
             export_to="",  # model folder to write; "": WORKDIR/model
@@ -214,8 +216,10 @@ def check(config: Config, task: Task) -> None:
     are none.
     """
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
+    from dalle2_jax.train.state import offloaded
 
     make_optimizer(config.optimizer, config.num_steps)
+    offloaded(config.offload)
     data = construct(DataConfig, config.data, "config.data")
     b, size = config.batch_size, data.image_size
     batch = {

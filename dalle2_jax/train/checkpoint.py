@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.train.state import TrainState
+from dalle2_jax.train.state import TrainState, on_device
 from dalle2_jax.types import Array, PyTree
 
 # What Orbax raises over files that are missing, cut short or no longer what they were; it tells of
@@ -58,7 +58,7 @@ def _checksum(x: Array) -> Array:
 
 
 def _checksums(leaves: list[Array]) -> Array:
-    return jnp.stack([_checksum(x) for x in leaves])
+    return jnp.stack([_checksum(x) for x in on_device(leaves)])
 
 
 def describe(state: PyTree) -> dict[str, list[Any]]:

@@ -42,7 +42,9 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    template = abstract_state(
+        task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
+    )
     frozen = place_frozen(task.frozen(), mesh)
     side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model)
     if config.best_metric:

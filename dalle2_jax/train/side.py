@@ -17,7 +17,7 @@ from dalle2_jax import model_folder
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
+from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
 from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
 from dalle2_jax.types import Params, Task
 
@@ -105,4 +105,4 @@ def _gather(params: Params) -> Params:
         return jax.device_get(params)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(params, tiled=True)
+    return multihost_utils.process_allgather(on_device(params), tiled=True)

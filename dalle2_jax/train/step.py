@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dalle2_jax import sharding
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
-from dalle2_jax.train.state import TrainState, shardings_of
+from dalle2_jax.train.state import TrainState, on_device, shardings_of
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
@@ -69,6 +69,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = on_device(state)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grad = jax.value_and_grad(task.loss, has_aux=True)
         with on_mesh(mesh, config.sharding_rules, state.params, frozen):
@@ -108,6 +109,7 @@ def make_eval_step(
     """(params, frozen, batch, key) -> the task's metrics and its loss, with train=False."""
 
     def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
+        params = on_device(params)
         with on_mesh(mesh, rules, params, frozen):
             loss, metrics = task.loss(params, frozen, batch, key, False)
         return {**metrics, "loss": loss}
@@ -122,6 +124,7 @@ def make_preview(
     those rows' tokens, which another host may have read."""
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
+        params = on_device(params)
         with on_mesh(mesh, rules, params, frozen):
             shown = task.preview(params, frozen, batch, key, rows)
         return shown, batch["tokens"][:rows] if "tokens" in batch else None
