@@ -22,15 +22,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax.sharding import BATCH_AXES, flatten
 from dalle2_jax.types import Array, PyTree
 
 Groups = list[list[int]]
-_GATHERED = "gathered"
-_KEEP = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
 
 @contextlib.contextmanager
@@ -83,16 +80,20 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
         if not split or kwargs or not args or not all(map(divides, args)):
             return jax.tree.map(by_batch, next_fun(*args, **kwargs))
 
+        # Messages of the layer's own dtype. Cast here: within, the backward pass would gather from
+        # a copy, which the compiler could not know for the same.
+        dtype = getattr(layer, "dtype", None)
+        params |= {name: params[name].astype(dtype or params[name].dtype) for name in split}
+
         def apply(params: Mapping[str, Array], *args: Array) -> Array:
-            dtype = getattr(layer, "dtype", None)
-            whole = dict(params)
-            for name, spec in split.items():  # what is whole already keeps its own dtype
-                p = params[name]
-                whole[name] = _gather(p if dtype is None else p.astype(dtype), spec, rings)
+            whole = {
+                name: _gather(p, split[name], rings) if name in split else p
+                for name, p in params.items()
+            }
             return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
 
         local = jax.shard_map(
-            jax.checkpoint(apply, policy=_KEEP, prevent_cse=False),
+            jax.checkpoint(apply, policy=_keep, prevent_cse=not _in_body(layer)),
             in_specs=(
                 {name: split.get(name, PartitionSpec()) for name in params},
                 *map(by_rows, args),
@@ -127,11 +128,28 @@ def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:
     return found
 
 
+def _in_body(layer: nn.Module) -> bool:
+    """Whether nn.scan or nn.remat runs the layer. Flax binds what it transforms as a new root.
+
+    Their backward pass is a program of its own, which gathers weights anew, and once. Elsewhere the
+    compiler would see that the forward pass gathers the same and keep that, unless prevented.
+    """
+    while isinstance(layer.parent, nn.Module):
+        layer = layer.parent
+    return bool(layer.path)
+
+
+def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
+    """All but gathered weights is kept for the backward pass. By primitive: a name would be that of
+    a copy, and the gather's own result were kept."""
+    return primitive is not jax.lax.all_gather_p
+
+
 def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Array:
     axis = spec.index("fsdp")
     for groups in rings:
         x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
-    return checkpoint_name(x, _GATHERED)
+    return x
 
 
 def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
