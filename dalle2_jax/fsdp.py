@@ -77,7 +77,8 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
         split = (
             {} if any(isinstance(p, Mapping) for p in params.values()) else _split(layer, params)
         )
-        if not split or kwargs or not args or not all(map(divides, args)):
+        named = any(hasattr(x, "ndim") for x in kwargs.values())  # rows, or not: nobody says
+        if not split or named or not args or not all(map(divides, args)):
             return jax.tree.map(by_batch, next_fun(*args, **kwargs))
 
         # Messages of the layer's own dtype. Cast here: within, the backward pass would gather from
@@ -90,7 +91,7 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
                 name: _gather(p, split[name], rings) if name in split else p
                 for name, p in params.items()
             }
-            return layer.clone(parent=None, name=None).apply({"params": whole}, *args)
+            return layer.clone(parent=None, name=None).apply({"params": whole}, *args, **kwargs)
 
         local = jax.shard_map(
             jax.checkpoint(apply, policy=_keep, prevent_cse=not _in_body(layer)),
