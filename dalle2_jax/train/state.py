@@ -134,10 +134,10 @@ def init_state(
         value = np.asarray(given, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-    def load_all() -> Params:  # twice: the state is donated
-        return jax.tree.map(load, state.params, tensors)
+    def load_all(into: Params) -> Params:  # twice: the state is donated
+        return jax.tree.map(load, into, tensors)
 
-    return state.replace(params=load_all(), ema_params=load_all())
+    return state.replace(params=load_all(state.params), ema_params=load_all(state.ema_params))
 
 
 def _read(init_from: str, stage: str, template: TrainState) -> Params:
