@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, config_flags
 
+from dalle2_jax import sharding
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import check_keys, check_range, construct, with_defaults
@@ -53,6 +54,7 @@ def defaults() -> Config:
                 b1=0.9,
                 b2=0.999,
                 eps=1e-8,
+                mu_dtype="float32",  # of the first moments; "bfloat16" is half their memory
                 weight_decay=0.0,
                 warmup_steps=0,  # updates
                 schedule="constant",  # or "cosine", to 0 at the end of the run
@@ -79,6 +81,7 @@ def defaults() -> Config:
             watchdog_seconds=1800.0,  # a step that takes longer ends the process; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),
+            offload="",  # kept in the hosts' memory: "ema", "optimizer" or "ema,optimizer"
             clip_from="",  # model folder of the frozen CLIP
             init_from="",  # model folder to start from
             export_to="",  # model folder to write; "": WORKDIR/model
@@ -228,8 +231,10 @@ def check(config: Config, task: Task) -> None:
     are none.
     """
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
+    from dalle2_jax.train.state import offloaded
 
     make_optimizer(config.optimizer, config.num_steps)
+    offloaded(config.offload)
     batch = abstract_batch(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = task.frozen()
@@ -273,13 +278,17 @@ def without_remat(config: Config) -> Config:
 
 
 def dataset(config: Config, split: str) -> Callable[[int], Iterator[Mapping[str, Any]]]:
-    """start step -> numpy batches of this host's share of config.batch_size, from that step on."""
+    """start step -> numpy batches from that step on: those of their rows that this host's devices
+    hold in config.mesh.
+
+    Raises UserError where the mesh fits neither the devices nor config.batch_size.
+    """
     from dalle2_jax.data import pipeline  # late: TensorFlow
 
+    rows = sharding.local_rows(sharding.make_mesh(config.mesh), config.batch_size)
     return pipeline.make_dataset(
         config.data,
         split=split,
         batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )

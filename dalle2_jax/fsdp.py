@@ -28,6 +28,7 @@ from dalle2_jax.sharding import BATCH_AXES, flatten
 from dalle2_jax.types import Array, PyTree
 
 Groups = list[list[int]]
+LARGE_SLICE = 2**18  # bytes: smaller ones the compiler gathers by adding up zeros, twice the bytes
 
 
 @contextlib.contextmanager
@@ -149,10 +150,13 @@ def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
 def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Array:
     """A layer's weight from its slices; its gradient is summed and sliced ring by ring."""
     axis = spec.index("fsdp")
+    # Over several dimensions of the torus at once where the compiler does that well.
+    stages = [None] if x.nbytes > LARGE_SLICE else rings
 
-    @jax.custom_vjp
-    def gather(x: Array) -> Array:
-        return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+    def gathered(x: Array) -> Array:
+        for groups in stages:
+            x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
+        return x
 
     def scatter(_: None, g: Array) -> tuple[Array]:
         for groups in reversed(rings):
@@ -161,18 +165,18 @@ def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Ar
             )
         return (g,)
 
-    gather.defvjp(lambda x: (gather(x), None), scatter)
+    gather = jax.custom_vjp(gathered)
+    gather.defvjp(lambda x: (gathered(x), None), scatter)
     return gather(x)
 
 
 def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
-    """Stages in which gradients are scattered over an axis of `devices`, in reverse order, each
-    along one dimension of the torus.
+    """Stages in which an axis of `devices` is gathered, and in reverse order scattered, each along
+    one dimension of the torus.
 
     The TPU compiler reduce-scatters along a physical ring alone; over several dimensions at once it
-    reduces everything to everybody, twice the bytes. (It gathers over all dimensions at once, and
-    well.) Where devices have no coordinates, or not in
-    rows, there is one stage over all (None).
+    reduces everything to everybody, twice the bytes. So it gathers small slices. Where devices have
+    no coordinates, or not in rows, there is one stage over all (None).
     """
     coords = [getattr(d, "coords", None) for d in devices]
     if None in coords or len(set(map(tuple, coords))) < len(coords):

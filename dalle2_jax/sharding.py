@@ -77,6 +77,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the mesh cannot split the global batch evenly."""
+    shards = batch_shards(mesh)
+    if batch_size % shards:
+        raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
+
+
+def local_shards(mesh: Mesh, process_index: int | None = None) -> list[int]:
+    """Which of the `batch_shards` parts of a batch lie on this process's devices, in order.
+
+    Along the torus they need not be neighbours: a host's chips are a block of several rows. Where
+    the "tensor" axis spans hosts, several hold the same part.
+    """
+    process = jax.process_index() if process_index is None else process_index
+    devices = mesh.devices.reshape(batch_shards(mesh), -1)
+    return [i for i, row in enumerate(devices) if any(d.process_index == process for d in row)]
+
+
+def local_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> np.ndarray:
+    """int [rows]: the rows of a global batch, sorted, that this process's devices hold.
+
+    Raises UserError where the mesh cannot split the batch evenly.
+    """
+    check_batch_size(batch_size, mesh)
+    parts = np.arange(batch_size).reshape(batch_shards(mesh), -1)
+    return parts[local_shards(mesh, process_index)].reshape(-1)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -27,7 +27,7 @@ FLOORS = (
         "sharding",
         "tokenizer",
     },
-    {"sampling", "tasks"},
+    {"fsdp", "sampling", "tasks"},
     {"dalle2", "evals", "pretrained", "train"},
     {"app", "build", "drawing"},
 )

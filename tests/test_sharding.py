@@ -50,16 +50,31 @@ def test_mesh_that_does_not_fit_is_refused(sizes):
 
 
 def test_fsdp_splits_the_largest_axis_that_divides():
-    found = specs(((".*", "fsdp"),), {"fsdp": 8})
+    found = specs(((".*", "fsdp:1"),), {"fsdp": 8})
     assert padded(found["embed/kernel"], 2) == (None, "fsdp")  # 10 does not divide by 8
     assert padded(found["blocks/mlp/kernel"], 3) == (None, None, "fsdp")
     assert padded(found["blocks/mlp/bias"], 2) == (None, "fsdp")
     assert padded(found["blocks/scale"], 1) == (None,)
 
 
+@pytest.mark.parametrize(
+    ("tactic", "split"),
+    [
+        ("fsdp", {"large"}),
+        ("fsdp:8", {"large", "medium", "small"}),
+        ("fsdp:9", {"large", "medium"}),
+    ],
+)
+def test_small_arrays_are_not_worth_a_message(tactic, split):
+    params = {"large": shape(2**8, 2**10), "medium": shape(2**8, 2**10 - 1), "small": shape(8)}
+    found = specs(((".*", tactic),), {"fsdp": 8}, params)
+    assert {name for name, spec in found.items() if any(spec)} == split
+    assert np.prod(params["large"].shape) == sharding.MIN_SPLIT
+
+
 def test_the_first_rule_that_matches_decides():
     rules = (
-        ("mlp/kernel", "tensor:-2+fsdp"),
+        ("mlp/kernel", "tensor:-2+fsdp:1"),
         (r"bias|scale", "replicate"),
         ("embed", "tensor:1"),
     )
@@ -76,6 +91,7 @@ def test_the_first_rule_that_matches_decides():
         (((".*", "fsdp"), ("embed", "replicate")), r"\('embed', 'replicate'\) takes no parameter"),
         ((("embed", "fsdp"),), "no rule matches blocks/"),
         (((".*", "fdsp"),), "unknown sharding tactic 'fdsp'"),
+        (((".*", "fsdp:x"),), "unknown sharding tactic 'fsdp:x'"),
         (((".*", "tensor:x"),), "unknown sharding tactic"),
         (((".*", 3),), "sharding_rules: 3 is no tactic; known: replicate"),
         ((("(", "fsdp"),), r"sharding_rules: '\(' is no regular expression"),
@@ -90,10 +106,11 @@ def test_mistakes_are_named(rules, told):
 
 def test_optimiser_state_inherits_by_path_and_shape():
     mesh = sharding.make_mesh({"fsdp": 8})
-    places = sharding.param_shardings(PARAMS, ((".*", "fsdp"),), mesh)
+    places = sharding.param_shardings(PARAMS, ((".*", "fsdp:1"),), mesh)
     state = {"count": shape(), "inner": ({"mu": PARAMS}, {"kernel": shape(10, 64)})}
     found = sharding.inherit_shardings(state, PARAMS, places, mesh)
     assert found["inner"][0]["mu"] == places
+    assert not places["embed"]["kernel"].is_fully_replicated
     assert found["count"].is_fully_replicated
     assert found["inner"][1]["kernel"].is_fully_replicated  # no such path among the parameters
 
@@ -101,7 +118,7 @@ def test_optimiser_state_inherits_by_path_and_shape():
 def test_replicated_bytes_fraction():
     mesh = sharding.make_mesh({"fsdp": 8})
     params = {"a": shape(8, 3), "b": jax.ShapeDtypeStruct((4,), np.float16)}
-    placed = sharding.param_shardings(params, ((".*", "fsdp"),), mesh)
+    placed = sharding.param_shardings(params, ((".*", "fsdp:1"),), mesh)
     assert sharding.replicated_bytes_fraction(params, placed) == pytest.approx(8 / (96 + 8))
     assert sharding.replicated_bytes_fraction({}, {}) == 0.0
 

@@ -19,9 +19,9 @@ from dalle2_jax.train.state import abstract_state, init_state
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def make(devices: int = 1, fsdp: int = 1, width: int = 16):
+def make(devices: int = 1, fsdp: int = 1, width: int = 16, **optimizer):
     """(template, state) of the toy on a mesh of its own."""
-    cfg, task = config(), ToyTask(width=width)
+    cfg, task = config(optimizer=optimizer), ToyTask(width=width)
     opt = make_optimizer(cfg.optimizer, cfg.num_steps)
     mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, jax.devices()[:devices])
     template = abstract_state(task, opt, 0, mesh, cfg.sharding_rules)
@@ -55,6 +55,19 @@ def kept(folder) -> list[int]:
 def assert_equal(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_moments_in_bfloat16_stay_so(tmp_path):
+    template, state = make(mu_dtype="bfloat16")
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + x.dtype.type(3), state.opt_state))
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(state)
+    found = restore(tmp_path, template)
+    assert_equal(found, state)
+    dtypes = [x.dtype.name for x in jax.tree.leaves(found.opt_state)]
+    assert dtypes.count("bfloat16") == len(jax.tree.leaves(state.params))
+    with pytest.raises(UserError, match=r"mu.* is \[.*bfloat16.\] there and \[.*float32.\] here"):
+        restore(tmp_path, make()[0])
 
 
 def test_nothing_saved_is_none(tmp_path):

@@ -34,6 +34,30 @@ def test_unknown_schedule_is_refused():
         optimizer(schedule="cosin")
 
 
+def test_unknown_dtype_of_moments_is_refused():
+    with pytest.raises(UserError, match=r"optimizer.mu_dtype='bfloat61' is unknown; use one of"):
+        optimizer(mu_dtype="bfloat61")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_first_moments_in_bfloat16_train_nearly_alike(accumulate):
+    """A rounding of 2^-9 at most in each moment, and with it in each step."""
+    key = jax.random.key(0)
+    start = {"w": jax.random.normal(key, (64, 8))}
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        opt = optimizer(mu_dtype=dtype, learning_rate=1e-2, accumulate=accumulate)
+        params, state = start, opt.tx.init(start)
+        for _ in range(20):
+            updates, state = opt.tx.update({"w": jnp.sin(params["w"])}, state, params)
+            params = optax.apply_updates(params, updates)
+        assert optax.tree.get(state, "mu")["w"].dtype == dtype
+        assert optax.tree.get(state, "nu")["w"].dtype == "float32"
+        found[dtype] = params["w"] - start["w"]
+    apart = optax.tree.norm(found["bfloat16"] - found["float32"])
+    assert 0 < apart < 2**-7 * optax.tree.norm(found["float32"])
+
+
 def test_decay_spares_vectors_biases_and_scales():
     params = {
         "dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},

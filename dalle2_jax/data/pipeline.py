@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,29 +43,32 @@ class Batches:
         config: DataConfig,
         split: str,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray,
     ):
-        if batch_size % process_count:
-            raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} hosts")
-        self._config, self._batch_size = config, batch_size
-        local = batch_size // process_count
-        self._share = slice(process_index * local, (process_index + 1) * local)
+        self._config, self._batch_size, self._rows = config, batch_size, rows
         self._tokenizer = Tokenizer(config.context_length, config.vocab_size)
         self._random_crops = tuple(config.crop_scale) != (1.0, 1.0)
         self._damage = Damage()
         self._maker = concurrent.futures.ThreadPoolExecutor(1)
         self._decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         source = _open(config, split)
-        self._streams: list[stream.Stream] = []  # those that this host reads
+        self._streams: list[stream.Stream] = []  # those that this host reads, by `_parts`
         if isinstance(source, list):
-            self._streams = _own_parts(source, process_index, process_count)
             if batch_size % len(source):
                 raise UserError(
                     f"batch_size={batch_size} is not a multiple of "
                     f"config.data.stream_parts={len(source)}"
                 )
             self._part_size = batch_size // len(source)
+            self._parts = sorted(set((rows // self._part_size).tolist()))
+            if len(self._parts) * self._part_size != len(rows):
+                enough = _whole_parts(rows, batch_size)
+                raise UserError(
+                    f"config.data.stream_parts={len(source)}: this host's devices hold {len(rows)} "
+                    f"of {batch_size} rows, which are no whole parts, so that several hosts would "
+                    f"read the same; set --config.data.stream_parts={enough}"
+                )
+            self._streams = [source[part] for part in self._parts]
             self.num_examples = sum(len(part) for part in source)
         else:
             self.num_examples = len(source)
@@ -143,7 +147,7 @@ class Batches:
         draws = tf.random.stateless_uniform(
             [self._batch_size, 5], tf.stack([tf.cast(config.shuffle_seed, tf.int64), step])
         )
-        return {"index": index[self._share], "draws": draws[self._share]}
+        return {"index": tf.gather(index, self._rows), "draws": tf.gather(draws, self._rows)}
 
     def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor, salt: int, n: int) -> tf.Tensor:
         """Where a permutation of 0 ... n - 1, named by `epoch` [b] and `salt`, puts `index` [b]."""
@@ -175,16 +179,20 @@ class Batches:
         del index  # the stream's own order
         size = self._part_size
         self._streams[0].require_captions(bare)
-        windows = [
-            stream.Window(image[start : start + size], self._config.image_size, self._damage)
-            for start in range(0, len(image), size)
-        ]
+        windows = {
+            part: stream.Window(
+                image[i * size : (i + 1) * size], self._config.image_size, self._damage
+            )
+            for i, part in enumerate(self._parts)
+        }
+        first = {part: i * size for i, part in enumerate(self._parts)}
 
         def get(row: int, crop: tuple[float, float, float]) -> tuple[np.ndarray, int]:
-            picture, used = windows[row // size].get(row % size, crop)
-            return picture, row - row % size + used
+            part, place = divmod(row, size)
+            picture, used = windows[part].get(place, crop)
+            return picture, first[part] + used
 
-        found = self._decoders.map(get, range(len(image)), self._crops(draws))
+        found = self._decoders.map(get, self._rows.tolist(), self._crops(draws))
         images, used = zip(*found, strict=True)
         texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         return {"image": self._finish(images, draws), "tokens": self._tokenizer(texts)}
@@ -208,19 +216,21 @@ def make_dataset(
     *,
     batch_size: int,
     split: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Batches:
     """The section `data` of a config -> `Batches`: call it with the step to start from.
 
-    `batch_size` is that of all hosts together; `split` defaults to the config's.
+    `batch_size` is that of all hosts together, of which this one reads `rows` (int [n]; all where
+    it is None); `split` defaults to the config's.
 
     Raises:
       UserError: an unknown key or source, a value of the wrong kind or out of range, a missing or
         empty path, see the sources.
     """
     data = options.construct(DataConfig, config, "config.data")
-    return Batches(data, split or data.split, batch_size, process_index, process_count)
+    return Batches(
+        data, split or data.split, batch_size, np.arange(batch_size) if rows is None else rows
+    )
 
 
 def _warn_if_small(picture: bytes, name: str, image_size: int) -> None:
@@ -243,15 +253,11 @@ def _join(plan: dict[str, Any], *records: dict[str, Any]) -> dict[str, Any]:
     return plan | {k: tf.concat([record[k] for record in records], 0) for k in records[0]}
 
 
-def _own_parts(parts: list[stream.Stream], index: int, count: int) -> list[stream.Stream]:
-    """Those of host `index`, whose rows of a batch they give."""
-    if len(parts) % count:
-        raise UserError(
-            f"config.data.stream_parts={len(parts)} is not a multiple of {count} hosts, each of "
-            f"which would read all: --config.data.stream_parts={count} or a multiple of it"
-        )
-    own = len(parts) // count
-    return parts[index * own : (index + 1) * own]
+def _whole_parts(rows: np.ndarray, batch_size: int) -> int:
+    """The fewest equal parts of a batch of which `rows` (sorted) fill some whole."""
+    breaks = np.flatnonzero(np.diff(rows) > 1)
+    edges = [rows[0], rows[-1] + 1, *(rows[breaks] + 1), *rows[breaks + 1]]
+    return batch_size // math.gcd(batch_size, *map(int, edges))
 
 
 def _open(config: DataConfig, split: str) -> Examples | list[stream.Stream]:

@@ -106,7 +106,7 @@ def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
 def _programs(
     model: DALLE2, params: Mapping[str, Params], mesh: Mesh, b: int
 ) -> Iterator[tuple[str, Any, int, int, int]]:
-    """(stage, what lowers its program, how often it is called, FLOPs of a call, bytes of weights)."""
+    """(stage, what lowers its program, its calls, FLOPs of a call, bytes of its weights)."""
     rows = functools.partial(_on, mesh, PartitionSpec("data"))
     clip, text = model.clip, model.clip.text
     tokens = jax.ShapeDtypeStruct((b, text["context_length"]), jnp.int32)

@@ -18,7 +18,7 @@ from dalle2_jax.fit.chips import GIB, Slice, open_slice
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import TrainState, abstract_state
-from dalle2_jax.train.step import FROZEN_RULES, check_batch_size, make_train_step
+from dalle2_jax.train.step import FROZEN_RULES, make_train_step
 from dalle2_jax.types import Batch, Params, PyTree, Task
 
 MOST_WHOLE = 0.02  # of the parameters' bytes on every chip
@@ -44,11 +44,13 @@ def report(config: build.Config, topology: str, auto_batch: bool = False) -> Rep
 
 
 def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
-    check_batch_size(config.batch_size, mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
     task = build.task(config)
     build.check(config, task)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    template = abstract_state(
+        task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
+    )
     _check_split(template.params, mesh)
     frozen = {
         name: sharding.placed(tree, FROZEN_RULES, mesh) for name, tree in task.frozen().items()

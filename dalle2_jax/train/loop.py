@@ -18,7 +18,7 @@ from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
 from dalle2_jax.train.side import Dataset, SideWork
 from dalle2_jax.train.state import TrainState, abstract_state, init_state
-from dalle2_jax.train.step import check_batch_size, global_batch, make_train_step, place_frozen
+from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 from dalle2_jax.train.stop import Result, Stopper
 from dalle2_jax.types import Task
 
@@ -41,9 +41,11 @@ def train(
     workdir = checks.local_folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh)
+    sharding.check_batch_size(config.batch_size, mesh)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    template = abstract_state(task, optimizer, config.seed, mesh, config.sharding_rules)
+    template = abstract_state(
+        task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
+    )
     frozen = place_frozen(task.frozen(), mesh)
     side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model)
     if config.best_metric:

@@ -16,6 +16,9 @@ import optax
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, Params, PyTree
 
+# Of the first moments. The second are never less than float32: their small steps would be lost.
+MU_DTYPES = ("float32", "bfloat16")
+
 
 class Optimizer(NamedTuple):
     tx: optax.GradientTransformation
@@ -67,6 +70,10 @@ def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
     accumulate = int(settings["accumulate"])
     if accumulate < 1:
         raise UserError(f"optimizer.accumulate={accumulate} must be 1 or more")
+    if settings["mu_dtype"] not in MU_DTYPES:
+        raise UserError(
+            f"optimizer.mu_dtype={settings['mu_dtype']!r} is unknown; use one of {MU_DTYPES}"
+        )
     schedule = make_schedule(settings, num_steps // accumulate)
     parts = []
     if settings["clip_norm"]:
@@ -79,6 +86,7 @@ def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
             eps=settings["eps"],
             weight_decay=settings["weight_decay"],
             mask=decay_mask,
+            mu_dtype=settings["mu_dtype"],
         )
     )
     tx = optax.chain(*parts)

@@ -17,7 +17,7 @@ from dalle2_jax import model_folder
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, stream
+from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
 from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
 from dalle2_jax.types import Params, Task
 
@@ -50,10 +50,10 @@ class SideWork:
 
     def metric_names(self, params: Params) -> list[str]:
         """Those that `evaluate` would give for parameters of these shapes; nothing is computed."""
+        batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, EVAL_STREAM)
         return [
-            f"eval/{n}"
-            for n in jax.eval_shape(self._eval_step, params, self._frozen, self._batches[0], key)
+            f"eval/{n}" for n in jax.eval_shape(self._eval_step, params, self._frozen, batch, key)
         ]
 
     def evaluate(self, params: Params) -> dict[str, float]:
@@ -76,13 +76,13 @@ class SideWork:
         """
         batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, PREVIEW_STREAM)
-        shown = jax.device_get(self._preview(params, self._frozen, batch, key))
-        return {name: self._grid(rows) for name, rows in shown.items()}
+        shown, tokens = jax.device_get(self._preview(params, self._frozen, batch, key))
+        return {name: self._grid(rows, tokens) for name, rows in shown.items()}
 
-    def _grid(self, rows: np.ndarray) -> np.ndarray:
-        """[rows, columns, h, w, 3] -> one picture."""
-        tokens, captions = self._batches[0].get("tokens"), []
-        if tokens is not None and len(tokens) >= len(rows):  # this host's are the first rows
+    def _grid(self, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
+        """[rows, columns, h, w, 3] and int32 [rows, n] -> one picture."""
+        captions = []
+        if tokens is not None:
             vocab_size = self._config.data.get("vocab_size", DataConfig.vocab_size)
             tokenizer = Tokenizer(tokens.shape[1], vocab_size)
             captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
@@ -105,4 +105,4 @@ def _gather(params: Params) -> Params:
         return jax.device_get(params)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(params, tiled=True)
+    return multihost_utils.process_allgather(on_device(params), tiled=True)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import check_keys
 from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.types import Array, Params, PyTree, Task
 
@@ -19,6 +20,11 @@ from dalle2_jax.types import Array, Params, PyTree, Task
 INIT_STREAM = np.uint32(2**32 - 1)
 PREVIEW_STREAM = np.uint32(2**32 - 2)
 EVAL_STREAM = np.uint32(2**32 - 3)
+
+
+# config.offload -> field of the state
+OFFLOADABLE = {"ema": "ema_params", "optimizer": "opt_state"}
+_HOST = "pinned_host"
 
 
 class Faults(struct.PyTreeNode):
@@ -65,10 +71,49 @@ def _create(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
     )
 
 
+def offloaded(names: str) -> dict[str, bool]:
+    """config.offload -> which parts of the state lie in the hosts' memory.
+
+    Raises UserError for an unknown name.
+    """
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    check_keys(given, OFFLOADABLE, "config.offload")
+    return {name: name in given for name in OFFLOADABLE}
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """What of `tree` lies in the host's memory, brought to the device's, in jit or out of it."""
+
+    def bring(x: Array) -> Array:
+        host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if host else x
+
+    return jax.tree.map(bring, tree)
+
+
+def _to_host(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
+    device = mesh.devices.flat[0]
+    if _HOST not in [memory.kind for memory in device.addressable_memories()]:
+        raise UserError(f"config.offload: {device.device_kind} has no {_HOST} memory; leave it out")
+    return jax.tree.map(
+        lambda place, x: place.with_memory_kind(_HOST) if x.ndim else place, places, shapes
+    )
+
+
 def abstract_state(
-    task: Task, optimizer: Optimizer, seed: int, mesh: Mesh, rules: sharding.Rules
+    task: Task,
+    optimizer: Optimizer,
+    seed: int,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    offload: str = "",
 ) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
+    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+
+    `offload` is config.offload. Raises UserError where the mesh's devices have no such memory.
+    """
+    to_host = offloaded(offload)
     shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
     places = sharding.param_shardings(shapes.params, rules, mesh)
     everywhere = cast(Any, sharding.replicated(mesh))
@@ -79,6 +124,10 @@ def abstract_state(
         opt_state=sharding.inherit_shardings(shapes.opt_state, shapes.params, places, mesh),
         faults=Faults(everywhere, everywhere, everywhere),
     )
+    for name, field in OFFLOADABLE.items():
+        if to_host[name]:
+            moved = _to_host(getattr(placed, field), getattr(shapes, field), mesh)
+            placed = placed.replace(**{field: moved})
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
@@ -109,10 +158,10 @@ def init_state(
         value = np.asarray(given, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-    def load_all() -> Params:  # twice: the state is donated
-        return jax.tree.map(load, state.params, tensors)
+    def load_all(into: Params) -> Params:  # twice: the state is donated
+        return jax.tree.map(load, into, tensors)
 
-    return state.replace(params=load_all(), ema_params=load_all())
+    return state.replace(params=load_all(state.params), ema_params=load_all(state.ema_params))
 
 
 def _read(init_from: str, stage: str, template: TrainState) -> Params:

@@ -16,7 +16,7 @@ from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
-from dalle2_jax.train.state import Faults, TrainState, shardings_of
+from dalle2_jax.train.state import Faults, TrainState, on_device, shardings_of
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
@@ -39,19 +39,22 @@ def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -
         yield
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where the mesh cannot split the global batch evenly."""
-    shards = sharding.batch_shards(mesh)
-    if batch_size % shards:
-        raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
-
-
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This host's part of a batch, numpy [b / hosts, ...] -> global arrays [b, ...]."""
-    place = sharding.batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in local.items()
-    }
+    """The `sharding.local_rows` of a batch, numpy [rows, ...] -> global arrays [b, ...]."""
+    place, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
+    held = sharding.local_shards(mesh)
+
+    def spread(x: np.ndarray) -> Array:
+        size = len(x) // len(held)  # rows of a shard
+        parts = dict(zip(held, x.reshape(len(held), size, *x.shape[1:]), strict=True))
+        shape = (shards * size, *x.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return parts[index[0].indices(shape[0])[0] // size]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return {name: spread(np.asarray(x)) for name, x in local.items()}
 
 
 def place_frozen(frozen: Params, mesh: Mesh) -> Params:
@@ -92,6 +95,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = on_device(state)
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
         with on_mesh(mesh, config.sharding_rules, state.params, frozen):
@@ -137,6 +141,7 @@ def make_eval_step(
     """(params, frozen, batch, key) -> the task's metrics and its loss, with train=False."""
 
     def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
+        params = on_device(params)
         with on_mesh(mesh, rules, params, frozen):
             loss, metrics = task.loss(params, frozen, batch, key, False)
         return {**metrics, "loss": loss}
@@ -146,11 +151,14 @@ def make_eval_step(
 
 def make_preview(
     task: Task, rules: sharding.Rules, mesh: Mesh, rows: int
-) -> Callable[[Params, Params, Batch, Array], dict[str, Array]]:
-    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch."""
+) -> Callable[[Params, Params, Batch, Array], tuple[dict[str, Array], Array | None]]:
+    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch, and
+    those rows' tokens, which another host may have read."""
 
-    def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+    def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
+        params = on_device(params)
         with on_mesh(mesh, rules, params, frozen):
-            return task.preview(params, frozen, batch, key, rows)
+            shown = task.preview(params, frozen, batch, key, rows)
+        return shown, batch["tokens"][:rows] if "tokens" in batch else None
 
     return jax.jit(preview, out_shardings=sharding.replicated(mesh))
