@@ -138,7 +138,8 @@ def main() -> None:
             rows = load()
             if flags.only in command and (flags.again or command not in rows):
                 print(command, flush=True)
-                rows = load() | {command: run(command)}
+                row = run(command)
+                rows = load() | {command: row}  # another process may have added some meanwhile
                 order = {c: i for i, c in enumerate(commands())}
                 rows = dict(sorted(rows.items(), key=lambda item: order.get(item[0], 1e9)))
                 ROWS.write_text(json.dumps(rows, indent=1) + "\n")
