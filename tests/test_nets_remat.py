@@ -10,6 +10,8 @@ from small_cascade import randomised
 from dalle2_jax import build
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets import remat as policies
+from dalle2_jax.nets.decoder import Decoder
+from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.remat import policy_name
 from dalle2_jax.nets.transformer import Transformer
 from dalle2_jax.nets.unet import UNet
@@ -26,58 +28,57 @@ def transformer(remat):
 
 
 def unet(remat):
-    network = UNet(3, 16, (1, 2), 2, (1,), head_channels=8, groups=4, dropout=0.3, remat=remat)
-    return network, (normal(0, 2, 16, 16, 3), normal(1, 2, 8), normal(2, 2, 5, 8), True)
+    network = UNet(3, 8, (1,), 1, (0,), head_channels=8, groups=4, dropout=0.3, remat=remat)
+    return network, (normal(0, 2, 8, 8, 3), normal(1, 2, 8), normal(2, 2, 5, 8), True)
 
 
-def gradient(make, remat):
-    """(compiled gradient of a sum of squares, parameters none of which is zero)"""
+def squares(make, remat):
+    """(a loss, parameters none of which is zero)"""
     network, inputs = make(remat)
     rngs = {"dropout": jax.random.key(1)}
     shapes = jax.eval_shape(lambda: network.init({"params": jax.random.key(0)} | rngs, *inputs))
     params = randomised(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
-
-    def loss(params, rngs):
-        return jnp.square(network.apply(params, *inputs, rngs=rngs)).sum()
-
-    return jax.jit(jax.grad(loss)).lower(params, rngs).compile(), params, rngs
-
-
-@pytest.fixture(scope="module", params=[transformer, unet], ids=["transformer", "U-Net"])
-def gradients(request):
-    """policy -> (gradient, bytes of temporary memory)"""
-    found = {}
-    for name in POLICIES:
-        run, params, rngs = gradient(request.param, name)
-        found[name] = run(params, rngs), run.memory_analysis().temp_size_in_bytes
-    return found
-
-
-@pytest.mark.parametrize("name", POLICIES[1:])
-def test_gradients_are_the_same_with_every_policy(gradients, name):
-    want, got = gradients["none"][0], gradients[name][0]
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert jnp.abs(b).max() > 0
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
-
-
-def test_less_is_kept_policy_by_policy(gradients):
-    none, dots, full = (gradients[name][1] for name in POLICIES)
-    assert full < 0.85 * none, (none, dots, full)
-    assert full < dots < none, (none, dots, full)
+    return lambda p: jnp.square(network.apply(p, *inputs, rngs=rngs)).sum(), params
 
 
 @pytest.mark.parametrize("make", [transformer, unet])
-def test_products_with_weights_are_computed_once_with_dots(make, monkeypatch):
-    """Counted in the program before XLA: forward, twice for the gradient; attention's once more."""
+def test_gradients_are_the_same_with_every_policy(make):
+    def gradient(remat):
+        loss, params = squares(make, remat)
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    want, temp = gradient("none")
+    most = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    for name in POLICIES[1:]:
+        got, less = gradient(name)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * most)
+        if make is transformer and name == "full":  # the U-Net is too small to show it
+            assert less < 0.8 * temp
+
+
+@pytest.mark.parametrize("make", [transformer, unet])
+def test_less_is_kept_policy_by_policy(make):
+    """Bytes that the forward pass hands to the backward pass."""
+
+    def kept(remat):
+        loss, params = squares(make, remat)
+        backward = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    none, dots, full = (kept(name) for name in POLICIES)
+    assert full < 0.5 * none and full < dots < none, (none, dots, full)
+
+
+@pytest.mark.parametrize("make", [transformer, unet])
+def test_products_with_weights_are_computed_once_with_dots(make):
+    """Counted in the program before XLA; attention's own products are computed once more."""
 
     def products(remat):
-        network, inputs = make(remat)
-        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        params = jax.eval_shape(lambda: network.init(rngs, *inputs))
-        step = jax.grad(lambda p: network.apply(p, *inputs, rngs=rngs).sum())
-        return _count(jax.make_jaxpr(step)(params).jaxpr)
+        loss, params = squares(make, remat)
+        return _count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
 
     none, dots, full = (products(name) for name in POLICIES)
     assert none["weights"] == dots["weights"] < full["weights"]
@@ -102,11 +103,12 @@ def test_booleans_of_older_folders_are_policies():
     assert [policy_name(x) for x in (False, True, *POLICIES)] == ["none", "full", *POLICIES]
     assert set(POLICIES) == set(policies.POLICIES)
     for old, new in ((False, "none"), (True, "full")):
-        old_run, params, rngs = gradient(unet, old)
-        new_run, _, _ = gradient(unet, new)
-        temp = [x.memory_analysis().temp_size_in_bytes for x in (old_run, new_run)]
-        assert temp[0] == temp[1]
-        jax.tree.map(np.testing.assert_array_equal, old_run(params, rngs), new_run(params, rngs))
+        programs = [
+            str(jax.make_jaxpr(jax.grad(loss))(params))
+            for loss, params in (squares(unet, remat) for remat in (old, new))
+        ]
+        assert ("remat" in programs[0] or "checkpoint" in programs[0]) == old
+        assert len(programs[0]) == len(programs[1])
 
 
 @pytest.mark.parametrize(
@@ -128,12 +130,27 @@ def test_an_unknown_policy_is_one_line(given, told):
     [
         ("clip", "model__image__remat"),
         ("clip", "model__text__remat"),
-        ("prior", "model__remat"),
-        ("decoder", "model__unet__remat"),
         ("upsampler", "model__unet__remat"),
     ],
 )
-def test_a_typing_mistake_in_a_config_is_told_before_any_data(folder, stage, key):
-    config = small_cascade.config(stage, clip_from=folder, **{key: "dotz"})
-    with pytest.raises(UserError, match=r"^remat: no policy 'dotz'; did you mean 'dots'\?$"):
+def test_a_typing_mistake_in_a_config_is_told_before_any_data(stage, key):
+    config = small_cascade.config(stage, **{key: "dotz"})
+    with pytest.raises(UserError) as error:
         build.check(config, build.task(config))
+    assert str(error.value) == "remat: no policy 'dotz'; did you mean 'dots'?"
+
+
+def prior():
+    return DiffusionPrior(8, 4, width=8, depth=1, heads=1, remat="dotz")
+
+
+def text_encoder():
+    text = dict(context_length=4, vocab_size=9, width=8, depth=1, heads=1, remat="dotz")
+    return Decoder(dict(channels=4, channel_mults=(1,), num_blocks=1, groups=2), 8, 4, text)
+
+
+@pytest.mark.parametrize("make", [prior, text_encoder])
+def test_every_transformer_hears_of_the_policy(make):
+    network = make()
+    with pytest.raises(UserError, match="'dotz'"):
+        jax.eval_shape(lambda: network.init(jax.random.key(0), *network.init_inputs(8)))
