@@ -74,6 +74,7 @@ def defaults() -> Config:
             eval_every=0,
             eval_batches=4,
             export_every=0,
+            profile=False,  # a trace of three early steps in WORKDIR, for TensorBoard
             watchdog_seconds=0.0,  # a step that takes longer ends the process; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),

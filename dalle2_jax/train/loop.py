@@ -15,6 +15,7 @@ from dalle2_jax.train import checks
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Diverged, Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.side import Dataset, SideWork
 from dalle2_jax.train.state import TrainState, abstract_state, init_state
 from dalle2_jax.train.step import check_batch_size, global_batch, make_train_step, place_frozen
@@ -72,12 +73,14 @@ def train(
         data, window = dataset(start), Window(max(config.log_every, 1000))
         stopped_by, scores = None, {}
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        with Reporter(workdir, start, tensorboard) as report:
+        profile = Profile(config.profile, workdir, start)
+        with Reporter(workdir, start, tensorboard) as report, profile:
             report.parameters(template.params)
             try:
                 for step in range(start + 1, config.num_steps + 1):
                     state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
                     window.add(step, metrics)
+                    profile(step, metrics)
                     scores = {}
                     stopper.alive()
                     if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
