@@ -1,4 +1,4 @@
-"""--config.profile=True: a trace where TensorBoard looks for it, and a run that is none the worse."""
+"""--config.profile=True: a trace where TensorBoard looks for it, and a run that is no worse."""
 
 import jax
 import pytest
