@@ -6,9 +6,7 @@ Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax import commands, remote  # first: it tells where no library is installed
 from dalle2_jax.errors import UserError
 
 # isort: split
@@ -49,7 +47,7 @@ def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
         try:
-            text = Path(PROMPTS_FILE.value).read_text(encoding="utf-8-sig")
+            text = remote.to_path(PROMPTS_FILE.value).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dalle2_jax"
 
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
-    {"errors", "files", "options", "types", "version"},
+    {"errors", "files", "options", "remote", "types", "version"},
     {
         "commands",
         "data",
@@ -35,6 +35,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
 ARROWS = {
     ("options", "errors"),
+    ("remote", "errors"),
+    ("files", "remote"),
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
     ("tasks", "sampling"),
@@ -53,7 +55,7 @@ HEAVY = {
     "transformers": set(),
 }
 # Rooms that know nothing of jax: what they do runs in input pipelines and at the edges.
-NO_JAX = {"data", "errors", "files", "options", "pictures", "tokenizer", "version"}
+NO_JAX = {"data", "errors", "files", "options", "pictures", "remote", "tokenizer", "version"}
 
 ROOT_SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -22,8 +22,9 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import pictures, sharding
+from dalle2_jax import pictures, remote, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.train.bucket import BucketLock
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import Array, PyTree
 
@@ -86,6 +87,9 @@ class WorkdirLock:
         if jax.process_index():
             return
         pictures.prepare_folder(workdir)
+        if remote.is_remote(workdir):
+            self._file = BucketLock(workdir / ".lock")
+            return
         self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +131,7 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = (workdir / "checkpoints").absolute()  # Orbax fails late on relative paths
-        self._folder.mkdir(parents=True, exist_ok=True)
+        remote.make_folder(self._folder)
         self._broken = workdir.absolute() / "broken_checkpoints"
         self._set_uncommitted_aside()
         policies = ocp.checkpoint_managers
@@ -146,7 +150,7 @@ class Checkpoints:
         self._best_metric = best_metric
         self._identity = json.loads(json.dumps(identity or {}))  # as it is read back
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            str(self._folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 cleanup_tmp_directories=True,
@@ -275,7 +279,12 @@ class Checkpoints:
         return restored
 
     def _set_uncommitted_aside(self) -> None:
-        """Orbax takes an empty folder named `7` for the newest step: move such folders away."""
+        """Orbax takes an empty folder named `7` for the newest step: move such folders away.
+
+        In a bucket, which has no empty folders, it goes by a file that it writes last.
+        """
+        if remote.is_remote(self._folder):
+            return
         for folder in self._folder.iterdir():
             committed = (folder / "_CHECKPOINT_METADATA").exists()
             if folder.is_dir() and folder.name.isdigit() and not committed:
@@ -285,10 +294,10 @@ class Checkpoints:
     def _set_aside(self, folder: Path) -> None:
         if jax.process_index():
             return
-        self._broken.mkdir(exist_ok=True)
+        remote.make_folder(self._broken)
         target = self._broken / f"{folder.name}.{int(time.time())}"
         if folder.exists():
-            folder.rename(target)
+            remote.move(folder, target)
             logging.error("moved it to %s", target)
 
 

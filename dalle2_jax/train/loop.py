@@ -38,7 +38,7 @@ def train(
     fail on the way (what was learned till then is saved if it can be), Diverged where the loss or
     gradient is no longer finite (the last good checkpoint stays).
     """
-    workdir = checks.local_folder(workdir, "--workdir")
+    workdir = checks.folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh)

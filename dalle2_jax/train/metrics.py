@@ -20,9 +20,11 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
 from dalle2_jax.pictures import save_png
+from dalle2_jax.train.bucket import BucketLines
 from dalle2_jax.types import Metrics, Params
 
 
@@ -86,7 +88,7 @@ class Reporter:
         self._last_step, self._last_time = start_step, time.perf_counter()
         if not self._active:
             return
-        workdir.mkdir(parents=True, exist_ok=True)
+        remote.make_folder(workdir)
         self._lines = _reopen(workdir / "metrics.jsonl", start_step)
         if tensorboard:
             from clu import metric_writers
@@ -167,15 +169,23 @@ class Reporter:
             logging.warning("TensorBoard's files are no longer written (%s)", told)
 
 
-def _reopen(path: Path, start_step: int) -> IO[str]:
+def _reopen(path: Path, start_step: int) -> IO[str] | BucketLines:
     """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed."""
-    kept = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    kept, away = [], remote.is_remote(path)
+    lines = BucketLines.read(path) if away else _lines(path)
+    for line in lines:
         try:
             if json.loads(line)["step"] <= start_step:
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError):  # no JSON, no UTF-8, no object with a step
             print(f"{path}: a broken line is dropped", file=sys.stderr)
+    if away:
+        BucketLines.replace(path, b"".join(kept))
+        return BucketLines(path)
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(kept))
     return path.open("a", encoding="utf-8")
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
