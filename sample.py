@@ -47,7 +47,9 @@ def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
         try:
-            text = remote.to_path(PROMPTS_FILE.value).read_text(encoding="utf-8-sig")
+            file = remote.to_path(PROMPTS_FILE.value)
+            with remote.told("cannot read", file):
+                text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

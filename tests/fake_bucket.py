@@ -75,7 +75,8 @@ class MemoryBucket(fsspec.AbstractFileSystem):
             OBJECTS.pop(self._strip_protocol(path), None)
 
     def cp_file(self, path1, path2, **kwargs):
-        put(self._strip_protocol(path2), OBJECTS[self._strip_protocol(path1)][0])
+        if self.isfile(path1):  # a folder is copied with what is in it
+            put(self._strip_protocol(path2), OBJECTS[self._strip_protocol(path1)][0])
 
     def _open(self, path, mode="rb", **kwargs):
         if "r" in mode:
@@ -173,8 +174,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         bucket, _, query, before = self._where()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if "/rewriteTo/" in self.path or "/copyTo/" in self.path:
-            return self._copy()
+        verb = next((v for v in ("rewriteTo", "copyTo", "moveTo") if f"/{v}/" in self.path), None)
+        if verb:
+            return self._copy(verb)
+        if "upload_id" in query:
+            return self._resume(query, body)
         if "upload" not in before:
             return self._json({"kind": "storage#bucket", "name": bucket})
         kind = query.get("uploadType")
@@ -192,8 +196,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             host = self.headers["Host"]
             place = f"http://{host}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
             return self._answer(200, Location=place)
-        if "upload_id" in query:
-            return self._resume(query, body)
         return self._put(f"{bucket}/{name}", body, query)
 
     def do_PUT(self) -> None:
@@ -215,16 +217,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             put(name, content)
             return self._json(self._about(name))
 
-    def _copy(self) -> None:
-        path = urllib.parse.urlsplit(self.path).path
-        verb = "/rewriteTo/" if "/rewriteTo/" in path else "/copyTo/"
-        source, target = (
-            urllib.parse.unquote(part.rpartition("/b/" if "/b/" in part else "b/")[2])
-            for part in path.split(verb)
-        )
-        source, target = (part.replace("/o/", "/", 1) for part in (source, target))
-        put(target, OBJECTS[source][0])
-        self._json({"done": True, "resource": self._about(target)} | self._about(target))
+    def _copy(self, verb: str) -> None:
+        source, target = urllib.parse.urlsplit(self.path).path.split(f"/{verb}/")
+        bucket, _, key = source.partition("/b/")[2].partition("/o/")
+        where, _, new = target.rpartition("o/")
+        source = f"{bucket}/{urllib.parse.unquote(key)}"
+        bucket = where.removeprefix("b/").strip("/") or bucket  # moveTo names none
+        target = f"{bucket}/{urllib.parse.unquote(new)}"
+        with _lock:
+            if source not in OBJECTS:
+                return self._json({"error": {"code": 404, "message": "Not Found"}}, 404)
+            put(target, OBJECTS[source][0])
+            if verb == "moveTo":
+                del OBJECTS[source]
+            return self._json({"done": True, "resource": self._about(target)} | self._about(target))
 
     def do_DELETE(self) -> None:
         bucket, key, _, _ = self._where()
