@@ -13,7 +13,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,8 +88,8 @@ def move(source: Path, target: Path) -> None:
 
 def upload(source: Path, target: Path) -> None:
     """Copies a local file into the bucket; an object appears whole or not at all."""
-    with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write, 1 << 22)
+    # Not by `open`, which would leave half of it where reading ends in an error.
+    cast(Any, target).fs.put_file(str(source), cast(Any, target).path)
 
 
 def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
@@ -101,8 +100,8 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
     Raises UserError where the bucket cannot be read or there is no such folder in it.
     """
     fs, root = cast(Any, folder).fs, cast(Any, folder).path.rstrip("/")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle2_jax" / "gs"
-    copy = home / hashlib.sha256(str(folder).encode()).hexdigest()[:16] / (folder.name or "bucket")
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copy = _cache() / "dalle2_jax" / "gs" / name / (folder.name or "bucket")
     copy.mkdir(parents=True, exist_ok=True)
     with told("cannot read", folder), _only_process(copy):
         there = {}
@@ -128,6 +127,13 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
             _write_index(index, have)
         _write_index(index, have)
     return copy
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in a container
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -188,17 +188,38 @@ def upload(folder, place):
             fake_bucket.put(name, file.read_bytes())
 
 
-def test_pictures_are_drawn_from_weights_in_a_bucket_into_it(bucket, folder):
+def test_weights_are_read_from_a_bucket(bucket):
+    upload(model_folder.PACKAGED / "tiny", f"{bucket}/model")
+    fake_bucket.put("bucket/model/deeper/large.safetensors", b"")  # of no stage: it is not fetched
+    there, here = (DALLE2.from_pretrained(name) for name in (f"{bucket}/model", "tiny"))
+    assert there.weights_hash == here.weights_hash and there.weights == f"{bucket}/model"
+    np.testing.assert_array_equal(
+        *(model.params["clip"]["text_tower"]["positions"] for model in (there, here))
+    )
+
+
+def test_pictures_are_written_into_a_bucket(bucket):
+    out = pictures.prepare_folder(f"{bucket}/out")
+    pictures.save_png(out / "cat.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a cat"})
+    assert fake_bucket.names("bucket/out/") == ["bucket/out/cat.png"]
+    assert fake_bucket.OBJECTS["bucket/out/cat.png"][0].startswith(b"\x89PNG")
+
+
+def test_prompts_are_read_from_a_bucket(bucket):
+    fake_bucket.put("bucket/prompts.txt", "\ufeffein Apfel, grün\n".encode())
+    text = remote.to_path(f"{bucket}/prompts.txt").read_text(encoding="utf-8-sig")
+    assert text == "ein Apfel, grün\n"
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_with_weights_in_a_bucket(bucket, folder):
     upload(folder, f"{bucket}/model")
-    fake_bucket.put("bucket/model/deeper/large.safetensors", b"")
     there, here = (
         DALLE2.from_pretrained(f).with_settings(steps=2) for f in (f"{bucket}/model", folder)
     )
-    assert there.weights_hash == here.weights_hash and there.weights == f"{bucket}/model"
-    drawn = there.generate(["a cat"], seed=3)
-    out = pictures.prepare_folder(f"{bucket}/out")
-    pictures.save_png(out / "cat.png", drawn[0], {"prompt": "a cat"})
-    assert fake_bucket.names("bucket/out/") == ["bucket/out/cat.png"]
+    np.testing.assert_array_equal(
+        there.generate(["a cat"], seed=3), here.generate(["a cat"], seed=3)
+    )
 
 
 def test_a_copy_is_fetched_again_only_where_it_changed(bucket):
@@ -236,7 +257,8 @@ def test_a_tfds_directory_keeps_its_address(bucket, monkeypatch):
     assert asked == ["gs://bucket/set"]
 
 
-def test_an_export_keeps_the_stages_that_are_there(bucket, folder):
+def test_an_export_keeps_the_stages_that_are_there(bucket):
+    folder = model_folder.PACKAGED / "tiny"
     upload(folder, f"{bucket}/model")
     model_folder.write_stage(f"{bucket}/model", "extra", {"a": 1}, {"w": np.ones(2)})
     stages = model_folder.read_config(f"{bucket}/model")["stages"]
