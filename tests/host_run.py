@@ -1,8 +1,8 @@
 """One host of a toy run, for tests: python host_run.py RANK HOSTS PORT SETTINGS (a JSON object).
 
 Settings: workdir, config (changes to the toy's), seconds (a batch takes), hang_at (the batch that
-never comes) on hang_rank, restore (write what the newest checkpoint holds to restored.npz, then
-train). What it ends with stands in WORKDIR/state.npz.
+never comes) on hang_rank, poison_at (batches that give no gradient), restore (write what the newest
+checkpoint holds to restored.npz, then train). What it ends with stands in WORKDIR/state.npz.
 """
 
 import json
@@ -36,7 +36,8 @@ WORKDIR = Path(SETTINGS["workdir"])
 
 
 def own_share(start: int):
-    for number, batch in enumerate(toy_task.dataset()(start), start):
+    batches = toy_task.dataset(poison_at=SETTINGS.get("poison_at", ()))
+    for number, batch in enumerate(batches(start), start):
         if number == SETTINGS.get("hang_at") and SETTINGS.get("hang_rank") == RANK:
             print("hangs", flush=True)
             time.sleep(1000)

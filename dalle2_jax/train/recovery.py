@@ -15,6 +15,7 @@ killed and goes on decides alike (one that was stopped after a good step has one
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,17 +65,19 @@ class Recovery:
         self._unread.append((step, metrics))
 
     def bad_end(self, read_all: bool = False) -> int | None:
-        """The step at which the `max_skips`-th bad one in a row came, if it did."""
+        """The step at which the `max_skips`-th bad one in a row came, if it did; or one whose
+        update, of a gradient that was good, broke the parameters: none of them must be saved."""
         while len(self._unread) > (0 if read_all else self._lag):
             step, metrics = self._unread.popleft()
-            if not float(metrics["skipped"]):
-                self._in_a_row = 0
-                continue
-            self._in_a_row += 1
-            values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")}
-            self._told = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-            logging.warning("step %d is not applied: %s", step, self._told)
-            if self._in_a_row >= self._max_skips:
+            skipped = float(metrics["skipped"])
+            broken = not math.isfinite(float(metrics["param_norm"]))
+            self._in_a_row = self._in_a_row + 1 if skipped else 0
+            if skipped or broken:
+                names = ("loss", "grad_norm", "param_norm")
+                self._told = ", ".join(f"{name} {float(metrics[name]):.3g}" for name in names)
+                how = "breaks the parameters" if broken else "is not applied"
+                logging.warning("step %d %s: %s", step, how, self._told)
+            if broken or self._in_a_row >= self._max_skips:
                 return step
         return None
 
@@ -94,10 +97,9 @@ class Recovery:
         end = at + self._passed_over
         if self._returns == MAX_RETURNS:
             raise Diverged(
-                f"{self._told} at step {at}, the last of {self._max_skips} in a row whose gradient "
-                f"is no good, again after {MAX_RETURNS} returns to the last good checkpoint (it is "
-                "kept). Lower optimizer.learning_rate or set optimizer.clip_norm and run the "
-                "command again"
+                f"{self._told} at step {at}: no good gradients, and {MAX_RETURNS} returns to the "
+                "last good checkpoint did not help. It is kept; lower optimizer.learning_rate or "
+                "set optimizer.clip_norm and run the command again"
             )
         self._returns += 1
         jax.tree.map(lambda x: x.delete(), state)

@@ -66,14 +66,8 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
     return jax.device_put(frozen, sharding.param_shardings(frozen, FROZEN_RULES, mesh))
 
 
-def keep_if_good(
-    old: TrainState, new: TrainState, metrics: Metrics, max_grad_norm: float
-) -> tuple[TrainState, Metrics]:
-    """`new` one step on, or, where its numbers are no good, `old` with its counters moved."""
-    numbers = jnp.stack([metrics[name] for name in ("loss", "grad_norm", "param_norm")])
-    good = jnp.all(jnp.isfinite(numbers))
-    if max_grad_norm:
-        good &= metrics["grad_norm"] <= max_grad_norm
+def keep_if_good(old: TrainState, new: TrainState, good: Array) -> TrainState:
+    """`new` one step on, or, where its gradient was no good, `old` with its counters moved."""
     # a choice leaf by leaf goes into the update's own loop; lax.cond would keep both in memory
     chosen = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     faults = Faults(
@@ -81,8 +75,7 @@ def keep_if_good(
         in_a_row=jnp.where(good, 0, old.faults.in_a_row + 1),
         passed_over=old.faults.passed_over,
     )
-    skipped = jnp.where(good, 0.0, 1.0)
-    return chosen.replace(step=old.step + 1, faults=faults), {**metrics, "skipped": skipped}
+    return chosen.replace(step=old.step + 1, faults=faults)
 
 
 def make_train_step(
@@ -91,9 +84,8 @@ def make_train_step(
     """(state, frozen, batch) -> (state, metrics); the given state's buffers are donated.
 
     metrics are those of the task and loss, grad_norm (before clipping), param_norm, learning_rate
-    and skipped, float32 scalars. Where skipped is 1 the loss, gradient or new parameters were not
-    finite or the gradient above config.max_grad_norm, and only the counters moved: a finite state
-    stays finite.
+    and skipped, float32 scalars. Where skipped is 1 the loss or gradient was not finite, or the
+    gradient above config.max_grad_norm, and only the counters moved.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -111,15 +103,21 @@ def make_train_step(
             state.good_steps + 1,
             optimizer,
         )
+        grad_norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if config.max_grad_norm:
+            good &= grad_norm <= config.max_grad_norm
+        new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
+        new = keep_if_good(state, new, good)
         metrics = {
             **metrics,
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(new.params),
             "learning_rate": optimizer.schedule(optimizer.num_updates(state.good_steps)),
+            "skipped": jnp.where(good, 0.0, 1.0),
         }
-        new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
-        return keep_if_good(state, new, metrics, config.max_grad_norm)
+        return new, metrics
 
     places = shardings_of(template)
     return jax.jit(

@@ -44,7 +44,9 @@ class Stopper:
 
     def __init__(self, max_minutes: float = 0.0, watchdog_seconds: float = 0.0):
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes > 0 else None
-        self._watchdog = watchdog_seconds
+        # Process 0 last: without it jax.distributed ends the others before they have told anything.
+        self._watchdog = watchdog_seconds * (1.0 if jax.process_index() == 0 else 0.9)
+        self._watched = False
         self._signal: str | None = None
         self._calls = 0
         self._previous: dict[int, Any] = {}
@@ -61,10 +63,13 @@ class Stopper:
         _only_once(signal.SIGTERM)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self.rest()
+        if kind is None or jax.process_count() == 1:
+            self.rest()
+        elif not self._watched:  # jax.distributed waits at exit for hosts that may hang
+            self.alive()
 
     def _handle(self, number: int, frame: object) -> None:
         self._signal = signal.Signals(number).name
@@ -73,12 +78,14 @@ class Stopper:
     def alive(self) -> None:
         """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
         exits, as a host that hangs would hold all the others for ever."""
+        self._watched = True
         if self._watchdog > 0 and sys.__stderr__:
             # what Python was started with: a notebook's own stderr is no file
             faulthandler.dump_traceback_later(self._watchdog, exit=True, file=sys.__stderr__)
 
     def rest(self) -> None:
         """Called before work that may take longer than a step; `alive` watches again."""
+        self._watched = False
         if self._watchdog > 0:
             faulthandler.cancel_dump_traceback_later()
 
