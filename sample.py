@@ -9,9 +9,7 @@ Exit status: 0 done, 2 a mistake in the input, 3 too large for --topology, 130 s
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax import commands, remote  # first: it tells where no library is installed
 from dalle2_jax.errors import UserError
 
 # isort: split
@@ -23,7 +21,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given sev
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
 N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
-OUT = flags.DEFINE_string("out", "out", "Folder for the pictures.")
+OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
 STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
 CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
@@ -35,7 +33,9 @@ def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
         try:
-            text = Path(PROMPTS_FILE.value).read_text(encoding="utf-8-sig")
+            file = remote.to_path(PROMPTS_FILE.value)
+            with remote.told("cannot read", file):
+                text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

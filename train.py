@@ -44,15 +44,10 @@ def run(config: build.Config, workdir: str) -> int:
         config = build.complete(config)
         task = build.task(config)
         build.check(config, task)
+        data = build.dataset(config, config.data.get("split", "train"))
         held_out = config.data.get("eval_split", "")
-        result = loop.train(
-            config,
-            task,
-            build.dataset(config, config.data.get("split", "train")),
-            workdir,
-            eval_dataset=build.dataset(config, held_out) if held_out else None,
-            tensorboard=TENSORBOARD.value,
-        )
+        eval_data = build.dataset(config, held_out) if held_out else None
+        result = loop.train(config, task, data, workdir, eval_data, TENSORBOARD.value)
     except (UserError, OSError) as error:
         return commands.say(error, 2)
     except loop.Diverged as error:

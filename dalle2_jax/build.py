@@ -78,6 +78,7 @@ def defaults() -> Config:
             export_every=0,
             max_grad_norm=1e6,  # a larger gradient is not applied; 0: only one that is not finite
             max_skips=10,  # so many such steps in a row: back to the last good checkpoint
+            profile=False,  # a trace of three early steps in WORKDIR, for TensorBoard
             watchdog_seconds=1800.0,  # a step that takes longer ends the process; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, on this machine and in a bucket."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dalle2_jax import remote
+
 _STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
 
 
@@ -16,8 +18,14 @@ _STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if the block ends well.
 
-    The folder must exist; an OSError of the block or of the renaming goes through.
+    The folder must exist; an OSError of the block or of the renaming goes through. For a bucket the
+    file lies on this machine, and is uploaded.
     """
+    if remote.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            remote.upload(Path(folder) / path.name, path)
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -34,7 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_stale(folder: Path, seconds: float = _STALE_SECONDS) -> None:
     """Removes the temporary files that killed processes left in `folder` an hour ago or more, or
-    `seconds`."""
+    `seconds`; in a bucket there are none."""
+    if remote.is_remote(folder):
+        return
     for left in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime >= seconds:

@@ -24,6 +24,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import remove_stale, replacing
 from dalle2_jax.version import __version__
@@ -40,13 +41,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def resolve(name: str | os.PathLike[str]) -> Path:
     """A model's name -> its folder: "tiny" (in the package), a folder, or a hub id "owner/name".
 
-    A packaged name goes before a folder of that name, which is written "./tiny".
+    A packaged name goes before a folder of that name, which is written "./tiny". A folder in a
+    bucket is copied to this machine, but for what is here already from the last time.
 
     Raises UserError, in one line, for a name that is none of them or a hub out of reach.
     """
     text = os.fspath(name)
     if text in packaged_names():
         return PACKAGED / text
+    if remote.is_remote(text):
+        return remote.local_copy(remote.to_path(text), (CONFIG_NAME, "*.safetensors"))
     try:
         path = Path(name).expanduser()
         if text and path.is_dir():
@@ -91,14 +95,14 @@ def _download(hub_id: str) -> Path:
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The folder's `config.json`: {"format": 1, "version": ..., "stages": {stage: entry}}."""
-    path = Path(folder) / CONFIG_NAME
+    path = remote.to_path(folder) / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        what = f"has no {CONFIG_NAME}" if Path(folder).is_dir() else "does not exist"
+        what = f"has no {CONFIG_NAME}" if path.parent.is_dir() else "does not exist"
         raise UserError(f"model folder {folder} {what}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {remote.reason(error)}") from error
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
@@ -181,25 +185,26 @@ def write_stage(
         raise ValueError(f"stage name {stage!r}: use lower-case letters, digits and _")
     if dtype not in _DTYPES:
         raise UserError(f"storage dtype {dtype!r}: know {', '.join(_DTYPES)}")
-    folder = Path(folder)
+    folder = remote.to_path(folder)
     _config_with(folder, stage, entry)  # what is wrong with it is told before anything is written
     tensors = {
         name: _to_storage(name, tensor, _DTYPES[dtype]) for name, tensor in _flatten(params).items()
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        remote.make_folder(folder)
         remove_stale(folder)
         # The tensors first: a stage that config.json names is always there.
-        with replacing(stage_path(folder, stage)) as temporary:
+        told = remote.told("cannot write model folder", folder)
+        with told, replacing(stage_path(folder, stage)) as temporary:
             # One entry of metadata: the order of several would differ from run to run.
             save_file(tensors, temporary, metadata={"stage": stage})
             _check_standing(folder, stage, _hash(temporary))
-        with replacing(folder / CONFIG_NAME) as temporary:
+        told = remote.told("cannot write model folder", folder)
+        with told, replacing(folder / CONFIG_NAME) as temporary:
             # Read again: another stage may have been exported here meanwhile.
             temporary.write_text(_config_with(folder, stage, entry), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write model folder {folder}: {reason}") from error
+        raise UserError(f"cannot write model folder {folder}: {remote.reason(error)}") from error
 
 
 def standing_on(folder: Path, stage: str) -> dict[str, str]:
@@ -257,7 +262,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 def stage_path(folder: str | os.PathLike[str], stage: str) -> Path:
     """Where a stage's tensors lie."""
-    return Path(folder) / f"{stage}.safetensors"
+    return remote.to_path(folder) / f"{stage}.safetensors"
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:

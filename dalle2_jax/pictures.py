@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
 
@@ -34,7 +35,7 @@ def save_png(
     The folder is made where it is not. The same picture and metadata give the same bytes. Raises
     UserError for a place that cannot be written.
     """
-    path = Path(path)
+    path = remote.to_path(path)
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(f"a picture is uint8 [h, w, 3], not {picture.dtype} {picture.shape}")
@@ -42,8 +43,8 @@ def save_png(
     if metadata is not None:
         chunks.add_itxt(CHUNK, _to_json(metadata))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        remote.make_folder(path.parent)
+        with remote.told("cannot write", path), replacing(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -53,7 +54,12 @@ def prepare_folder(path: str | Path) -> Path:
     """Makes the folder and proves that it can be written to; UserError if not, or for no name."""
     if not str(path).strip():  # pathlib takes it for the current folder
         raise UserError("the folder to write to has no name: give one, or . for the current folder")
-    path = Path(path)
+    path = remote.to_path(path)
+    if remote.is_remote(path):
+        with remote.told("cannot write to the folder", path):
+            (path / ".writable").write_bytes(b"")
+            (path / ".writable").unlink()
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -15,11 +15,12 @@ PACKAGE = ROOT / "dalle2_jax"
 
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
-    {"errors", "files", "options", "shards", "types", "version"},
+    {"errors", "files", "options", "remote", "shards", "types", "version"},
     {
         "commands",
         "data",
         "diffusion",
+        "fsdp",
         "images",
         "model_folder",
         "nets",
@@ -27,18 +28,22 @@ FLOORS = (
         "sharding",
         "tokenizer",
     },
-    {"fsdp", "sampling", "tasks"},
+    {"sampling", "tasks"},
     {"dalle2", "evals", "pretrained", "train"},
-    {"app", "build", "drawing"},
+    {"app", "build", "drawing", "fit"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
 ARROWS = {
     ("options", "errors"),
+    ("remote", "errors"),
+    ("files", "remote"),
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
+    ("fsdp", "sharding"),
     ("tasks", "sampling"),
     ("evals", "dalle2"),
+    ("fit", "build"),
 }
 # Of the third floor the app sees DALLE2 alone.
 APP_MAY_SEE = {room for room, floor in FLOOR.items() if floor < 3} | {"dalle2"}
@@ -53,7 +58,7 @@ HEAVY = {
     "transformers": set(),
 }
 # Rooms that know nothing of jax: what they do runs in input pipelines and at the edges.
-NO_JAX = {"data", "errors", "files", "options", "pictures", "tokenizer", "version"}
+NO_JAX = {"data", "errors", "files", "options", "pictures", "remote", "tokenizer", "version"}
 
 ROOT_SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -24,7 +24,7 @@ def make(devices: int = 1, fsdp: int = 1, width: int = 16, **optimizer):
     cfg, task = config(optimizer=optimizer), ToyTask(width=width)
     opt = make_optimizer(cfg.optimizer, cfg.num_steps)
     mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp}, jax.devices()[:devices])
-    template = abstract_state(task, opt, 0, mesh, cfg.sharding_rules)
+    template = abstract_state(task, opt, 0, mesh, ((".*", "fsdp:0"),))
     return template, init_state(task, opt, 0, template)
 
 

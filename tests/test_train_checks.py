@@ -6,12 +6,11 @@ from toy_task import ToyTask, config, dataset
 
 from dalle2_jax import model_folder
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop
+from dalle2_jax.train import checks, loop
 from dalle2_jax.train.checks import (
     check_best_metric,
     check_stands_alone,
     export_folder,
-    local_folder,
 )
 
 
@@ -27,7 +26,7 @@ class Untrained(ToyTask):
     ("workdir", "told"),
     [
         ("", "--workdir is empty: name a folder"),
-        ("gs://b/run", "--workdir=gs://b/run is remote: name a local folder"),
+        ("s3://b/run", "--workdir=s3://b/run: name a folder of this machine or gs://BUCKET"),
         ("file", "--workdir=file is a file: name a folder"),
         ("file/run", "cannot write to the folder .*file/run"),
         ("/proc/x", "cannot write to the folder /proc/x"),
@@ -45,7 +44,7 @@ def test_a_workdir_that_cannot_be_is_refused(tmp_path, monkeypatch, workdir, tol
     ("change", "told"),
     [
         ({"export_dtype": "float8"}, "export_dtype='float8' is unknown.*float16"),
-        ({"export_to": "gs://b/model"}, "config.export_to=gs://b/model is remote"),
+        ({"export_to": "gs://"}, "config.export_to=gs://: name a folder of this machine or gs:"),
         ({"export_to": "/proc/x"}, "cannot write to the folder /proc/x"),
         ({"export_to": "broken"}, "config.json is not valid JSON"),
         ({"best_metric": "eval/los"}, "evaluation gives; did you mean 'eval/loss'.*eval/rms"),
@@ -91,7 +90,7 @@ def test_a_clip_that_others_stand_on_is_not_replaced(tmp_path):
 
 
 def test_good_places_go_through(tmp_path):
-    assert local_folder(tmp_path / "new", "--workdir") == tmp_path / "new"
+    assert checks.folder(tmp_path / "new", "--workdir") == tmp_path / "new"
     assert export_folder(config(), tmp_path) == tmp_path / "model"
     assert export_folder(config(export_to=str(tmp_path / "m")), tmp_path) == tmp_path / "m"
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import logging
 
+from dalle2_jax import remote
 from dalle2_jax.data.decode import SUFFIXES
 from dalle2_jax.data.examples import Examples
 from dalle2_jax.errors import UserError
@@ -29,7 +30,8 @@ _ENCODING = "utf-8-sig"
 def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: str = "") -> Examples:
     """The pictures below `path` (below `path/split` where there is such a folder), sorted by path.
 
-    What lies below `path/held_out` belongs to no other split.
+    What lies below `path/held_out` belongs to no other split. A folder in a bucket is copied to
+    this machine first, but for what is here already.
     How many pictures are read, and where, is logged.
 
     Raises:
@@ -37,7 +39,9 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
         or a file of captions cannot be read or is not UTF-8, a link leads nowhere, or a table is
         malformed, has no rows or names a file that is not there.
     """
-    path = pathlib.Path(path)
+    path = remote.to_path(path)
+    if remote.is_remote(path):
+        path = remote.local_copy(path)
     if not os.path.isdir(path):  # False, where pathlib's raises, for a name that is too long
         raise UserError(f"{path}: no such folder")
     kept_back = (path / held_out).resolve()

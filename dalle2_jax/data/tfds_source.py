@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dalle2_jax import options
+from dalle2_jax import options, remote
 from dalle2_jax.data import decode
 from dalle2_jax.errors import UserError
 
@@ -96,10 +96,12 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
         feature, captions that are no text, or `subset` names a feature twice, or one that is not
         there or of another kind.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
+    path = remote.to_path(path)
+    with remote.told("cannot read", path):
+        there, prepared = path.exists(), (path / "dataset_info.json").is_file()
+    if not there:
         raise UserError(f"{path}: no such folder; `make data` writes the emoji set to data/emoji")
-    if not (path / "dataset_info.json").is_file():
+    if not prepared:
         raise UserError(
             f"{path}: not a TFDS directory (no dataset_info.json); name the folder that holds it, "
             "or use source='folder' for pictures with captions"

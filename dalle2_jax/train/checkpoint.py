@@ -5,6 +5,9 @@ without a word: `manifest.py` has the sha256 of every file, compared before anyt
 and shapes, dtypes and what the weights are of are saved beside the arrays.
 
 With several hosts (one workdir for all) process 0 looks at the files and decides for all.
+
+In a bucket nothing is renamed: removing takes a while, and of a checkpoint that a killed run was
+removing the rest is set aside as damaged.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ import jax
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import pictures, sharding
+from dalle2_jax import pictures, remote, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import hosts, manifest
+from dalle2_jax.train.bucket import BucketLock
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import PyTree
 
@@ -52,6 +56,9 @@ class WorkdirLock:
 
     def _lock(self, workdir: Path) -> int:
         pictures.prepare_folder(workdir)
+        if remote.is_remote(workdir):
+            self._file = BucketLock(workdir / ".lock")
+            return 0
         self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,13 +123,17 @@ class Checkpoints:
         self._best_metric = best_metric
         self._identity = json.loads(json.dumps(identity or {}))  # as it is read back
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            str(self._folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
-                temporary_path_class=manifest.RenamedFolder,
-                todelete_subdir=_REMOVED,
+                temporary_path_class=(
+                    manifest.CommittedFolder
+                    if remote.is_remote(workdir)
+                    else manifest.RenamedFolder
+                ),
+                todelete_subdir=_REMOVED,  # on a disk alone
                 **(best if best_metric else {}),
             ),
         )
@@ -190,7 +201,7 @@ class Checkpoints:
         )
 
     def _remove_old(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not remote.is_remote(self._folder):
             shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
     def remove_after(self, step: int) -> None:
@@ -242,7 +253,8 @@ class Checkpoints:
 
     def _read(self, folder: Path, read_all: bool) -> str:
         try:
-            return manifest.fault(folder, read_all)
+            with remote.told("cannot read", folder):
+                return manifest.fault(folder, read_all)
         except OSError as error:
             raise UserError(f"cannot read {folder}: {error}") from error
 
@@ -288,15 +300,17 @@ class Checkpoints:
         the scores of every step. What a killed run was about to remove goes for good."""
         pictures.prepare_folder(self._folder)
         self._remove_old()
-        for path in self._folder.iterdir():
-            if path.name.isdigit() and (told := self._read(path, read_all=False)):
-                self._set_aside(path, told)
+        with remote.told("cannot read", self._folder):
+            steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
+            for path in steps:
+                if not manifest.unfinished(path) and (told := self._read(path, read_all=False)):
+                    self._set_aside(path, told)
         return 0
 
     def _set_aside(self, path: Path, told: str) -> None:
-        self._broken.mkdir(exist_ok=True)
+        remote.make_folder(self._broken)
         target = self._broken / f"{path.name}.{time.time_ns()}"
-        path.rename(target)
+        remote.move(path, target)
         self._found_broken.append(f"step {path.name}: {told}")
         logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, told, target)
 

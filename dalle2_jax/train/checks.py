@@ -8,23 +8,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from dalle2_jax import model_folder
+from dalle2_jax import model_folder, remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import near_miss
 
 
-def local_folder(name: str | os.PathLike[str], setting: str) -> Path:
-    """`name` as an absolute path; UserError where it is empty, remote or a file.
-
-    The lock and metrics.jsonl need a file system: a bucket has neither locks nor appending.
-    """
-    text = os.fspath(name)
+def folder(name: str | os.PathLike[str], setting: str) -> Path:
+    """`name` as an absolute path or one in a bucket; UserError where it is empty or a file."""
+    text = str(name)
     if not text.strip():
         raise UserError(f"{setting} is empty: name a folder")
-    if "://" in text:
-        raise UserError(
-            f"{setting}={text} is remote: name a local folder (a mounted bucket will do)"
-        )
+    if remote.is_remote(text):
+        try:
+            return remote.to_path(text)
+        except UserError as error:
+            raise UserError(f"{setting}={error}") from error
     if os.path.exists(text) and not os.path.isdir(text):
         raise UserError(f"{setting}={text} is a file: name a folder")
     return Path(text).absolute()
@@ -38,10 +36,11 @@ def export_folder(config: Any, workdir: Path) -> Path:
             f"config.export_dtype={config.export_dtype!r} is unknown"
             f"{near_miss(config.export_dtype, known)} ({', '.join(known)})"
         )
-    folder = local_folder(config.export_to or workdir / "model", "config.export_to")
-    if (folder / model_folder.CONFIG_NAME).exists():
-        model_folder.read_config(folder)  # the stages in it are kept, so it must be sound
-    return folder
+    model = folder(config.export_to or workdir / "model", "config.export_to")
+    with remote.told("cannot read", model):
+        if (model / model_folder.CONFIG_NAME).exists():
+            model_folder.read_config(model)  # the stages in it are kept, so it must be sound
+    return model
 
 
 def check_stands_alone(folder: Path, stage: str) -> None:

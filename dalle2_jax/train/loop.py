@@ -15,6 +15,7 @@ from dalle2_jax.train import checks
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Reporter, Window
 from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
 from dalle2_jax.train.side import Dataset, SideWork
 from dalle2_jax.train.state import TrainState, abstract_state, init_state
@@ -38,7 +39,7 @@ def train(
     fail on the way (what was learned till then is saved if it can be), Diverged where going back to
     the last good checkpoint (recovery.py) does not help; it stays.
     """
-    workdir = checks.local_folder(workdir, "--workdir")
+    workdir = checks.folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
@@ -80,7 +81,8 @@ def train(
         train_step = make_train_step(task, optimizer, config, template, mesh)
         data, window = dataset(int(state.position)), Window(max(config.log_every, 1000))
         stopped_by, scores = None, {}
-        with Reporter(workdir, start, int(state.position), tensorboard) as report:
+        profile = Profile(config.profile, workdir, start)
+        with Reporter(workdir, start, int(state.position), tensorboard) as report, profile:
             report.parameters(template.params)
             try:
                 while step < config.num_steps and not stopped_by:
@@ -88,6 +90,7 @@ def train(
                     step, scores = step + 1, {}
                     window.add(metrics)
                     recovery.add(step, metrics)
+                    profile(step, metrics)
                     stopper.alive()
                     if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
                         jax.block_until_ready((state, metrics))

@@ -1,10 +1,12 @@
 """The sha256 of every file of a checkpoint, inside it: no change of a bit goes unseen.
 
 Orbax keeps no checksum over array data. Its temporary folder is where a checkpoint becomes whole:
-the class here lists the files there, once the arrays of all hosts have been written, and only
-then lets Orbax commit. So a committed checkpoint always has its manifest, and one without is
-damaged. Outside the manifest stands only Orbax's own mark of the commit, whose content nobody
-reads.
+the classes here list the files there, once the arrays of all hosts have been written, and only
+then let Orbax commit, on a disk by renaming the folder, in a bucket by a last file. So a committed
+checkpoint always has its manifest, and one without is damaged. Outside the manifest stands only
+Orbax's own mark of the commit, whose content nobody reads.
+
+In a bucket process 0 reads back what all hosts wrote, and does so again before it is restored.
 """
 
 from __future__ import annotations
@@ -14,28 +16,28 @@ import concurrent.futures
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint.path import atomicity
 
+from dalle2_jax import remote
+
 NAME = "manifest.json"
 _SMALL = 2**16  # bytes
 _BLOCK = 2**20
+_THREADS = 16  # a bucket answers late; sha256 itself takes few
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 
 
 def write(folder: Path) -> None:
     """Lists the files in `folder`; one of an earlier attempt is replaced."""
     (folder / NAME).unlink(missing_ok=True)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(_sha256, files)
-        listed = {
-            str(path.relative_to(folder)): [path.stat().st_size, digest]
-            for path, digest in zip(files, hashes, strict=True)
-        }
-    (folder / NAME).write_text(json.dumps(listed, indent=1))
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=str)
+    names = [p.as_posix().removeprefix(folder.as_posix() + "/") for p in files]
+    told = zip(_each(_size, files), _each(_sha256, files), strict=True)
+    (folder / NAME).write_text(json.dumps(dict(zip(names, told, strict=True)), indent=1))
 
 
 def fault(folder: Path, read_all: bool = True) -> str:
@@ -45,18 +47,44 @@ def fault(folder: Path, read_all: bool = True) -> str:
     tells nothing of the file (no permission, a failing disk) goes through.
     """
     try:
-        listed = json.loads((folder / NAME).read_bytes())
-        for name, (size, digest) in sorted(listed.items()):
-            path = folder / name
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if (read_all or size < _SMALL) and _sha256(path) != digest:
+        listed = sorted(json.loads((folder / NAME).read_bytes()).items())
+        sizes = _each(_size, [folder / name for name, _ in listed])
+        for (name, (size, _)), found in zip(listed, sizes, strict=True):
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+        read = [(name, told) for name, (size, told) in listed if read_all or size < _SMALL]
+        hashes = _each(_sha256, [folder / name for name, _ in read])
+        for (name, told), found in zip(read, hashes, strict=True):
+            if found != told:
                 return f"{name} is not what was written (its sha256 differs)"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        return f"{Path(error.filename).name} is missing"
+        return f"{Path(error.filename or str(error)).name} is missing"
     except (ValueError, AttributeError, TypeError):
         return f"{NAME} is damaged"
     return "" if listed else f"{NAME} is empty"
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a killed run was writing it into a bucket; on a disk it has another name till then.
+
+    Orbax removes it, as it would one that lost nothing but the mark of its commit: that is mended.
+    """
+    mark = folder / atomicity.COMMIT_SUCCESS_FILE
+    if not remote.is_remote(folder) or mark.exists():
+        return False
+    if not (folder / NAME).exists():
+        return True
+    mark.write_text("")
+    return False
+
+
+def _each(work: Callable[[Path], Any], files: Sequence[Path]) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, files))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _sha256(path: Path) -> str:
@@ -67,18 +95,29 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class RenamedFolder(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary folder, with a manifest before it is renamed to what it is to be.
+async def _list_files(temporary: Any) -> None:
+    """What both classes do before Orbax's `finalize`, which it calls on process 0 alone, when all
+    hosts have written; for each part of a checkpoint too."""
+    if store := temporary._checkpoint_metadata_store:  # its last word comes before the hashes
+        await asyncio.to_thread(_tell_time, store, temporary.get() / _ORBAX_METADATA)
+        temporary._checkpoint_metadata_store = None
+    if temporary.get_final().name.isdigit():  # not a part, which has a name
+        await asyncio.to_thread(write, remote.to_path(str(temporary.get())))
 
-    Orbax calls `finalize` on process 0 alone, when all hosts have written.
-    """
+
+class RenamedFolder(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder, with a manifest before it is renamed to what it is to be."""
 
     async def finalize(self) -> None:
-        if store := self._checkpoint_metadata_store:  # its last word comes before the hashes
-            await asyncio.to_thread(_tell_time, store, self.get() / _ORBAX_METADATA)
-            self._checkpoint_metadata_store = None
-        if atomicity.TMP_DIR_SUFFIX not in self.get().parent.name:  # not one of its parts
-            await asyncio.to_thread(write, Path(self.get()))
+        await _list_files(self)
+        await super().finalize()
+
+
+class CommittedFolder(atomicity.CommitFileTemporaryPath):
+    """Orbax's folder in a bucket, with a manifest before the file that says that it is whole."""
+
+    async def finalize(self) -> None:
+        await _list_files(self)
         await super().finalize()
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import remove_stale, replacing
 from dalle2_jax.pictures import save_png
+from dalle2_jax.train.bucket import BucketLines
 from dalle2_jax.types import Metrics, Params
 
 
@@ -66,7 +68,7 @@ class Reporter:
         self._last_step, self._last_time = start_step, time.perf_counter()
         if not self._active:
             return
-        workdir.mkdir(parents=True, exist_ok=True)
+        remote.make_folder(workdir)
         for folder in (workdir, workdir / "previews", workdir / "model"):
             remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
         self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
@@ -161,11 +163,11 @@ class Reporter:
             logging.warning("TensorBoard's files are no longer written (%s)", told)
 
 
-def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str]:
+def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLines:
     """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed, nor
     rollbacks (recovery.py) past batches that the checkpoint still has before it."""
-    kept = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    kept, away = [], remote.is_remote(path)
+    for line in BucketLines.read(path) if away else _lines(path):
         try:
             told = json.loads(line)
             passed = told.get("skipped_batches", (0, 0))
@@ -173,9 +175,16 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str]:
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
+    if away:
+        BucketLines.replace(path, b"".join(kept))
+        return BucketLines(path)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
