@@ -38,7 +38,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test test-slow test-parity data train-tiny evals lint format typecheck clean
+.PHONY: help demo test test-slow test-tpu test-parity data train-tiny evals lint format typecheck clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test: $(VENV)/.train ## the default tests: no network, no accelerator, no torch
 
 test-slow: $(VENV)/.train ## the tests that take longer
 	$(PYTEST) -m "slow and not tpu_aot and not parity"
+
+test-tpu: $(VENV)/.tpu ## small programs compiled for TPUs that are not there
+	$(PYTEST) -m "tpu_aot and not parity"
 
 test-parity: $(VENV)/.parity ## against torch, diffusers and transformers
 	$(PY) -m pytest -m parity tests/parity
@@ -108,6 +111,9 @@ $(VENV)/.train: pyproject.toml | $(PY)
 
 $(VENV)/.dev: pyproject.toml | $(PY)
 	$(call install,-e '.[dev]',the tools)
+
+$(VENV)/.tpu: $(VENV)/.train
+	$(call install,-e '.[tpu]',the TPU compiler)
 
 $(VENV)/.parity: $(VENV)/.train
 	$(call install,$(PARITY),the references)

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         print(f"{what}: {shown}: {best['einsum'] / best['chunks']:.2f} times as fast")
 
 
-def _gradient(function):  # noqa: ANN001, ANN202
+def _gradient(function):  # noqa: ANN001
     return jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))
 
 

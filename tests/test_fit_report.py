@@ -43,6 +43,7 @@ def made(batch_size: int = 8, total: float = GIB) -> Report:
         ("v5e:8x8", ("v5e", (8, 8))),
         ("v5e-8", ("v5e", (2, 4))),
         ("v5e-64", ("v5e", (8, 8))),
+        ("v5litepod-16", ("v5e", (4, 4))),
         ("v5e-256", ("v5e", (16, 16))),
         ("v6e-256", ("v6e", (16, 16))),
         ("v5p-128", ("v5p", (4, 4, 4))),  # cores: two a chip

@@ -73,7 +73,7 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     """`v5e:8x8`, or `v5e-64` as the vendor writes it -> ("v5e", (8, 8)). UserError for others."""
     kind, colon, shape = name.partition(":")
     if not colon:
-        kind, _, count = name.partition("-")
+        kind, _, count = name.replace("v5litepod", "v5e").partition("-")
         if kind in CHIPS and count.isdigit() and (found := _squarest(CHIPS[kind], int(count))):
             return kind, found
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
