@@ -66,8 +66,11 @@ def encode_perturbed(
         )
 
     def perturbed(params: Params, inputs: PyTree) -> PyTree:
-        grads = jax.grad(lambda p: loss(encode(p, inputs)))(cast(params))
-        grads = jax.tree.map(lambda g: jax.lax.stop_gradient(g).astype(jnp.float32), grads)
+        # Stopped before, not after: within a loop the derivative of this gradient would be
+        # computed, and then not used.
+        here = cast(jax.lax.stop_gradient(params))
+        grads = jax.grad(lambda p: loss(encode(p, inputs)))(here)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         length = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
         return cast(jax.tree.map(lambda p, g: p + length * g, params, grads))
 
