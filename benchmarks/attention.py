@@ -4,6 +4,7 @@ python benchmarks/attention.py [--queries=1024] [--keys=1284] [--heads=16] [--ba
 """
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         print(f"{what}: {shown}: {best['einsum'] / best['chunks']:.2f} times as fast")
 
 
-def _gradient(function):  # noqa: ANN001
+def _gradient(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))
 
 

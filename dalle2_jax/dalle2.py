@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -206,7 +207,8 @@ class DALLE2:
             z = None if z_img is None else z_img[places]
             batch = jax.device_put((seeds[row], index, texts, z), _by_batch())
             report = _overall(progress, start // size, -(-total // size))
-            pictures = model._draw(*batch, report=report)
+            with _on_mesh():
+                pictures = model._draw(*batch, report=report)
             yield np.asarray(images.to_uint8(pictures))[: total - start]
 
     def captions(self, prompts: Sequence[str]) -> Captions:
@@ -241,7 +243,8 @@ class DALLE2:
         side = min(h, w)
         top, left = (h - side) // 2, (w - side) // 2
         pictures = pictures[:, top : top + side, left : left + side]
-        return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
+        with _on_mesh():
+            return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
 
     def _draw(
         self,
@@ -362,6 +365,11 @@ def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:
 
 def _mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+
+
+def _on_mesh() -> contextlib.AbstractContextManager:
+    """Within, what is traced finds the mesh: kernels cannot be split over devices without."""
+    return jax.set_mesh(_mesh()) if jax.device_count() > 1 else contextlib.nullcontext()
 
 
 def _replicated() -> NamedSharding:
