@@ -207,7 +207,7 @@ class DALLE2:
             z = None if z_img is None else z_img[places]
             batch = jax.device_put((seeds[row], index, texts, z), _by_batch())
             report = _overall(progress, start // size, -(-total // size))
-            with _on_mesh():
+            with on_mesh(_mesh()):
                 pictures = model._draw(*batch, report=report)
             yield np.asarray(images.to_uint8(pictures))[: total - start]
 
@@ -243,7 +243,7 @@ class DALLE2:
         side = min(h, w)
         top, left = (h - side) // 2, (w - side) // 2
         pictures = pictures[:, top : top + side, left : left + side]
-        with _on_mesh():
+        with on_mesh(_mesh()):
             return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
 
     def _draw(
@@ -367,9 +367,9 @@ def _mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
 
 
-def _on_mesh() -> contextlib.AbstractContextManager:
+def on_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
     """Within, what is traced finds the mesh: kernels cannot be split over devices without."""
-    return jax.set_mesh(_mesh()) if jax.device_count() > 1 else contextlib.nullcontext()
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def _replicated() -> NamedSharding:

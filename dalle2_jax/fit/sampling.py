@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import build, sharding
-from dalle2_jax.dalle2 import DALLE2, encode_text, stored
+from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
@@ -164,7 +164,8 @@ def _stage(
 
     def lower() -> Any:
         jax.clear_caches()  # a program traced with kernels would serve without them
-        return sampling.advance_steps.lower(stage, *placed, None)
+        with on_mesh(mesh):
+            return sampling.advance_steps.lower(stage, *placed, None)
 
     return name, lower, steps // chunk, count, local_bytes(params)
 
