@@ -56,8 +56,9 @@ def commands() -> list[str]:
         for name, rows in TRAINED.items():
             stage, variant = name.split(":")
             batch = rows * gib // 16 * chips(topology)
-            # 320 and 192 channels do not divide by 256 chips
-            wide = " --config.mesh.data=4" if "upsampler" in name and chips(topology) > 64 else ""
+            # 256 slices of 512 channels and fewer fill no tiles: four groups of 64
+            convolves = "upsampler" in name or "decoder" in name
+            wide = " --config.mesh.data=4" if convolves and chips(topology) > 64 else ""
             found.append(
                 f"python train.py --config=configs/{stage}.py:{variant} --topology={topology} "
                 f"--config.batch_size={batch}{wide}"

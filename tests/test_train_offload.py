@@ -72,6 +72,6 @@ def test_mistakes_are_told(monkeypatch):
     cfg = config()
     mesh = sharding.make_mesh(cfg.mesh)
     opt = make_optimizer(cfg.optimizer, 1)
-    monkeypatch.setattr("dalle2_jax.train.state._HOST", "memory_of_none")
+    monkeypatch.setattr("dalle2_jax.train.state.HOST_MEMORY", "memory_of_none")
     with pytest.raises(UserError, match=r"config.offload: .* has no memory_of_none memory"):
         abstract_state(ToyTask(), opt, 0, mesh, RULES, "ema")

@@ -17,7 +17,7 @@ from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.train.optimizer import make_optimizer
-from dalle2_jax.train.state import TrainState, abstract_state
+from dalle2_jax.train.state import HOST_MEMORY, TrainState, abstract_state
 from dalle2_jax.train.step import FROZEN_RULES, make_train_step
 from dalle2_jax.types import Batch, Params, PyTree, Task
 
@@ -90,10 +90,11 @@ def _check_split(params: Params, mesh: Mesh) -> None:
 
 
 def local_bytes(tree: PyTree) -> int:
-    """What one device holds of a tree of ShapeDtypeStructs with shardings."""
+    """What one device's own memory holds of a tree of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != HOST_MEMORY
     )
 
 

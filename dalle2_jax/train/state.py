@@ -24,7 +24,7 @@ EVAL_STREAM = np.uint32(2**32 - 3)
 
 # config.offload -> field of the state
 OFFLOADABLE = {"ema": "ema_params", "optimizer": "opt_state"}
-_HOST = "pinned_host"
+HOST_MEMORY = "pinned_host"
 
 
 class Faults(struct.PyTreeNode):
@@ -94,10 +94,10 @@ def on_device(tree: PyTree) -> PyTree:
 def _to_host(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
     device = mesh.devices.flat[0]
-    if _HOST not in [memory.kind for memory in device.addressable_memories()]:
-        raise UserError(f"config.offload: {device.device_kind} has no {_HOST} memory; leave it out")
+    if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
+        raise UserError(f"config.offload: {device.device_kind} has no {HOST_MEMORY} memory; leave it out")
     return jax.tree.map(
-        lambda place, x: place.with_memory_kind(_HOST) if x.ndim else place, places, shapes
+        lambda place, x: place.with_memory_kind(HOST_MEMORY) if x.ndim else place, places, shapes
     )
 
 
