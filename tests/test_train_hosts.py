@@ -177,8 +177,8 @@ def test_each_host_reads_its_own_pictures(monkeypatch):
     monkeypatch.setattr(examples.PictureCache, "get", spy)
     cfg, read = toy_task.config(data=PICTURES), {}
     for host, count in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        rows = np.arange(16).reshape(count, -1)[host]
+        monkeypatch.setattr(sharding, "local_rows", lambda mesh, size, rows=rows: rows)
         places.clear()
         batches = build.dataset(cfg, "train")(0)
         assert {next(batches)["image"].shape[0] for _ in range(4)} == {16 // count}

@@ -30,7 +30,7 @@ def train(config, workdir):
     return loop.train(config, build.task(config), datasets[0], workdir, datasets[1])
 
 
-def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
+def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path, compile_once):
     """Two steps and two more give the losses and the very bytes of four at once; then it draws."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for stage in small_cascade.CONFIGS:
