@@ -25,6 +25,7 @@ def compiled(topology, function, *args):
 def seconds(where, program):
     found = measure(
         program,
+        program,
         where,
         batch_size=1,
         num_params=0,
@@ -46,7 +47,7 @@ def stack(unroll):
 
 @pytest.mark.parametrize("topology", ONE_CHIP)
 def test_a_loop_takes_as_long_as_its_layers_one_after_the_other(topology):
-    sizes = (2048, 1024), (8, 1024, 1024)
+    sizes = (1024, 8192), (8, 8192, 8192)
     where, loop = compiled(topology, stack(1), *sizes)
     _, flat = compiled(topology, stack(8), *sizes)
     by_compiler = flat.cost_analysis()["optimal_seconds"]
