@@ -110,6 +110,23 @@ def test_the_time_of_a_loop_is_that_of_its_other_runs(program):
     assert seconds == pytest.approx(0.9 * in_body / 1e3)
 
 
+def test_a_slice_within_a_fusion_within_a_fusion_is_a_slice(program):
+    fused = TEXT[TEXT.index("%fused_slice") : TEXT.index("%all-reduce-scatter.1")]
+    outer = """%outer (q: f32[10,4,8], j: s32[]) -> f32[4,8] {
+  %q = f32[10,4,8]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %r = f32[10,4,8]{2,1,0} bitcast(%q)
+  ROOT %inner = f32[4,8]{1,0} fusion(%r, %j), kind=kLoop, calls=%fused_slice
+}
+
+"""
+    text = TEXT.replace(fused, fused + outer).replace(
+        "fusion(%stack, %n), kind=kLoop, calls=%fused_slice",
+        "fusion(%stack, %n), kind=kLoop, calls=%outer",
+    )
+    assert Program(text).hbm_bytes() == program.hbm_bytes()
+
+
 def test_kernels_are_seen():
     assert not Program(TEXT).calls_kernels
     text = TEXT.replace("%alone = f32[] all-reduce", "%alone = f32[] custom-call").replace(

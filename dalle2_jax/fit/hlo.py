@@ -236,27 +236,44 @@ class Program:
 
     def _through(self, inner: str, operands: list[int], written: float) -> tuple[list, float]:
         """A fusion that reads a slice of an operand, or writes one in place, moves no more."""
-        body = self.computations[inner]
-        number = {
-            i.name: int(re.match(r"\d+", i.rest)[0])  # pyright: ignore[reportOptionalSubscript]
-            for i in body.values()
-            if i.opcode == "parameter"
-        }
-        users: dict[str, list[Instruction]] = collections.defaultdict(list)
-        for i in body.values():
-            for o in i.operands:
-                users[o].append(i)
-        for name, place in number.items():
-            used = [u for u in users[name] if u.opcode not in ("bitcast",)]
-            if place >= len(operands) or not operands[place] or len(used) < len(users[name]):
+        for i in self.computations[inner].values():
+            if i.opcode != "parameter":
                 continue
-            if used and all(u.opcode == "dynamic-slice" and u.operands[0] == name for u in used):
-                operands[place] = sum(s.bytes for u in used for s in u.shapes)
-            elif [(u.opcode, u.operands[0]) for u in used] == [("dynamic-update-slice", name)]:
-                update = body[used[0].operands[1]]
-                written -= operands[place] - sum(s.bytes for s in update.shapes)
+            place = int(re.match(r"\d+", i.rest)[0])  # pyright: ignore[reportOptionalSubscript]
+            used = self._uses(inner, i.name)
+            if place >= len(operands) or not operands[place] or not used:
+                continue
+            kinds = {u.opcode if u.operands[:1] == (n,) else "" for _, n, u in used}
+            if kinds <= {"dynamic-slice", "slice"}:
+                operands[place] = sum(s.bytes for _, _, u in used for s in u.shapes)
+            elif kinds == {"dynamic-update-slice"} and len(used) == 1:
+                where, _, update = used[0]
+                changed = self.computations[where][update.operands[1]]
+                written -= operands[place] - sum(s.bytes for s in changed.shapes)
                 operands[place] = 0
         return operands, max(written, 0.0)
+
+    def _uses(self, inner: str, name: str) -> list[tuple[str, str, Instruction]]:
+        """(computation, the name there, instruction) of what reads `name` of a fused computation.
+
+        Bitcasts and fusions within the fusion are looked through; one that `name` leaves by
+        stands for what reads all of it.
+        """
+        body = self.computations[inner]
+        found = [(inner, name, body[name])] if body[name].is_root else []
+        for i in body.values():
+            if name not in i.operands:
+                continue
+            if i.opcode == "bitcast":
+                found += self._uses(inner, i.name)
+            elif nested := self._inner(i):
+                taken = {str(k) for k, o in enumerate(i.operands) if o == name}
+                for j in self.computations[nested[0]].values():
+                    if j.opcode == "parameter" and j.rest.partition(")")[0] in taken:
+                        found += self._uses(nested[0], j.name)
+            else:
+                found.append((inner, name, i))
+        return found
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
