@@ -43,7 +43,7 @@ MICROBENCHMARK = "AI-Hypercomputer/tpu-recipes, microbenchmarks (from the trace)
 V6E_GEMM = "yangwhale/gpu-tpu-pedia, results_v6e.csv (timed on the host)"
 MLPERF = "MLPerf Inference 4.1, Google, SDXL offline, 4 chips"
 # The settings are those of tpu-recipes; where the 65 images/s were published was not found again.
-RECIPE = "as issue 3 states it; settings by AI-Hypercomputer/tpu-recipes, Diffusion-2 on v5p"
+RECIPE = "publication not found; settings by AI-Hypercomputer/tpu-recipes, Diffusion-2 on v5p"
 
 
 # ---- The latent-diffusion networks, which the package has not -------------------------------

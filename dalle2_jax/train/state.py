@@ -95,7 +95,8 @@ def _to_host(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
-        raise UserError(f"config.offload: {device.device_kind} has no {HOST_MEMORY} memory; leave it out")
+        told = f"{device.device_kind} has no {HOST_MEMORY} memory; leave it out"
+        raise UserError(f"config.offload: {told}")
     return jax.tree.map(
         lambda place, x: place.with_memory_kind(HOST_MEMORY) if x.ndim else place, places, shapes
     )
