@@ -189,7 +189,7 @@ def largest(
             (r0, m0), (r1, m1) = sorted(sizes.items())[-2:]
             slope = max((m1 - m0) / (r1 - r0), 1.0)
             guess = rows + max(int((hbm - m1) / slope), 1)
-            guess = min(guess, 4 * rows if fails == math.inf else (rows + fails) // 2)
+            guess = min(guess, 64 * rows if fails == math.inf else (rows + fails) // 2)
         guess = int(min(max(guess, rows + 1), fails - 1))
         try:
             best, rows = attempt(guess), guess
