@@ -99,7 +99,8 @@ def table(rows: dict[str, dict]) -> str:
     ]
     for command, row in rows.items():
         words = dict(w.lstrip("-").split("=") for w in command.split() if "=" in w)
-        name = Path(words.get("config", words.get("weights", "")).replace(".py", "")).name
+        name = Path(words.get("config", "drawing").replace(".py", "")).name
+        name += f", {Path(words['weights']).name}" if "weights" in words else ""
         if "error" in row:
             told = row["error"].partition(":")[2].strip()
             lines.append(f"| {name} | {words['topology']} | does not fit: {told} | | | | | | | |")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import build, sharding
 from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored
+from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
