@@ -178,7 +178,7 @@ def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
     reduces everything to everybody, twice the bytes. So it gathers small slices. Where devices have
     no coordinates, or not in rows, there is one stage over all (None).
     """
-    coords = [getattr(d, "coords", None) for d in devices]
+    coords: Any = [getattr(d, "coords", None) for d in devices]
     if None in coords or len(set(map(tuple, coords))) < len(coords):
         return [None]
     stages, block, n = [], 1, len(coords)  # block: devices that earlier stages have gathered

@@ -179,7 +179,7 @@ def measure(
     sent_async = wire = 0.0
     as_run = program if timed is compiled else Program(compiled.as_text())
     for c in as_run.collectives():
-        kind = found.setdefault(c.kind, collections.Counter())
+        kind = found.setdefault(c.kind, collections.defaultdict(float))
         kind["count"] += c.times
         kind["bytes"] += c.sent * c.times
         sent_async += c.sent * c.times * c.is_async

@@ -198,7 +198,7 @@ def _together(
     found: dict[str, dict[str, float]] = {}
     for calls, part in parts:
         for kind, numbers in part.collectives.items():
-            kept = found.setdefault(kind, collections.Counter())
+            kept = found.setdefault(kind, collections.defaultdict(float))
             for key, value in numbers.items():
                 kept[key] += calls * value
     analytic = total("analytic_flops")
@@ -213,7 +213,7 @@ def _together(
         analytic_flops=analytic,
         compiled_flops=total("compiled_flops"),
         hbm_traffic=total("hbm_traffic"),
-        collectives=found,
+        collectives={kind: dict(numbers) for kind, numbers in found.items()},
         seconds=seconds,
         unknown_cycles=int(total("unknown_cycles")),
         mfu={k: s and analytic / (s * where.chip.flops) for k, s in seconds.items()},

@@ -8,6 +8,7 @@ last, half of a TPU's 128 lanes would hold padding.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) ->
         for x, length in ((q / math.sqrt(d), rows), (k, keys), (v, keys))
     )
     segmented = None if keys == m else segments
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segmented)
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segmented)
     return out[:, :, :n].swapaxes(1, 2).astype(v.dtype)
 
 

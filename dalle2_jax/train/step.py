@@ -49,7 +49,7 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         parts = dict(zip(held, x.reshape(len(held), size, *x.shape[1:]), strict=True))
         shape = (shards * size, *x.shape[1:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return parts[index[0].indices(shape[0])[0] // size]
 
         return jax.make_array_from_callback(shape, place, part)
