@@ -59,8 +59,9 @@ class DALLE2:
     weights_hash: str
 
     @classmethod
-    def from_pretrained(cls, weights: str = "tiny") -> DALLE2:
-        """`weights`: "tiny" (inside the package), a model folder, or a hub id.
+    def from_pretrained(cls, weights: str = "tiny", dtype: str | None = None) -> DALLE2:
+        """`weights`: "tiny" (inside the package), a model folder, or a hub id. `dtype`: what the
+        networks compute in; None is bfloat16 on a TPU, else float32.
 
         Raises:
             UserError: no name, or the folder is missing or damaged, or lacks a stage.
@@ -70,7 +71,7 @@ class DALLE2:
         folder = model_folder.resolve(weights)
         for stage in ("clip", "prior", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
-        dtype = "bfloat16" if jax.default_backend() == "tpu" else "float32"
+        dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
         clip, clip_params = load.clip(folder, dtype)
         prior, prior_params = load.prior(folder, clip, dtype)
         decoder, decoder_params = load.decoder(folder, clip, dtype)

@@ -75,7 +75,7 @@ def _shapes(weights: str) -> DALLE2:
     """The model, of a folder, or of the configs in FOLDER/VARIANT as shapes alone."""
     folder, variant = Path(weights).parent, Path(weights).name
     if not (folder / "decoder.py").is_file():
-        return DALLE2.from_pretrained(weights)
+        return DALLE2.from_pretrained(weights, "bfloat16")  # as on a TPU
     tasks, params = {}, {}
     for name in STAGES:
         path = f"{folder / name}.py:{variant}"
