@@ -66,6 +66,8 @@ def main() -> int:
 
         config = build.complete(build.beside_clip(CONFIG.value, PARSER.path))
         return command.tell(training.report(config, command.TOPOLOGY.value, AUTO_BATCH.value))
+    if AUTO_BATCH.value or command.JSON.value:
+        raise UserError("--auto_batch and --json go with --topology: give a slice, as in v5e:8x8")
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name a folder of checkpoints, metrics and the model")
     hosts.connect_by_flags()
