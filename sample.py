@@ -47,12 +47,13 @@ def read_prompts() -> list[str]:
 def main() -> int:
     steps, cfg_scale = commands.choice(STEPS, int), commands.choice(CFG_SCALE, float)
     solver = commands.choice(SAMPLER, str)
-    if command.TOPOLOGY.value:
+    if command.TOPOLOGY.value is not None:
         from dalle2_jax.fit import sampling
 
         changes = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver}
-        shown = sampling.report(WEIGHTS.value, command.TOPOLOGY.value, BATCH_SIZE.value, changes)
-        return command.tell(shown)
+        asked = dict(batch_size=BATCH_SIZE.value, changes=changes)
+        return command.tell(sampling.report, WEIGHTS.value, **asked)
+    command.check()
     prompts = read_prompts()
     from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
     from dalle2_jax.dalle2 import DALLE2

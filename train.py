@@ -32,7 +32,7 @@ from dalle2_jax.train import hosts
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
-AUTO_BATCH = flags.DEFINE_bool("auto_batch", False, "With --topology: the largest batch that fits.")
+AUTO_BATCH = command.only_with_topology("auto_batch", "the largest batch that fits.")
 flags.mark_flag_as_required("config")
 flags.FLAGS["config"].parser = PARSER = build.ConfigParser("config")
 
@@ -61,13 +61,12 @@ def run(config: build.Config, workdir: str) -> int:
 def main() -> int:
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
-    if command.TOPOLOGY.value:
+    if command.TOPOLOGY.value is not None:
         from dalle2_jax.fit import training  # late, as above
 
         config = build.complete(build.beside_clip(CONFIG.value, PARSER.path))
-        return command.tell(training.report(config, command.TOPOLOGY.value, AUTO_BATCH.value))
-    if AUTO_BATCH.value or command.JSON.value:
-        raise UserError("--auto_batch and --json go with --topology: give a slice, as in v5e:8x8")
+        return command.tell(training.report, config, auto_batch=AUTO_BATCH.value)
+    command.check()
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name a folder of checkpoints, metrics and the model")
     hosts.connect_by_flags()
@@ -76,4 +75,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, commands.stop)  # until the loop has its own
+    signal.signal(signal.SIGTERM, commands.stop)
     commands.run(main)

@@ -9,6 +9,7 @@ what was interrupted goes on. A compile takes from one to twenty minutes on a co
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -29,15 +30,17 @@ SLICES = {
     "v6e:8x8": 32,
     "v6e:16x16": 32,
 }
-# stage:variant -> examples a 16 GiB chip
+# stage:variant -> (examples a chip of 16 GiB, parameters in 10**9); the decoder's variants are one
 TRAINED = {
-    "decoder:paper": 8,
-    "prior:paper": 64,
-    "clip:paper": 64,
-    "upsampler_256:paper": 16,
-    "upsampler_1024:paper": 4,
-    "upsampler_256:tpu": 16,
-    "upsampler_1024:tpu": 4,
+    "decoder:paper": (8, 3.6),
+    "prior:paper": (64, 1.2),
+    "clip:paper": (64, 1.0),
+    "upsampler_256:paper": (16, 0.7),
+    "upsampler_1024:paper": (4, 0.3),
+    "upsampler_256:tpu": (16, 1.1),
+    "upsampler_1024:tpu": (4, 0.5),
+    "prior:tpu": (64, 1.2),
+    "clip:tpu": (64, 1.0),
 }
 SAMPLED = ("v5e:1x1", "v5e:2x4", "v6e:1x1")
 
@@ -49,13 +52,23 @@ def chips(topology: str) -> int:
     return count
 
 
+def rows(name: str, gib: int, chips: int) -> int:
+    """Examples a chip, a power of two: in proportion to the memory that float32 weights, Adam and
+    EMA (16 bytes a parameter) leave. Of SAM the weights count that lie whole on every chip."""
+    most, billions = TRAINED[name]
+    if name.startswith("clip"):
+        return most if gib == 16 else 2 * most  # replicas of 64
+    room = gib - 16 * billions / chips
+    return 2 ** int(math.log2(max(most * room / 14, 1)))
+
+
 def commands() -> list[str]:
     """Every row's command, those that matter most first."""
     found = []
     for topology, gib in SLICES.items():
-        for name, rows in TRAINED.items():
+        for name in TRAINED:
             stage, variant = name.split(":")
-            batch = rows * gib // 16 * chips(topology)
+            batch = rows(name, gib, chips(topology)) * chips(topology)
             # 256 slices of 512 channels and fewer fill no tiles: four groups of 64
             convolves = "upsampler" in name or "decoder" in name
             wide = " --config.mesh.data=4" if convolves and chips(topology) > 64 else ""
@@ -88,14 +101,16 @@ def run(command: str) -> dict:
 
 
 def load() -> dict[str, dict]:
-    return json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    """The rows that there are, in their order; those of other commands are forgotten."""
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    return {command: rows[command] for command in commands() if command in rows}
 
 
 def table(rows: dict[str, dict]) -> str:
     lines = [
-        "| network | slice | batch | GiB a chip | FLOPs compiled / analytic | collectives, GB "
-        "(of ideal) | ms a step: compiler / roofline / cycles | MFU | images/s | days |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | slice | batch | GiB a chip | FLOPs compiled / analytic | padding | "
+        "collectives, GB (of ideal) | ms a step: compiler / roofline | MFU | images/s | days |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for command, row in rows.items():
         words = dict(w.lstrip("-").split("=") for w in command.split() if "=" in w)
@@ -103,7 +118,7 @@ def table(rows: dict[str, dict]) -> str:
         name += f", {Path(words['weights']).name}" if "weights" in words else ""
         if "error" in row:
             told = row["error"].partition(":")[2].strip()
-            lines.append(f"| {name} | {words['topology']} | does not fit: {told} | | | | | | | |")
+            lines.append(f"| {name} | {words['topology']} | does not fit: {told} | | | | | | | | |")
             continue
         lines.append(_line(name, row))
     return "\n".join(lines)
@@ -111,7 +126,7 @@ def table(rows: dict[str, dict]) -> str:
 
 def _line(name: str, row: dict) -> str:
     def each(values: dict, scale: float, digits: int) -> str:
-        order = ("optimal", "roofline", "cycles")
+        order = ("optimal", "roofline")
         return " / ".join(
             f"{scale * values[k]:.{digits}f}" if values.get(k) else "-" for k in order
         )
@@ -119,13 +134,16 @@ def _line(name: str, row: dict) -> str:
     sent = sum(kind["bytes"] for kind in row["collectives"].values())
     ideal = row["ideal_collective_bytes"]
     ratio = f" ({sent / ideal:.2f})" if ideal else ""
+    padding = f"{100 * row['padding']:.1f} %" if row.get("padding") is not None else ""
     best = "optimal" if row["seconds"]["optimal"] else "roofline"
+    rate = row["images_per_second"][best]
     days = f"{row['days'][best]:.1f}" if row["num_steps"] else ""
     return (
         f"| {name} | {row['topology']} | {row['batch_size']} | "
         f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.0f} | "
-        f"{row['flops_ratio']:.3f} | {sent / 1e9:.2f}{ratio} | {each(row['seconds'], 1e3, 0)} | "
-        f"{each(row['mfu'], 100, 0)} % | {row['images_per_second'][best]:.1f} | {days} |"
+        f"{row['flops_ratio']:.3f} | {padding} | {sent / 1e9:.2f}{ratio} | "
+        f"{each(row['seconds'], 1e3, 0)} | {each(row['mfu'], 100, 0)} % | "
+        f"{rate:{',.0f' if rate >= 100 else '.3g'}} | {days} |"
     )
 
 
@@ -142,8 +160,6 @@ def main() -> None:
                 print(command, flush=True)
                 row = run(command)
                 rows = load() | {command: row}  # another process may have added some meanwhile
-                order = {c: i for i, c in enumerate(commands())}
-                rows = dict(sorted(rows.items(), key=lambda item: order.get(item[0], 1e9)))
                 ROWS.write_text(json.dumps(rows, indent=1) + "\n")
         return
     before, _, rest = PAGE.read_text().partition(BEGIN)

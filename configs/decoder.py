@@ -3,7 +3,7 @@
 python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
 paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 chip-days, a week
-       (by FLOPs at 40 % of the chip's peak, remat and CLIP included, not measured)
+       (by FLOPs at 40 % of the chip's peak, CLIP included, not measured)
 tpu    the same: 512 channels and heads of 64 suit the TPU already
 tiny   5.6M parameters at 32 px; 2 CPU cores, three and a half hours; loss 0.026
 """
@@ -39,7 +39,6 @@ def paper():
                     attention_levels=(1, 2, 3),  # 32, 16 and 8 px
                     head_channels=64,
                     dropout=0.1,
-                    remat="full",
                 ),
                 text=dict(
                     context_length=256,
@@ -47,7 +46,7 @@ def paper():
                     width=2048,
                     depth=24,
                     heads=32,
-                    remat="full",
+                    remat="dots",
                 ),
                 dim=1024,
                 context_length=256,

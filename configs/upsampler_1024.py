@@ -33,7 +33,7 @@ def paper(channels):
                     channels=channels,
                     channel_mults=(1, 1, 2, 2, 4, 4),
                     num_blocks=2,
-                    remat="full",
+                    remat="dots",
                 ),
                 dtype="bfloat16",
             ),

@@ -39,7 +39,6 @@ def paper(channels):
                     channel_mults=(1, 2, 3, 4),
                     num_blocks=3,
                     dropout=0.1,
-                    remat="full",
                 ),
                 dtype="bfloat16",
             ),

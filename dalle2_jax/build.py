@@ -264,6 +264,14 @@ def abstract_batch(config: Config, place: Any = None) -> Batch:
     return batch
 
 
+def not_rematerialised(config: Config) -> list[str]:
+    """The networks of `config` whose blocks' results are kept: model, or model.unet, model.text."""
+    towers = [("model", config.model)]
+    towers += [(f"model.{k}", v) for k, v in config.model.items() if isinstance(v, ConfigDict)]
+    sized = [(name, x) for name, x in towers if "depth" in x or "num_blocks" in x]
+    return [name for name, x in sized if x.get("remat", "none") not in ("full", True)]
+
+
 def without_remat(config: Config) -> Config:
     """`config` with nothing computed twice: every `remat` in its model is off."""
 

@@ -62,8 +62,9 @@ def _say_stopped() -> int:
     return say("stopped", 128 + signal.SIGINT)
 
 
-def stop(*_: object) -> None:
-    """A handler of SIGINT that ends the process with one line.
+def stop(number: int = signal.SIGINT, *_: object) -> None:
+    """A handler of SIGINT and SIGTERM that ends the process with one line; of SIGTERM with status
+    0, as a run that was told to end and has lost nothing.
 
     For a command that leaves nothing half written when it is killed. JAX runs Python code from
     places that swallow a KeyboardInterrupt.
@@ -71,7 +72,7 @@ def stop(*_: object) -> None:
     try:
         _say_stopped()
     finally:  # in the midst of another print a handler cannot print
-        os._exit(128 + signal.SIGINT)
+        os._exit(0 if number == signal.SIGTERM else 128 + signal.SIGINT)
 
 
 def stop_at_once() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.types import Array, Params
+from dalle2_jax.types import Array, Params, PyTree
+
+Result = TypeVar("Result")
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -46,7 +49,8 @@ class Captions(NamedTuple):
 class DALLE2:
     """The cascade: caption -> CLIP -> prior -> decoder -> upsamplers (unCLIP, figure 2).
 
-    Made by `from_pretrained`. Parameters lie on the first device, or replicated over all.
+    Made by `from_pretrained`. Parameters lie on the first device, or replicated over all; or they
+    wait in the host's memory, and each stage's come to the devices while it runs.
     """
 
     tokenizer: Tokenizer
@@ -59,9 +63,17 @@ class DALLE2:
     weights_hash: str
 
     @classmethod
-    def from_pretrained(cls, weights: str = "tiny", dtype: str | None = None) -> DALLE2:
-        """`weights`: "tiny" (inside the package), a model folder, or a hub id. `dtype`: what the
-        networks compute in; None is bfloat16 on a TPU, else float32.
+    def from_pretrained(
+        cls, weights: str = "tiny", dtype: str | None = None, offload: bool | None = None
+    ) -> DALLE2:
+        """Loads a model.
+
+        Args:
+            weights: "tiny" (inside the package), a model folder, or a hub id.
+            dtype: what the networks compute in; None is bfloat16 on a TPU, else float32.
+            offload: whether weights wait in the host's memory until their stage runs, which costs
+                their way to the device in every batch; None where they would take more than half
+                of the device's memory.
 
         Raises:
             UserError: no name, or the folder is missing or damaged, or lacks a stage.
@@ -72,21 +84,27 @@ class DALLE2:
         for stage in ("clip", "prior", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
         dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
-        clip, clip_params = load.clip(folder, dtype)
-        prior, prior_params = load.prior(folder, clip, dtype)
-        decoder, decoder_params = load.decoder(folder, clip, dtype)
+        params: dict[str, Params] = {}
+
+        def kept(name: str, loaded: tuple[Any, Params]) -> Any:
+            params[name] = stored(loaded[1], dtype)  # at once: half of what a file's floats take
+            return loaded[0]
+
+        clip = kept("clip", load.clip(folder, dtype))
+        prior = kept("prior", load.prior(folder, clip, dtype))
+        decoder = kept("decoder", load.decoder(folder, clip, dtype))
         upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
-        params = {"clip": clip_params, "prior": prior_params, "decoder": decoder_params}
-        params |= {name: tensors for name, (_, tensors) in upsamplers.items()}
+        upsamplers = {name: kept(name, loaded) for name, loaded in upsamplers.items()}
+        if offload is None:
+            stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+            offload = waits(params, stats.get("bytes_limit", math.inf))
         return cls(
             tokenizer=_tokenizer(clip.text),
             clip=clip,
             prior=prior,
             decoder=decoder,
-            upsamplers={name: sampler for name, (sampler, _) in upsamplers.items()},
-            params=jax.device_put(
-                {name: stored(tree, dtype) for name, tree in params.items()}, _replicated()
-            ),
+            upsamplers=upsamplers,
+            params=params if offload else jax.device_put(params, _replicated()),
             weights=str(weights),
             weights_hash=model_folder.weights_hash(folder),
         )
@@ -245,7 +263,15 @@ class DALLE2:
         top, left = (h - side) // 2, (w - side) // 2
         pictures = pictures[:, top : top + side, left : left + side]
         with on_mesh(_mesh()):
-            return np.asarray(_encode_image(self.clip, self.params["clip"], pictures))
+            encode = functools.partial(_encode_image, self.clip)
+            return np.asarray(self._run("clip", encode, pictures))
+
+    def _run(self, stage: str, function: Callable[..., Result], *args: Any) -> Result:
+        """function(the stage's parameters on the devices, *args), done before it returns: only then
+        is there room for the next stage's."""
+        return jax.block_until_ready(
+            function(jax.device_put(self.params[stage], _replicated()), *args)
+        )
 
     def _draw(
         self,
@@ -257,12 +283,12 @@ class DALLE2:
     ) -> Array:
         """b seeds, indices and captions -> pictures [b, h, w, 3] in [-1, 1]."""
         keys = _keys(seed, index, list(self.samplers()))
-        text = encode_text(self.clip, self.params["clip"], captions.clip)
+        text = self._run("clip", functools.partial(encode_text, self.clip), captions.clip)
         if z_img is None:
-            z_img = self.prior(self.params["prior"], text, keys["prior"], report("prior"))
+            z_img = self._run("prior", self.prior, text, keys["prior"], report("prior"))
         pictures = self.decode(z_img, text, captions, keys["decoder"], report("decoder"))
         for name, upsampler in self.upsamplers.items():
-            pictures = upsampler(self.params[name], pictures, keys[name], report(name))
+            pictures = self._run(name, upsampler, pictures, keys[name], report(name))
         return pictures
 
     def decode(
@@ -281,7 +307,7 @@ class DALLE2:
         else:
             tokens = jnp.asarray(captions.decoder)
             cond |= {"tokens": tokens, "txt_mask": text_mask(tokens, own["vocab_size"] - 1)}
-        return self.decoder(self.params["decoder"], cond, keys, progress)
+        return self._run("decoder", self.decoder, cond, keys, progress)
 
 
 def stored(params: Params, dtype: Any) -> Params:
@@ -295,6 +321,13 @@ def stored(params: Params, dtype: Any) -> Params:
         return jax.ShapeDtypeStruct(x.shape, dtype) if is_shape else x.astype(dtype)
 
     return jax.tree.map(cast, params)
+
+
+def waits(params: PyTree, memory: float) -> bool:
+    """Whether parameters (arrays or shapes) are better kept off a device of `memory` bytes until
+    they are used: more than half of it would be theirs, which a large picture needs to be drawn."""
+    size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(params))
+    return size > memory / 2
 
 
 def _tokenizer(text: Mapping[str, Any]) -> Tokenizer:

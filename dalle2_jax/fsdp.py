@@ -14,6 +14,7 @@ is the same on any mesh.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +25,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax.sharding import BATCH_AXES, flatten
-from dalle2_jax.types import Array, PyTree
+from dalle2_jax.sharding import BATCH_AXES, flatten, path_name
+from dalle2_jax.shards import batch_shards, on_shards
+from dalle2_jax.types import Array, Params, PyTree
 
 Groups = list[list[int]]
+Specs = Mapping[tuple, PartitionSpec]
 LARGE_SLICE = 2**18  # bytes: smaller ones the compiler gathers by adding up zeros, twice the bytes
+# Of the `gathering` that is being traced within: how parameters are split, and the rings.
+_HERE: contextvars.ContextVar[tuple[Specs, Sequence[Groups | None]]] = contextvars.ContextVar(
+    "gathering", default=({}, [None])
+)
 
 
 @contextlib.contextmanager
@@ -110,11 +117,41 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
         finally:
             within = False
 
-    with nn.intercept_methods(run):
-        yield
+    here = _HERE.set((specs, rings))
+    try:
+        with nn.intercept_methods(run):
+            yield
+    finally:
+        _HERE.reset(here)
 
 
-def _specs(trees: Sequence[PyTree]) -> dict[tuple, PartitionSpec]:
+def on_whole(
+    function: Callable[..., PyTree], params: Params, *rows: PyTree, dtype: Any = None
+) -> PyTree:
+    """`function(params, *rows)` on each shard of the `rows` [b, ...], with all `params` at once.
+
+    For what needs the whole network on one chip: each weight is gathered once in its own dtype, and
+    its gradient reduce-scattered once, as `dtype` (None: its own). Outside of `gathering` how is
+    left to the compiler.
+    """
+    axes, _ = batch_shards()
+    specs, rings = _HERE.get()
+
+    def split(path: tuple, x: Array) -> PartitionSpec:
+        return specs.get((*path_name(path).split("/"), x.shape), PartitionSpec())
+
+    places = jax.tree_util.tree_map_with_path(split, params)
+
+    def gathered(x: Array, place: PartitionSpec) -> Array:
+        return _gather(x, place, rings, dtype) if any(place) else x
+
+    def shard(params: Params, *rows: PyTree) -> PyTree:
+        return function(jax.tree.map(gathered, params, places), *rows)
+
+    return on_shards(shard, axes, first=[places])(params, *rows)
+
+
+def _specs(trees: Sequence[PyTree]) -> Specs:
     """(module path..., name, shape) -> how that parameter is split over "fsdp".
 
     A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0.
@@ -147,11 +184,14 @@ def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive is not jax.lax.all_gather_p
 
 
-def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Array:
-    """A layer's weight from its slices; its gradient is summed and sliced ring by ring."""
+def _gather(
+    x: Array, spec: PartitionSpec, rings: Sequence[Groups | None], dtype: Any = None
+) -> Array:
+    """A weight from its slices; its gradient is summed and sliced ring by ring, as `dtype`."""
     axis = spec.index("fsdp")
-    # Over several dimensions of the torus at once where the compiler does that well.
-    stages = [None] if x.nbytes > LARGE_SLICE else rings
+    # Over both dimensions of a flat torus at once, which the compiler does well. Over three it too
+    # adds up zeros.
+    stages = [None] if x.nbytes > LARGE_SLICE and len(rings) < 3 else rings
 
     def gathered(x: Array) -> Array:
         for groups in stages:
@@ -159,11 +199,12 @@ def _gather(x: Array, spec: PartitionSpec, rings: Sequence[Groups | None]) -> Ar
         return x
 
     def scatter(_: None, g: Array) -> tuple[Array]:
+        g = g.astype(dtype or x.dtype)
         for groups in reversed(rings):
             g = jax.lax.psum_scatter(
                 g, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups
             )
-        return (g,)
+        return (g.astype(x.dtype),)
 
     gather = jax.custom_vjp(gathered)
     gather.defvjp(lambda x: (gathered(x), None), scatter)

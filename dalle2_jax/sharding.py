@@ -34,6 +34,8 @@ AXES = ("data", "fsdp", "tensor")
 _TACTICS = "replicate, fsdp, fsdp:LEAST_SIZE, tensor:AXIS, tensor:AXIS+fsdp"
 _AUTO = (AxisType.Auto,) * len(AXES)
 MIN_SPLIT = 2**18  # elements: 1 MiB of float32
+LARGE = 2**30  # bytes of parameters, from which on it matters how many are whole everywhere
+MOST_WHOLE = 0.02  # of them
 Rules = Sequence[tuple[str, str]]
 
 
@@ -44,7 +46,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
-    told = f"mesh {dict(zip(AXES, shape, strict=True))}"
+    told = f"config.mesh {dict(zip(AXES, shape, strict=True))}"
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"{told}: sizes are positive, and at most one may be -1 (the rest)")
     if -1 in shape:
@@ -81,7 +83,9 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the mesh cannot split the global batch evenly."""
     shards = batch_shards(mesh)
     if batch_size % shards:
-        raise UserError(f"batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)")
+        raise UserError(
+            f"config.batch_size={batch_size} is not a multiple of {shards} (mesh data x fsdp)"
+        )
 
 
 def local_shards(mesh: Mesh, process_index: int | None = None) -> list[int]:
@@ -213,6 +217,23 @@ def inherit_shardings(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mes
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def check_split(params: PyTree, mesh: Mesh) -> None:
+    """Raises UserError where more than `MOST_WHOLE` of a large model's bytes lie whole on every
+    device, though "fsdp" has several. `params` are ShapeDtypeStructs that carry their shardings."""
+    leaves = flatten(params)
+    sizes = {k: math.prod(x.shape) * np.dtype(x.dtype).itemsize for k, x in leaves.items()}
+    fraction = replicated_bytes_fraction(params, jax.tree.map(lambda x: x.sharding, params))
+    if mesh.shape["fsdp"] == 1 or sum(sizes.values()) < LARGE or fraction <= MOST_WHOLE:
+        return
+    whole = [k for k, x in leaves.items() if x.sharding.is_fully_replicated]
+    name = max(whole, key=lambda k: sizes[k])
+    raise UserError(
+        f"{100 * fraction:.0f} % of the parameters' bytes would lie whole on every device, such as "
+        f"{name} {leaves[name].shape}: choose config.sharding_rules that split it, or a mesh whose "
+        f"fsdp (now {mesh.shape['fsdp']}) divides an axis of it, as with --config.mesh.data=4"
+    )
 
 
 def replicated_bytes_fraction(params: PyTree, shardings: PyTree) -> float:

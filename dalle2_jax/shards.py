@@ -7,7 +7,7 @@ not split batches, the whole batch is the only shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,19 +28,19 @@ def batch_shards() -> tuple[tuple[str, ...], int]:
 
 
 def on_shards(
-    function: Callable[..., Any], axes: tuple[str, ...], whole: int = 0
+    function: Callable[..., Any], axes: tuple[str, ...], first: Sequence[Any] = ()
 ) -> Callable[..., Any]:
     """`function` on this shard's part of every argument [b, ...]; so are its results put together.
 
-    The first `whole` arguments reach every shard entire; their gradients are summed over shards.
-    Other mesh axes ("tensor") stay with the compiler.
+    The first arguments are split as `first` says, a PartitionSpec for every leaf; what it leaves
+    whole has its gradients summed over shards. Other mesh axes ("tensor") stay with the compiler.
     """
     if not axes:
         return function
     split = PartitionSpec(axes)
 
     def mapped(*args: Any) -> Any:
-        specs = (PartitionSpec(),) * whole + (split,) * (len(args) - whole)
+        specs = (*first, *(split,) * (len(args) - len(first)))
         # Unchecked: a gradient taken within a shard must stay that shard's own, where the checks
         # of varying axes would sum it over all of them.
         return jax.shard_map(

@@ -92,10 +92,10 @@ commands.run(MAIN)
 """
 
 
-def interrupt(process: subprocess.Popen) -> tuple[str, list[str]]:
-    """Ctrl-C once "ready" is printed -> (the rest of stdout, the lines of stderr)."""
+def interrupt(process: subprocess.Popen, number=signal.SIGINT) -> tuple[str, list[str]]:
+    """A signal once "ready" is printed -> (the rest of stdout, the lines of stderr)."""
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     return out, err.split("\n")
 
@@ -119,13 +119,14 @@ def test_ctrl_c_is_one_line(tmp_path, main, setup, out):
     assert process.returncode == 130
 
 
-def test_ctrl_c_before_the_training_loop(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_before_the_training_loop(tmp_path, number, status):
     (tmp_path / "c.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(100)\n")
     command = [sys.executable, "train.py", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-        assert interrupt(process)[1][-3:] == ["", "train.py: stopped", ""]
-    assert process.returncode == 130
+        assert interrupt(process, number)[1][-3:] == ["", "train.py: stopped", ""]
+    assert process.returncode == status
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,26 @@ def test_ctrl_c_before_the_training_loop(tmp_path):
             ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--num_processes=2"],
             2,
             ["train.py: --coordinator_address and --process_id missing: give"],
+        ),
+        (
+            ["sample.py", "--weights=tiny", "--topology=v5e:1x1", "--batch_size=0"],
+            2,
+            ["sample.py: --batch_size=0 must be 1 or more"],
+        ),
+        (
+            ["train.py", "--config=configs/clip.py:tiny", "--workdir=w", "--topology="],
+            2,
+            ["train.py: --topology= is unknown: write v4, v5e, v5p, v6e and a shape"],
+        ),
+        (
+            ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--auto_batch"],
+            2,
+            ["train.py: --auto_batch goes with --topology: give a slice"],
+        ),
+        (
+            ["sample.py", "--prompt=a cat", "--thorough"],
+            2,
+            ["sample.py: --thorough goes with --topology: give a slice"],
         ),
         (["-m", "dalle2_jax.evals", "--num=0"], 2, ["dalle2_jax.evals: --num=0 must be 1"]),
         (["-m", "dalle2_jax.data.emoji", "x"], 2, ["dalle2_jax.data.emoji: unknown argument 'x'"]),

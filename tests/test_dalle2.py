@@ -1,6 +1,7 @@
 """DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -38,6 +39,11 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
+def size_of(arrays) -> int:
+    """Bytes of one copy of each."""
+    return sum(x.nbytes for x in arrays)
+
+
 def test_pictures_have_the_last_upsamplers_size(model, pictures):
     assert pictures.shape == (6, 16, 16, 3) and pictures.dtype == np.uint8
     assert model.image_size == 16 and jax.device_count() == 8
@@ -49,6 +55,27 @@ def test_the_same_seed_draws_the_same_and_all_pictures_differ(model, pictures):
     others = [*pictures, *model.generate(PROMPTS, n=3, seed=8)]
     for i, a in enumerate(others):
         assert not any(close(a, b) for b in others[:i])
+
+
+def test_weights_that_wait_on_the_host_draw_the_same(folder, pictures):
+    """And of all stages only the running one's lie on the devices."""
+    model = DALLE2.from_pretrained(folder, offload=True)
+    sizes = {name: size_of(jax.tree.leaves(tree)) for name, tree in model.params.items()}
+    before, seen = size_of(jax.live_arrays()), {}
+
+    def progress(stage, done, steps):
+        gc.collect()
+        seen[stage] = max(seen.get(stage, 0), size_of(jax.live_arrays()) - before)
+
+    drawn = model.generate(PROMPTS, n=3, seed=7, progress=progress)
+    np.testing.assert_array_equal(drawn, pictures)
+    for stage, size in seen.items():  # beside pictures, noise and text: less than CLIP's weights
+        assert sizes[stage] <= size < sizes[stage] + sizes["clip"]
+
+
+def test_weights_wait_beyond_half_of_a_devices_memory():
+    params = {"prior": {"kernel": np.zeros((4, 8), np.float32), "bias": np.zeros(8, np.float32)}}
+    assert dalle2.waits(params, 2 * 160 - 1) and not dalle2.waits(params, 2 * 160)
 
 
 def test_a_picture_is_the_same_alone_and_in_any_batch(model, pictures):

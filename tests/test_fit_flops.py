@@ -9,6 +9,24 @@ from dalle2_jax.fit import flops
 from dalle2_jax.nets.layers import conv3x3
 
 
+def test_padding_is_what_fills_the_tiles():
+    def product(m, k, n):
+        return flops.padding(lambda a, b: a @ b, jnp.ones((m, k)), jnp.ones((k, n)))
+
+    assert product(256, 128, 384) == 0
+    assert product(256, 64, 384) == 1  # half of what is summed up is zeros
+    assert product(4096, 128, 320) == pytest.approx(0)  # 320 rows against 4096 columns
+    assert product(8, 128, 96) == pytest.approx(128 / 96 - 1)
+
+    def conv3x3(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    for channels, waste in ((256, 0), (192, (256 / 192) ** 2 - 1), (320, (384 / 320) ** 2 - 1)):
+        shapes = jnp.ones((2, 4, 4, channels)), jnp.ones((3, 3, channels, channels))
+        assert flops.padding(conv3x3, *shapes) == pytest.approx(waste)
+
+
 def test_a_product_is_two_a_multiply_add():
     a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 7))
     assert flops.of_function(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5 * 7

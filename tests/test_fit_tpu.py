@@ -1,5 +1,6 @@
 """Small steps compiled for a TPU: what the report promises of large ones, at small width."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dalle2_jax import build
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import chips, training
 from dalle2_jax.fit import sampling as fit_sampling
+from dalle2_jax.fit.report import TooLarge
 
 pytestmark = pytest.mark.tpu_aot
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,44 @@ def test_collectives_are_those_of_fsdp(plain):
     assert gathered == pytest.approx(2 * scattered, rel=0.15)
 
 
+def small_clip(batch_size=8 * 16, **changes):
+    """CLIP's B/32 with two blocks in either tower."""
+    made = build.ConfigParser("config").parse("configs/clip.py:b32")
+    with made.unlocked(), made.model.unlocked():
+        made.batch_size = batch_size
+        made.task.update(changes)
+        for tower in (made.model.image, made.model.text):
+            tower.depth, tower.remat = 2, "none"
+    return made
+
+
+def test_with_all_of_its_search_the_compiler_sends_while_it_computes():
+    quick = training.report(small_clip(), "v5e:2x4")
+    found = training.report(small_clip(), "v5e:2x4", thorough=True)
+    assert quick.async_share < 0.05 < found.async_share
+    assert found.seconds["cycles"] < quick.seconds["cycles"] / 2
+    assert found.compiled_flops == quick.compiled_flops
+    assert found.seconds["optimal"] == quick.seconds["optimal"]
+
+
+def test_a_torus_of_three_dimensions_gathers_ring_by_ring():
+    """Over all three at once the compiler would add up zeros, twice the bytes."""
+    found = training.report(small_clip(64 * 16), "v5p:4x4x4")
+    assert found.collective_bytes <= 1.1 * found.ideal_collective_bytes
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_sam_computes_no_more_than_it_says(replicas):
+    """Its two gradients, the weights gathered once (in float32), gradients reduce-scattered once.
+    A loop over one replica the compiler would compute twice."""
+    made = small_clip(sam_rho=0.1, sam_replica_batch=16 // replicas)
+    found = training.report(made, "v5e:2x4")
+    assert found.compiled_flops / found.analytic_flops == pytest.approx(1, abs=0.05)
+    assert found.collective_bytes <= 1.1 * found.ideal_collective_bytes
+    scattered, gathered = (found.collectives[k]["bytes"] for k in ("reduce-scatter", "all-gather"))
+    assert gathered == pytest.approx(2 * scattered, rel=0.15)
+
+
 def test_a_chip_of_a_larger_slice_has_as_much_to_do(clip, plain):
     larger = training.report(config(clip, batch_size=64), "v5e:4x4")
     for name in ("analytic_flops", "compiled_flops"):
@@ -99,12 +139,31 @@ def test_the_commands_tell_and_exit():
     assert "weights of decoder" in drawn.stdout
 
 
-def test_the_largest_batch_is_compiled(clip):
-    found = training.report(config(clip), "v5e:1x1", auto_batch=True)
+def test_the_largest_batch_is_compiled(clip, monkeypatch):
+    """On a chip with so little memory that its batch compiles soon; a tenth more does not fit."""
+    small = dataclasses.replace(chips.CHIPS["v5e"], hbm=2**25)
+    monkeypatch.setitem(chips.CHIPS, "v5e", small)
+    made = build.complete(small_cascade.config("upsampler", clip))
+    found = training.report(made, "v5e:1x1", auto_batch=True)
     assert 0.5 * found.hbm < found.memory["total"] <= found.hbm
+    made.batch_size = found.batch_size * 11 // 10 + 1
+    with pytest.raises(TooLarge, match=f"batch_size={made.batch_size} does not fit v5e:1x1"):
+        training.report(made, "v5e:1x1")
 
 
 def test_a_cascade_of_configs_needs_no_weights():
     found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     assert found.num_params > 1e6
-    assert set(found.collectives) == set()
+    assert set(found.collectives) == set() and not found.from_host
+    assert set(found.memory) > {"weights of clip", "weights of prior", "weights of decoder"}
+
+
+def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):
+    """Of the memory they then take their turns in, the report tells the fullest."""
+    whole = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
+    monkeypatch.setattr(fit_sampling, "waits", lambda params, memory: True)
+    found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
+    weights = {k: v for k, v in whole.memory.items() if k.startswith("weights of")}
+    assert found.from_host == sum(weights.values())
+    assert len(found.memory) == 3 and found.memory["total"] < whole.memory["total"]
+    assert "from the host" in found.table()

@@ -127,3 +127,15 @@ def test_a_batch_is_split_over_data_and_fsdp():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     batch = jax.device_put(np.arange(8.0), sharding.batch_sharding(mesh))
     assert {s.data.shape for s in batch.addressable_shards} == {(2,)}
+
+
+def test_a_large_model_that_is_not_split_is_refused(monkeypatch):
+    mesh = sharding.make_mesh({"fsdp": 8})
+    tree = {"w": jax.ShapeDtypeStruct((9, 100_003), np.float32)}
+    placed = sharding.placed(tree, ((".*", "fsdp"),), mesh)
+    sharding.check_split(placed, mesh)  # 3.6 MB may lie anywhere
+    monkeypatch.setattr(sharding, "LARGE", 2**20)
+    with pytest.raises(UserError, match=r"100 % .* w \(9, 100003\).* fsdp \(now 8\)"):
+        sharding.check_split(placed, mesh)
+    split = {"w": jax.ShapeDtypeStruct((8, 100_003), np.float32)}
+    sharding.check_split(sharding.placed(split, ((".*", "fsdp"),), mesh), mesh)

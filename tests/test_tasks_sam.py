@@ -13,6 +13,7 @@ from meshes import within
 
 from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.fsdp import gathering
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.tasks import sam
 from dalle2_jax.tasks.contrastive import contrast
@@ -87,10 +88,16 @@ def on_mesh(sizes, loss, params, inputs):
     """loss(params, inputs) and its gradient as the trainer takes them on that mesh."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
-    rules = ((r"(in|fc1)/kernel", "tensor:-1+fsdp"), (".*", "fsdp"))
+    rules = ((r"(in|fc1)/kernel", "tensor:-1+fsdp:1"), (".*", "fsdp:1"))
     places = sharding.param_shardings(params, rules, mesh)
+    abstract = sharding.placed(params, rules, mesh)
+
+    def gradient(params, inputs):
+        with gathering(mesh, abstract):
+            return jax.value_and_grad(loss)(params, inputs)
+
     step = jax.jit(
-        within(mesh, jax.value_and_grad(loss)),
+        within(mesh, gradient),
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(sharding.replicated(mesh), places),
     )

@@ -205,6 +205,8 @@ def test_all_hosts_hear_of_what_only_the_first_can_see(start, tmp_path):
         (("h:1", None, 0), r"--num_processes missing: give --coordinator_address, --num"),
         ((None, 2, None), "--coordinator_address and --process_id missing"),
         (("h", 2, 0), "--coordinator_address=h must be HOST:PORT"),
+        (("h:99999", 2, 0), "--coordinator_address=h:99999 must be HOST:PORT"),
+        (("no.invalid:1", 2, 0), "--coordinator_address=no.invalid:1 must be HOST:PORT .*: no.inv"),
         (("h:1", 0, 0), "--num_processes=0 must be 1 or more"),
         (("h:1", 2, 2), "--process_id=2 must be from 0 to 1"),
     ],

@@ -29,17 +29,18 @@ class Chip:
     clock: float  # Hz
     wraps: int  # a dimension of a slice of so many chips (or a multiple) is a ring
     dimensions: int
+    most: int  # chips of the largest slice
     options: tuple[tuple[str, Any], ...] = ()  # of the topology
     aliases: int = 1  # v4-8 counts cores: two a chip
 
 
 CHIPS = {
     "v4": Chip(
-        275e12, 32 * GIB, 1200e9, 45e9, 1.05e9, 4, 3, (("chip_config_name", "megacore"),), 2
+        275e12, 32 * GIB, 1200e9, 45e9, 1.05e9, 4, 3, 4096, (("chip_config_name", "megacore"),), 2
     ),
-    "v5e": Chip(197e12, 16 * GIB, 800e9, 45e9, 1.5e9, 16, 2),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, (), 2),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 1.75e9, 16, 2),
+    "v5e": Chip(197e12, 16 * GIB, 800e9, 45e9, 1.5e9, 16, 2, 256),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, 6144, (), 2),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 1.75e9, 16, 2, 256),
 }
 
 
@@ -74,14 +75,20 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     kind, colon, shape = name.partition(":")
     if not colon:
         kind, _, count = name.replace("v5litepod", "v5e").partition("-")
-        if kind in CHIPS and count.isdigit() and (found := _squarest(CHIPS[kind], int(count))):
-            return kind, found
+        if kind in CHIPS and count.isdecimal() and (found := _squarest(CHIPS[kind], int(count))):
+            shape = "x".join(map(str, found))
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
             f"--topology={name} is unknown: write {', '.join(CHIPS)} and a shape, as in v5e:8x8, "
             "v5p:4x4x4, or the vendor's name, as in v5e-64"
         )
     sizes = tuple(int(size) for size in shape.split("x"))
+    chip = CHIPS[kind]
+    if len(sizes) > chip.dimensions or math.prod(sizes) > chip.most:
+        raise UserError(
+            f"--topology={name}: {kind} has slices of {chip.dimensions} dimensions and at most "
+            f"{chip.most} chips"
+        )
     return kind, sizes
 
 
@@ -119,7 +126,10 @@ def open_slice(name: str) -> Slice:
         if "libtpu" in str(error) and "opology" not in str(error):
             raise UserError(f"--topology={name}: {told[0]}; {INSTALL}") from error
         raise UserError(f"--topology={name}: there is no such slice ({told[0][:120]})") from error
-    return Slice(full, chip, sizes, list(found.devices))
+    devices = list(found.devices)
+    if len(devices) != math.prod(sizes):  # one v4 chip opens as its two cores
+        raise UserError(f"--topology={name}: no program for so few {kind} chips can be compiled")
+    return Slice(full, chip, sizes, devices)
 
 
 def prepare() -> None:
@@ -129,6 +139,8 @@ def prepare() -> None:
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # any: or it complains
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that libtpu promises
     try:
         import libtpu  # noqa: F401

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+SUBLANES, LANES = 8, 128  # of a TPU's tile, which channels are padded to
+
 
 def valid_taps(
     size: int, out: int, kernel: int, stride: int, low: int, dilate: int, kernel_dilate: int
@@ -27,24 +29,27 @@ def valid_taps(
     return count
 
 
-def of_jaxpr(jaxpr: Any) -> int:
+def of_jaxpr(jaxpr: Any, padded: bool = False) -> int:
     """Of a jaxpr (or ClosedJaxpr), loops counted as often as they run.
 
     Where it differs by platform the cheapest way counts. A `while` of unknown length counts once.
+    With `padded` the zeros count that channels are filled up with to whole tiles: of what a product
+    sums over and of one of its sides to LANES, of the other to SUBLANES. That is how a forward pass
+    lies in a TPU; gradients of convolutions the compiler turns round.
     """
     total = 0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            total += _dot(eqn)
+            total += _dot(eqn, padded)
         elif name == "conv_general_dilated":
-            total += _conv(eqn)
+            total += _conv(eqn, padded)
         elif name == "scan":
-            total += params["length"] * of_jaxpr(params["jaxpr"])
+            total += params["length"] * of_jaxpr(params["jaxpr"], padded)
         elif name == "cond":
-            total += min(of_jaxpr(branch) for branch in params["branches"])
+            total += min(of_jaxpr(branch, padded) for branch in params["branches"])
         else:
-            total += sum(of_jaxpr(inner) for inner in _inner(params))
+            total += sum(of_jaxpr(inner, padded) for inner in _inner(params))
     return total
 
 
@@ -54,13 +59,25 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return [params[name] for name in names if hasattr(params.get(name), "eqns")]
 
 
-def _dot(eqn: Any) -> int:
-    (contract, _), _ = eqn.params["dimension_numbers"]
+def _up(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
+
+
+def _dot(eqn: Any, padded: bool) -> int:
+    (contract, _), (batch, _) = eqn.params["dimension_numbers"]
     lhs = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+    k = math.prod(lhs[i] for i in contract)
+    size = math.prod(eqn.outvars[0].aval.shape)
+    if not padded or not size:
+        return 2 * size * k
+    b = math.prod(lhs[i] for i in batch)
+    m = math.prod(n for i, n in enumerate(lhs) if i not in (*contract, *batch))
+    n = size // (b * m)
+    sides = min(_up(m, LANES) * _up(n, SUBLANES), _up(m, SUBLANES) * _up(n, LANES))
+    return 2 * b * sides * _up(k, LANES)
 
 
-def _conv(eqn: Any) -> int:
+def _conv(eqn: Any, padded: bool) -> int:
     params = eqn.params
     numbers = params["dimension_numbers"]
     lhs, rhs = (v.aval.shape for v in eqn.invars)
@@ -79,9 +96,18 @@ def _conv(eqn: Any) -> int:
         )
     )
     batch, features = (out[i] for i in numbers.out_spec[:2])
-    return 2 * taps * batch * features * rhs[numbers.rhs_spec[1]] // params["batch_group_count"]
+    k = rhs[numbers.rhs_spec[1]]
+    if padded:
+        features, k = _up(features, LANES), _up(k, LANES)
+    return 2 * taps * batch * features * k // params["batch_group_count"]
 
 
 def of_function(function: Any, *args: Any) -> int:
     """Of `function` at `args` (arrays or ShapeDtypeStructs), computing nothing."""
     return of_jaxpr(jax.make_jaxpr(function)(*args))
+
+
+def padding(function: Any, *args: Any) -> float:
+    """What `of_jaxpr`'s padding adds to the FLOPs of a forward pass, as a share of them."""
+    jaxpr = jax.make_jaxpr(function)(*args)
+    return of_jaxpr(jaxpr, padded=True) / max(of_jaxpr(jaxpr), 1) - 1

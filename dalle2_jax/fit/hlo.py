@@ -143,6 +143,8 @@ class Program:
                 cycles = int(found[1])
                 total += cycles * times if cycles < _SENTINEL else 0
                 unknown += cycles >= _SENTINEL
+            else:
+                unknown += "tpu_custom_call" in i.rest
         return total, unknown
 
     def loop_seconds(self, flops: float, bandwidth: float) -> float:

@@ -14,8 +14,9 @@ from dalle2_jax.fit.chips import GIB, Slice
 from dalle2_jax.fit.hlo import COLLECTIVES, Program
 from dalle2_jax.nets.attention import without_kernels
 
-# Seconds to search for a faster program or a tighter one are not spent: the compiler would take
-# ten times as long, and what it then finds is seldom smaller.
+# No search for a faster program or a tighter one, which takes two to ten times as long and seldom
+# finds a smaller one. Without it nothing is asynchronous, and the tiles are such that the cycles
+# come out eight to nine times too long; with it the compiler tells no `optimal_seconds`.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 METHODS = ("optimal", "cycles", "roofline")
 
@@ -32,6 +33,15 @@ class TooLarge(UserError):
     """A program does not fit the chips; the message says by how much, and the cure."""
 
     exit_status = 3
+
+    def __init__(self, told: str, error: DoesNotFit):
+        super().__init__(told)
+        self.needed, self.available = error.needed, error.available
+
+    def json(self) -> str:
+        """Bytes a chip."""
+        told = {"error": str(self), "needed": self.needed, "available": self.available}
+        return json.dumps({"fits": False, **told})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,9 @@ class Report:
     mfu: Mapping[str, float | None]
     num_steps: int
     kernels: bool
+    padding: float | None = None  # of the forward pass' FLOPs: products with zeros that fill tiles
+    from_host: float = 0.0  # bytes that wait in the host's memory until a step uses them
+    thorough: bool = False  # the compiler searched as it does for a run
 
     @property
     def collective_bytes(self) -> float:
@@ -63,6 +76,7 @@ class Report:
     def json(self) -> str:
         seconds = {k: s for k, s in self.seconds.items() if s}
         extra = {
+            "fits": True,
             "flops_ratio": self.compiled_flops / max(self.analytic_flops, 1),
             "images_per_second": {k: self.batch_size / s for k, s in seconds.items()},
             "days": {k: s * self.num_steps / 86400 for k, s in seconds.items()},
@@ -79,12 +93,16 @@ class Report:
         rows += [
             (f"  {kind}", f"{size / GIB:.2f} GiB a chip") for kind, size in self.memory.items()
         ]
+        if self.from_host:
+            moved = f"{self.from_host / GIB:.2f} GiB a step, not in its time"
+            rows.append(("  from the host", moved))
         ratio = self.compiled_flops / max(self.analytic_flops, 1)
         share = 100 * self.memory["total"] / self.hbm
         rows += [
             ("  of HBM", f"{self.hbm / GIB:.2f} GiB ({share:.0f} %)"),
             ("FLOPs analytic", f"{self.analytic_flops / 1e12:.2f} T a chip and step"),
             ("FLOPs compiled", f"{self.compiled_flops / 1e12:.2f} T, {ratio:.3f} of the analytic"),
+            *([] if self.padding is None else [("padding", f"{100 * self.padding:.1f} %")]),
             ("HBM traffic", f"{self.hbm_traffic / 1e9:.1f} GB"),
         ]
         for kind, found in self.collectives.items():
@@ -93,8 +111,9 @@ class Report:
             ideal = self.ideal_collective_bytes
             ratio = f", {self.collective_bytes / ideal:.2f} of the ideal" if ideal else ""
             told = f"{self.collective_bytes / 1e9:.3f} GB{ratio}"
-            share = 100 * self.async_share
-            rows.append(("all collectives", f"{told}, {share:.0f} % asynchronous"))
+            if self.thorough:
+                told += f", {100 * self.async_share:.0f} % asynchronous"
+            rows.append(("all collectives", told))
         for method in METHODS:
             rows.append((f"step, {method}", self._speed(method)))
         width = max(len(name) for name, _ in rows)
@@ -110,15 +129,17 @@ class Report:
             days = seconds * self.num_steps / 86400
             hours = 24 * days * self.chips
             told += f", {self.num_steps:,} steps: {days:.1f} days, {hours:,.0f} chip-hours"
-        if method == "cycles" and self.unknown_cycles:
+        if method == "cycles" and not self.thorough:
+            told += " (far too long without --thorough)"
+        elif method == "cycles" and self.unknown_cycles:
             told += f" ({self.unknown_cycles} instructions without)"
         return told
 
 
-def compile_for(lowered: Any, effort: Mapping[str, float] | None = None) -> Any:
+def compile_for(lowered: Any, effort: Mapping[str, float]) -> Any:
     """`lowered` (jax.jit(...).lower) compiled for its slice. Raises DoesNotFit."""
     try:
-        return lowered.compile(compiler_options=dict(QUICKLY if effort is None else effort))
+        return lowered.compile(compiler_options=dict(effort))
     except Exception as error:
         found = re.search(r"\(?([\d.]+)([KMG])\)? (?:exceeds|of) .*?([\d.]+)([KMG])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
@@ -128,18 +149,19 @@ def compile_for(lowered: Any, effort: Mapping[str, float] | None = None) -> Any:
         raise DoesNotFit(needed, available) from error
 
 
-def compile_twice(lower: Callable[[], Any]) -> tuple[Any, Any]:
+def compile_twice(lower: Callable[[], Any], thorough: bool = False) -> tuple[Any, Any]:
     """(the program as it would run, the one whose FLOPs and time the compiler can tell).
 
     They differ where attention is a Pallas kernel: of those the compiler knows neither, so the
-    second computes attention without. `lower` is called anew for each. Raises DoesNotFit.
+    second computes attention without; and where the first is compiled with all of the compiler's
+    search (`thorough`). `lower` is called anew for each. Raises DoesNotFit.
     """
-    compiled = compile_for(lower())
-    if not Program(compiled.as_text()).calls_kernels:
+    compiled = compile_for(lower(), {} if thorough else QUICKLY)
+    if not thorough and not Program(compiled.as_text()).calls_kernels:
         return compiled, compiled
     try:
         with without_kernels():
-            return compiled, compile_for(lower())
+            return compiled, compile_for(lower(), QUICKLY)
     except DoesNotFit:  # with all logits in memory
         return compiled, compiled
 
@@ -155,11 +177,17 @@ def measure(
     analytic_flops: float,
     ideal_collective_bytes: float,
     num_steps: int = 0,
+    padding: float | None = None,
+    from_host: float = 0.0,
+    thorough: bool = False,
 ) -> Report:
-    """What `compiled` says of its memory and collectives and `timed` (`compile_twice`) of the rest.
+    """What `compiled` says of its memory, collectives and cycles, and `timed` (`compile_twice`) of
+    the rest.
 
     `kinds` are the bytes a chip holds of each kind of argument; what else the compiler counts is
     what a step makes (activations). `analytic_flops` are those of one chip.
+
+    Raises DoesNotFit where it takes more memory than a chip has: the compiler does not always say.
     """
     chip, program = where.chip, Program(timed.as_text())
     stats, cost = compiled.memory_analysis(), timed.cost_analysis()
@@ -170,6 +198,8 @@ def measure(
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
+    if total > chip.hbm:
+        raise DoesNotFit(total, chip.hbm)
     memory = dict(kinds)
     memory["activations"] = stats.temp_size_in_bytes
     memory["program, padding"] = total - sum(memory.values())
@@ -185,7 +215,7 @@ def measure(
         sent_async += c.sent * c.times * c.is_async
         wire += c.sent * c.times / where.bandwidth(c.group)
     sent = sum(kind["bytes"] for kind in found.values())
-    cycles, unknown = program.cycles()
+    cycles, unknown = as_run.cycles()
     optimal = cost.get("optimal_seconds", -1.0)
     told = optimal > 0 and not program.calls_kernels
     seconds = {
@@ -211,4 +241,7 @@ def measure(
         mfu={k: s and analytic_flops / (s * chip.flops) for k, s in seconds.items()},
         num_steps=num_steps,
         kernels=as_run.calls_kernels,
+        padding=padding,
+        from_host=from_host,
+        thorough=thorough,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import build, sharding
-from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored
+from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored, waits
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
@@ -28,12 +28,22 @@ from dalle2_jax.types import Params, PyTree
 STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
 
 
-def report(weights: str, topology: str, batch_size: int, changes: Mapping[str, Any]) -> Report:
-    """What drawing `batch_size` pictures at a time takes, all stages' weights in memory.
+def report(
+    weights: str,
+    topology: str,
+    batch_size: int,
+    changes: Mapping[str, Any],
+    thorough: bool = False,
+) -> Report:
+    """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
+    each stage's while it runs (`DALLE2.from_pretrained`, offload).
 
     `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
-    weights. `changes` as for DALLE2.with_settings. Raises TooLarge, and UserError as those do.
+    weights. `changes` as for DALLE2.with_settings, `thorough` as for `compile_twice`. Raises
+    TooLarge, and UserError as those do.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size} must be 1 or more")
     where = open_slice(topology)
     model = _shapes(weights).with_settings(**changes)
     mesh = sharding.make_mesh({"data": -1}, where.devices)
@@ -43,32 +53,35 @@ def report(weights: str, topology: str, batch_size: int, changes: Mapping[str, A
         for name, tree in model.params.items()
     }
     held = sum(local_bytes(tree) for tree in weighed.values())
-    parts: list[tuple[int, Report]] = []
+    wait = waits(weighed, where.chip.hbm)
+    parts: list[tuple[str, int, Report]] = []
     for name, lower, calls, analytic, own in _programs(model, weighed, mesh, batch_size):
-        # The weights of the other stages wait in memory meanwhile.
-        room = where.chip.hbm - (held - own)
+        beside = 0 if wait else held - own  # the weights of the other stages
         try:
             part = measure(
-                *compile_twice(lower),
+                *compile_twice(lower, thorough),
                 where,
                 batch_size=batch_size,
                 num_params=0,
                 kinds={},
                 analytic_flops=analytic / where.chips,
                 ideal_collective_bytes=0.0,
+                thorough=thorough,
             )
-            if part.memory["total"] > room:
-                raise DoesNotFit(part.memory["total"] + held - own, where.chip.hbm)
+            if part.memory["total"] + beside > where.chip.hbm:
+                raise DoesNotFit(part.memory["total"] + beside, where.chip.hbm)
         except DoesNotFit as error:
             fewer = "a smaller --batch_size, or " if batch_size > where.chips else ""
             raise TooLarge(
-                f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, all "
-                f"weights ({held / GIB:.2f} GiB) included. It would help: {fewer}a chip with more"
+                f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, "
+                f"{'its' if wait else 'all'} weights ({(own if wait else held) / GIB:.2f} GiB) "
+                f"included. It would help: {fewer}a chip with more",
+                error,
             ) from error
-        parts.append((calls, part))
+        parts.append((name, calls, part))
     sizes = {name: float(local_bytes(tree)) for name, tree in weighed.items()}
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
-    return _together(parts, where, batch_size, sizes, count)
+    return _together(parts, where, batch_size, sizes, wait, count)
 
 
 def _shapes(weights: str) -> DALLE2:
@@ -80,6 +93,8 @@ def _shapes(weights: str) -> DALLE2:
     for name in STAGES:
         path = f"{folder / name}.py:{variant}"
         if not (folder / f"{name}.py").is_file():
+            if not name.startswith("upsampler"):
+                raise UserError(f"--weights={weights}: there is no file {folder / name}.py")
             continue
         try:
             config = build.ConfigParser("config").parse(path)
@@ -178,38 +193,44 @@ def _stage(
 
 
 def _together(
-    parts: list[tuple[int, Report]],
+    parts: list[tuple[str, int, Report]],
     where: Slice,
     batch_size: int,
     weights: Mapping[str, float],
+    wait: bool,
     num_params: int,
 ) -> Report:
     """All calls one after the other; of the memory they need in turn, the most."""
-    _, first = parts[0]
+    first = parts[0][-1]
 
     def total(field: str) -> float:
-        return sum(calls * getattr(part, field) for calls, part in parts)
+        return sum(calls * getattr(part, field) for _, calls, part in parts)
 
     seconds: dict[str, float | None] = {}
     for method in first.seconds:
-        told = [(calls, part.seconds[method]) for calls, part in parts]
+        told = [(calls, part.seconds[method]) for _, calls, part in parts]
         known = [calls * s for calls, s in told if s is not None]
         seconds[method] = sum(known) if len(known) == len(told) else None
     found: dict[str, dict[str, float]] = {}
-    for calls, part in parts:
+    for _, calls, part in parts:
         for kind, numbers in part.collectives.items():
             kept = found.setdefault(kind, collections.defaultdict(float))
             for key, value in numbers.items():
                 kept[key] += calls * value
     analytic = total("analytic_flops")
-    most = max(part.memory["activations"] for _, part in parts)
-    memory = {f"weights of {k}": size for k, size in weights.items()} | {"activations": most}
+    if wait:  # one stage at a time
+        name, _, part = max(parts, key=lambda x: x[-1].memory["total"])
+        held, working = {name: weights[name]}, part.memory["activations"]
+    else:
+        held, working = weights, max(part.memory["activations"] for *_, part in parts)
+    memory = {f"weights of {k}": size for k, size in held.items()} | {"activations": working}
     memory["total"] = sum(memory.values())
     return dataclasses.replace(
         first,
         batch_size=batch_size,
         num_params=num_params,
         memory=memory,
+        from_host=sum(weights.values()) if wait else 0.0,
         analytic_flops=analytic,
         compiled_flops=total("compiled_flops"),
         hbm_traffic=total("hbm_traffic"),
@@ -217,5 +238,5 @@ def _together(
         seconds=seconds,
         unknown_cycles=int(total("unknown_cycles")),
         mfu={k: s and analytic / (s * where.chip.flops) for k, s in seconds.items()},
-        kernels=any(part.kernels for _, part in parts),
+        kernels=any(part.kernels for *_, part in parts),
     )

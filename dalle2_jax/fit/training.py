@@ -21,13 +21,14 @@ from dalle2_jax.train.state import HOST_MEMORY, TrainState, abstract_state
 from dalle2_jax.train.step import FROZEN_RULES, make_train_step
 from dalle2_jax.types import Batch, Params, PyTree, Task
 
-MOST_WHOLE = 0.02  # of the parameters' bytes on every chip
 
-
-def report(config: build.Config, topology: str, auto_batch: bool = False) -> Report:
+def report(
+    config: build.Config, topology: str, auto_batch: bool = False, thorough: bool = False
+) -> Report:
     """The step that `config` (a complete one) would run on the slice `topology`.
 
-    With `auto_batch` the largest batch that fits, in place of config.batch_size.
+    With `auto_batch` the largest batch that fits, in place of config.batch_size; `thorough` as for
+    `compile_twice`.
 
     Raises:
         TooLarge: it does not fit.
@@ -36,14 +37,14 @@ def report(config: build.Config, topology: str, auto_batch: bool = False) -> Rep
     where = open_slice(topology)
     mesh = sharding.make_mesh(config.mesh, where.devices)
     if auto_batch:
-        return _largest(config, where, mesh)
+        return _largest(config, where, mesh, thorough)
     try:
-        return _report(config, where, mesh)
+        return _report(config, where, mesh, thorough)
     except DoesNotFit as error:
-        raise TooLarge(_told(config, where, mesh, error)) from error
+        raise TooLarge(_told(config, where, mesh, error), error) from error
 
 
-def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
+def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
     sharding.check_batch_size(config.batch_size, mesh)
     task = build.task(config)
     build.check(config, task)
@@ -51,50 +52,39 @@ def _report(config: build.Config, where: Slice, mesh: Mesh) -> Report:
     template = abstract_state(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
-    _check_split(template.params, mesh)
     frozen = {
         name: sharding.placed(tree, FROZEN_RULES, mesh) for name, tree in task.frozen().items()
     }
     batch = build.abstract_batch(config, sharding.batch_sharding(mesh))
+
+    analytic, padding = count(config)
 
     def lower() -> Any:
         step = make_train_step(task, optimizer, config, template, mesh)
         return step.lower(template, frozen, batch)
 
     return measure(
-        *compile_twice(lower),
+        *compile_twice(lower, thorough),
         where,
         batch_size=config.batch_size,
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(template.params)),
         kinds=_bytes_by_kind(template, frozen, batch),
-        analytic_flops=_analytic_flops(config) / where.chips,
+        analytic_flops=analytic / where.chips,
+        padding=padding,
         ideal_collective_bytes=_ideal_bytes(config, template.params, frozen, mesh),
         num_steps=config.num_steps,
+        from_host=local_bytes(template, on_host=True),
+        thorough=thorough,
     )
 
 
-def _check_split(params: Params, mesh: Mesh) -> None:
-    """UserError where too many weights lie whole on every chip, as no axis of them divides."""
-    places = jax.tree.map(lambda x: x.sharding, params)
-    whole = sharding.replicated_bytes_fraction(params, places)
-    if mesh.shape["fsdp"] > 1 and whole > MOST_WHOLE:
-        least = max(
-            (x for x in sharding.flatten(params).items() if x[1].sharding.is_fully_replicated),
-            key=lambda x: math.prod(x[1].shape),
-        )
-        raise UserError(
-            f"{100 * whole:.0f} % of the parameters' bytes would lie whole on every chip, for "
-            f"mesh.fsdp={mesh.shape['fsdp']} divides no axis of {least[0]} {least[1].shape}: give "
-            "fewer, as in --config.mesh.data=4"
-        )
-
-
-def local_bytes(tree: PyTree) -> int:
-    """What one device's own memory holds of a tree of ShapeDtypeStructs with shardings."""
+def local_bytes(tree: PyTree, on_host: bool = False) -> int:
+    """What one device's own memory holds of a tree of ShapeDtypeStructs with shardings; or what
+    waits for it in the host's."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != HOST_MEMORY
+        if (x.sharding.memory_kind == HOST_MEMORY) == on_host
     )
 
 
@@ -108,17 +98,18 @@ def _bytes_by_kind(template: TrainState, frozen: Params, batch: Batch) -> dict[s
     }
 
 
-def _analytic_flops(config: build.Config) -> int:
-    """Forward and backward pass over the global batch, on one device, nothing computed twice."""
-    plain = build.without_remat(config)
-    task: Task = build.task(plain)
+def count(config: build.Config) -> tuple[int, float]:
+    """(FLOPs of forward and backward pass over the global batch, nothing computed twice; what
+    padding would add to them)."""
+    task: Task = build.task(build.without_remat(config))
 
-    def gradient(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Any:
-        return jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch, key, True)
+    def loss(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Any:
+        return task.loss(params, frozen, batch, key, True)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(task.init, key)
-    return flops.of_function(gradient, params, task.frozen(), build.abstract_batch(config), key)
+    args = jax.eval_shape(task.init, key), task.frozen(), build.abstract_batch(config), key
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return flops.of_function(gradient, *args), flops.padding(loss, *args)
 
 
 def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mesh) -> float:
@@ -141,13 +132,15 @@ def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mes
 
 
 def _told(config: build.Config, where: Slice, mesh: Mesh, error: DoesNotFit) -> str:
-    shards = sharding.batch_shards(mesh)
-    cures = []
-    if config.batch_size > shards:
-        smaller = max(config.batch_size // 2 // shards, 1) * shards
+    cures, least = [], _least_rows(config, mesh)
+    if config.batch_size >= 2 * least:
+        smaller = config.batch_size // 2 // least * least
         cures.append(f"--config.batch_size={smaller} (--auto_batch finds the largest)")
-    if build.without_remat(config) == config:
-        cures.append("a network that computes anew what it needs twice (its remat='full')")
+    lighter = [f"--config.{name}.remat=full" for name in build.not_rematerialised(config)]
+    if lighter:
+        cures.append(f"to compute anew what is needed twice ({' '.join(lighter)})")
+    if not config.offload:
+        cures.append("--config.offload=ema,optimizer")
     if mesh.shape["data"] > 1:
         cures.append("weights split over all chips (--config.mesh.data=1 --config.mesh.fsdp=-1)")
     cures.append("more chips")
@@ -158,42 +151,51 @@ def _told(config: build.Config, where: Slice, mesh: Mesh, error: DoesNotFit) -> 
     )
 
 
-def _largest(config: build.Config, where: Slice, mesh: Mesh) -> Report:
-    """By what one and two examples a shard need, as memory grows with the batch evenly."""
+def _least_rows(config: build.Config, mesh: Mesh) -> int:
+    """Of a global batch, and what others are multiples of: SAM's replicas lie whole on a shard, a
+    contrastive loss needs two pairs."""
     shards = sharding.batch_shards(mesh)
+    if config.task.get("sam_rho"):
+        return shards * config.task.sam_replica_batch
+    return max(shards, 2) if config.task.name == "clip" else shards
+
+
+def _largest(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
+    least = _least_rows(config, mesh)
 
     def attempt(rows: int) -> Report:
         tried = config.copy_and_resolve_references()
         with tried.unlocked():
-            tried.batch_size = rows * shards
+            tried.batch_size = rows * least
         logging.info("compiling with batch_size=%d", tried.batch_size)
-        return _report(tried, where, mesh)
+        return _report(tried, where, mesh, thorough)
 
-    return largest(attempt, where.chip.hbm, lambda e: TooLarge(_told(config, where, mesh, e)))
+    return largest(attempt, where.chip.hbm, lambda e: TooLarge(_told(config, where, mesh, e), e))
 
 
 def largest(
     attempt: Callable[[int], Report], hbm: float, too_large: Callable[[DoesNotFit], UserError]
 ) -> Report:
-    """The report of the most rows that `attempt` fits. Every attempt compiles: there are few."""
+    """The report of the most rows that `attempt` fits, to one in 32: every attempt compiles.
+
+    A guess is where a line through the two sizes nearest to the limit meets `hbm`: memory grows
+    with the rows, though in steps.
+    """
     try:
-        best, rows = attempt(1), 1
+        best = attempt(1)
     except DoesNotFit as error:
         raise too_large(error) from error
-    fails = math.inf
-    sizes = {1: best.memory["total"]}
-    while rows + 1 < fails:
-        if len(sizes) == 1:
-            guess = 2 * rows if fails == math.inf else (rows + fails) // 2
-        else:
-            (r0, m0), (r1, m1) = sorted(sizes.items())[-2:]
-            slope = max((m1 - m0) / (r1 - r0), 1.0)
-            guess = rows + max(int((hbm - m1) / slope), 1)
-            guess = min(guess, 64 * rows if fails == math.inf else (rows + fails) // 2)
-        guess = int(min(max(guess, rows + 1), fails - 1))
+    needed = {1: best.memory["total"]}
+    rows, fails, guess = 1, math.inf, 2
+    while fails - rows > max(rows // 32, 1):
         try:
             best, rows = attempt(guess), guess
-            sizes[guess] = best.memory["total"]
-        except DoesNotFit:
+            needed[rows] = best.memory["total"]
+        except DoesNotFit as error:
             fails = guess
+            needed[guess] = error.needed
+        a, b = sorted(needed)[-2:] if fails == math.inf else (rows, int(fails))
+        slope = max((needed[b] - needed[a]) / (b - a), 1.0)
+        guess = rows + max(int((hbm - needed[rows]) / slope), rows // 32, 1)
+        guess = int(min(guess, 64 * rows, fails - 1))
     return best

@@ -70,8 +70,12 @@ def _network_of(path: str) -> CLIP:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise UserError(f"config.clip_from={path}: there is no file {file}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return construct(CLIP, module.get_config(*filter(None, [variant])).model, path)
+    try:
+        spec.loader.exec_module(module)
+        model = module.get_config(*filter(None, [variant])).model
+    except Exception as error:  # a config file raises what it likes
+        raise UserError(f"config.clip_from={path}: {error}") from error
+    return construct(CLIP, model, path)
 
 
 @dataclasses.dataclass(frozen=True)

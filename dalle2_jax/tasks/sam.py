@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.shards import batch_shards, on_shards
+from dalle2_jax.fsdp import on_whole
+from dalle2_jax.shards import batch_shards
 from dalle2_jax.types import Array, Params, PyTree
 
 # Leaves that Flax's layers cast to their dtype before use. Norms, biases and tables keep theirs.
@@ -52,7 +53,7 @@ def encode_perturbed(
 
     Raises UserError where a chip's part of the batch is no multiple of `replica_batch`.
     """
-    axes, shards = batch_shards()
+    _, shards = batch_shards()
     batch_size = jax.tree.leaves(inputs)[0].shape[0]
     if batch_size % (shards * replica_batch):
         raise UserError(
@@ -78,8 +79,10 @@ def encode_perturbed(
         def replica(inputs: PyTree) -> PyTree:
             return encode(perturbed(params, inputs), inputs)
 
+        if jax.tree.leaves(inputs)[0].shape[0] == replica_batch:
+            return replica(inputs)  # of a loop of one turn the TPU compiler computes all twice
         groups = jax.tree.map(lambda x: x.reshape(-1, replica_batch, *x.shape[1:]), inputs)
         out = jax.lax.map(jax.checkpoint(replica) if recompute else replica, groups)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
-    return on_shards(shard, axes, whole=1)(params, inputs)
+    return on_whole(shard, params, inputs, dtype=dtype)

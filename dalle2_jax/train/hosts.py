@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from dalle2_jax.errors import UserError
 
@@ -53,6 +54,7 @@ def connect(
         raise UserError(f"{' and '.join(missing)} missing: give {', '.join(given)} or none of them")
     else:
         _check(str(coordinator_address), int(num_processes or 0), int(process_id or 0))
+        logging.info("waiting for %d processes at %s", num_processes, coordinator_address)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -65,10 +67,9 @@ def connect(
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator_address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(
-            f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0"
-        )
+    told = f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0"
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(told)
     if num_processes < 1:
         raise UserError(f"--num_processes={num_processes} must be 1 or more")
     if not 0 <= process_id < num_processes:
@@ -76,6 +77,10 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
             f"--process_id={process_id} must be from 0 to {num_processes - 1} "
             f"(--num_processes={num_processes})"
         )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))  # jax.distributed would abort, and late
+    except OSError as error:
+        raise UserError(f"{told}: {host}: {error.strerror}") from error
 
 
 def from_first(work: Callable[[], int]) -> int:

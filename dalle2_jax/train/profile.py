@@ -37,7 +37,11 @@ class Profile:
             self._wanted, self._running = False, True
             if remote.is_remote(self._folder):
                 self._written = tempfile.mkdtemp()
-            jax.profiler.start_trace(self._written)
+            try:
+                jax.profiler.start_trace(self._written)
+            except Exception as error:  # another profile is running
+                self._running = False
+                _warn(error)
         elif self._running and step == self._start + LAST:
             jax.block_until_ready(metrics)
             self._stop()
@@ -51,8 +55,7 @@ class Profile:
             if remote.is_remote(self._folder):
                 self._upload()
         except Exception as error:  # a full disk; the profiler raises as it pleases
-            told = " ".join(str(error).split())[:200]
-            logging.warning("the profile could not be written (%s): training goes on", told)
+            _warn(error)
             return
         logging.info("wrote a profile: tensorboard --logdir=%s, page Profile", self._folder)
 
@@ -62,3 +65,8 @@ class Profile:
             for file in written.rglob("*"):
                 if file.is_file():
                     remote.upload(file, self._folder / file.relative_to(written).as_posix())
+
+
+def _warn(error: Exception) -> None:
+    told = " ".join(str(error).split())[:200]
+    logging.warning("the profile could not be written (%s): training goes on", told)

@@ -112,7 +112,8 @@ def abstract_state(
 ) -> TrainState:
     """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
 
-    `offload` is config.offload. Raises UserError where the mesh's devices have no such memory.
+    `offload` is config.offload. Raises UserError where the mesh's devices have no such memory,
+    and where a large model is not split (`sharding.check_split`).
     """
     to_host = offloaded(offload)
     shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
@@ -129,11 +130,13 @@ def abstract_state(
         if to_host[name]:
             moved = _to_host(getattr(placed, field), getattr(shapes, field), mesh)
             placed = placed.replace(**{field: moved})
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
         placed,
     )
+    sharding.check_split(state.params, mesh)
+    return state
 
 
 def shardings_of(template: TrainState) -> TrainState:
