@@ -79,7 +79,8 @@ def defaults() -> Config:
             max_grad_norm=1e6,  # a larger gradient is not applied; 0: only one that is not finite
             max_skips=10,  # so many such steps in a row: back to the last good checkpoint
             profile=False,  # a trace of three early steps in WORKDIR, for TensorBoard
-            watchdog_seconds=1800.0,  # a step that takes longer ends the process; 0: off
+            watchdog_seconds=1800.0,  # a step that takes longer ends the process, as other work of
+            # more than an hour does; 0: off
             mesh=dict(data=-1, fsdp=1, tensor=1),
             sharding_rules=((".*", "fsdp"),),
             offload="",  # kept in the hosts' memory: "ema", "optimizer" or "ema,optimizer"

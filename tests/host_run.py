@@ -2,7 +2,7 @@
 
 Settings: workdir, config (changes to the toy's), seconds (a batch takes), hang_at (the batch that
 never comes) on hang_rank, poison_at (batches that give no gradient), restore (write what the newest
-checkpoint holds to restored.npz, then train). What it ends with stands in WORKDIR/state.npz.
+checkpoint holds to restored.npz, then train), wait (for the other hosts, seconds). What it ends with stands in WORKDIR/state.npz.
 """
 
 import json
@@ -64,7 +64,8 @@ def restore(config, task):
 
 def main() -> int:
     if HOSTS > 1:
-        hosts.connect(False, f"localhost:{PORT}", HOSTS, RANK)
+        print("joins", flush=True)
+        hosts.connect(False, f"localhost:{PORT}", HOSTS, RANK, SETTINGS.get("wait", 60.0))
     config, task = toy_task.config(**SETTINGS.get("config", {})), toy_task.ToyTask()
     if SETTINGS.get("restore"):
         write_state(restore(config, task), "restored.npz")
@@ -81,4 +82,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(commands.say(error, 2))
+        sys.exit(commands.say(error, error.exit_status))

@@ -32,17 +32,18 @@ PICTURES = dict(source="emoji", path=str(FIXTURE), image_size=toy_task.SIZE, con
 
 @pytest.fixture
 def start(tmp_path):
-    """(hosts, settings) -> the started processes; none outlives its test."""
+    """(hosts, which of them, settings) -> the started processes; none outlives its test."""
     started: list[subprocess.Popen] = []
 
-    def start_all(count: int, **settings) -> list[subprocess.Popen]:
+    def start_all(count: int, ranks=None, **settings) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent / "jax")}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        for rank in range(count):
+        ranks = range(count) if ranks is None else ranks
+        for rank in ranks:
             command = [sys.executable, str(SCRIPT), str(rank), str(count), str(port)]
             errors = open(tmp_path / f"stderr_{len(started)}", "w+")  # noqa: SIM115 (closed below)
             started.append(
@@ -55,7 +56,7 @@ def start(tmp_path):
                 )
             )
             started[-1].errors = errors
-        return started[-count:]
+        return started[-len(ranks) :]
 
     yield start_all
     for process in started:
@@ -216,9 +217,22 @@ def test_a_part_of_the_flags_or_a_wrong_one_is_told(given, told):
         hosts.connect(False, *given)
 
 
+def test_hosts_that_never_meet_say_so_and_hear_signals_meanwhile(start, tmp_path):
+    (alone,) = start(2, ranks=[1], workdir=str(tmp_path), wait=3.0)
+    assert finish([alone]) == [os.EX_TEMPFAIL]
+    told = [line for line in alone.said.splitlines() if line.startswith("host_run.py: ")]
+    assert len(told) == 1 and "not all hosts met at localhost:" in told[0], alone.said
+
+    (patient,) = start(2, ranks=[0], workdir=str(tmp_path), wait=600.0)
+    wait_for(patient, "joins")
+    time.sleep(1)
+    patient.send_signal(signal.SIGINT)
+    assert finish([patient], timeout=10) == [130], patient.said
+
+
 def test_hosts_are_joined_by_flags_by_the_slice_or_not_at_all(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
     monkeypatch.delenv("MEGASCALE_COORDINATOR_ADDRESS", raising=False)
     hosts.connect()
@@ -233,7 +247,7 @@ def test_hosts_are_joined_by_flags_by_the_slice_or_not_at_all(monkeypatch):
 
 
 def test_where_there_is_no_slice_it_is_told(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("coordinator_address should be defined.\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)

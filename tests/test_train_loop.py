@@ -1,5 +1,6 @@
 """The loop as a whole: resume, devices, accumulation, NaN, signals, warm start, the lock."""
 
+import faulthandler
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import loop, side
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.recovery import Recovery
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 
@@ -252,6 +254,35 @@ def test_evaluation_previews_and_export_come_when_due(tmp_path, one_device, monk
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "eval/loss" in x] == [2, 4]
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step_000004_first.png"]
+
+
+def test_the_watchdog_knows_steps_from_other_work(tmp_path, one_device, monkeypatch):
+    """A step has watchdog_seconds; what restores, evaluates, saves or exports has an hour."""
+    armed, seen = [], []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda s, **_: armed.append(s))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: armed.append(None))
+
+    def spy(owner, name):
+        work = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.append((name, armed[-1]))
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    spy(Recovery, "start")
+    spy(Checkpoints, "save")
+    spy(side.SideWork, "evaluate")
+    spy(side.SideWork, "export")
+    spy(loop, "global_batch")
+    changes = dict(num_steps=4, checkpoint_every=2, eval_every=2, watchdog_seconds=60.0)
+    loop.train(config(**changes), ToyTask(), dataset(), tmp_path, dataset())
+    step, other = ("global_batch", 60.0), 3600.0
+    work = [("evaluate", other), ("save", other)]
+    first = [("start", other), ("global_batch", other)]  # which compiles
+    assert seen == [*first, step, *work, step, step, *work, ("export", other)]
+    assert armed[-1] is None
 
 
 def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable
 
 import jax
@@ -17,15 +18,23 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+WAIT_SECONDS = flags.DEFINE_float("wait_seconds", 600.0, "How long the hosts wait for each other.")
 
 _MESSAGE_BYTES = 2048
 # What a TPU's own environment says of a slice: its hosts, or several slices.
 _TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"
 
 
+class HostsMissing(UserError):
+    """Not all came; they may next time."""
+
+    exit_status = os.EX_TEMPFAIL
+
+
 def connect_by_flags() -> None:
     """`connect` as the command line says."""
-    connect(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    given = DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    connect(*given, wait_seconds=WAIT_SECONDS.value)
 
 
 def connect(
@@ -33,12 +42,14 @@ def connect(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    wait_seconds: float = 600.0,
 ) -> None:
     """Joins the other hosts, before JAX looks for devices; one host alone does nothing.
 
     With the three values by them; else, where `distributed` is true or the environment names
     several TPU hosts, by what JAX finds (TPU, Slurm, Open MPI). Raises UserError where a value is
-    missing or wrong and where nothing is found.
+    missing or wrong and where nothing is found, HostsMissing where not all have come within
+    `wait_seconds`.
     """
     given = {
         "--coordinator_address": coordinator_address,
@@ -55,14 +66,35 @@ def connect(
     else:
         _check(str(coordinator_address), int(num_processes or 0), int(process_id or 0))
         logging.info("waiting for %d processes at %s", num_processes, coordinator_address)
-    try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:  # its own patience would end in an abort
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                initialization_timeout=int(2 * wait_seconds) + 60,
+            )
+        except (RuntimeError, ValueError) as error:
+            failures.append(error)
+
+    # in a thread, since the main one must hear Ctrl-C and SIGTERM meanwhile
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    joining.join(wait_seconds)
+    if joining.is_alive():
+        at = coordinator_address or "the first host"
+        raise HostsMissing(
+            f"not all hosts met at {at} within --wait_seconds={wait_seconds:g}: is every process "
+            "started, with one address and one number of processes, and is the port open?"
+        )
+    if failures:
+        told = str(failures[0]).strip().splitlines()[0]
         raise UserError(
             f"cannot join the other hosts ({told}): but on a TPU slice, Slurm and Open MPI, give "
             f"{', '.join(given)}"
-        ) from error
+        ) from failures[0]
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:

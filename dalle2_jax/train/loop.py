@@ -99,7 +99,7 @@ def train(
                     stopped_by = stopper.reason()
                     save = _due(config.checkpoint_every, step, config.num_steps) or stopped_by
                     if bad_end := recovery.bad_end(read_all=bool(save)):
-                        stopper.rest()
+                        stopper.busy()
                         state, event = recovery.go_back(state, bad_end)
                         step, batch = int(state.step), int(state.position)
                         data, window = dataset(batch), Window(max(config.log_every, 1000))
@@ -108,7 +108,7 @@ def train(
                     if _due(config.log_every, step, config.num_steps):
                         report.log(step, config.num_steps, config.batch_size, window.mean())
                     since = time.perf_counter()
-                    stopper.rest()
+                    stopper.busy()
                     checkpoints.check()  # a disk that filled up meanwhile
                     if eval_dataset and _due(config.eval_every, step):
                         scores = side.evaluate(state.ema_params)
@@ -122,9 +122,9 @@ def train(
                     report.pause(time.perf_counter() - since)
                     stopper.alive()
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
-                stopper.rest()
+                stopper.busy()
                 raise UserError(f"{error}{keep(checkpoints, state, scores, start)}") from error
-        stopper.rest()
+        stopper.busy()
         checkpoints.wait()
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)

@@ -17,6 +17,7 @@ import numpy as np
 from dalle2_jax.train.state import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OTHER_WORK = 3600.0  # seconds that anything but a step may take where the watchdog is on
 
 
 class Result(NamedTuple):
@@ -44,9 +45,7 @@ class Stopper:
 
     def __init__(self, max_minutes: float = 0.0, watchdog_seconds: float = 0.0):
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes > 0 else None
-        # Process 0 last: without it jax.distributed ends the others before they have told anything.
-        self._watchdog = watchdog_seconds * (1.0 if jax.process_index() == 0 else 0.9)
-        self._watched = False
+        self._watchdog = watchdog_seconds
         self._signal: str | None = None
         self._calls = 0
         self._previous: dict[int, Any] = {}
@@ -61,14 +60,16 @@ class Stopper:
             interrupt = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
             self._previous[signal.SIGINT] = interrupt
         _only_once(signal.SIGTERM)
+        self.busy()
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # After a failure jax.distributed waits at exit for hosts that may hang: watched till then.
         if kind is None or jax.process_count() == 1:
-            self.rest()
-        elif not self._watched:  # jax.distributed waits at exit for hosts that may hang
+            faulthandler.cancel_dump_traceback_later()
+        else:
             self.alive()
 
     def _handle(self, number: int, frame: object) -> None:
@@ -78,16 +79,19 @@ class Stopper:
     def alive(self) -> None:
         """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
         exits, as a host that hangs would hold all the others for ever."""
-        self._watched = True
-        if self._watchdog > 0 and sys.__stderr__:
-            # what Python was started with: a notebook's own stderr is no file
-            faulthandler.dump_traceback_later(self._watchdog, exit=True, file=sys.__stderr__)
+        self._watch(self._watchdog)
 
-    def rest(self) -> None:
-        """Called before work that may take longer than a step; `alive` watches again."""
-        self._watched = False
-        if self._watchdog > 0:
-            faulthandler.cancel_dump_traceback_later()
+    def busy(self) -> None:
+        """Called before other work, which compiles, reads or writes: it may take `OTHER_WORK`, or
+        `watchdog_seconds` if that is longer."""
+        self._watch(max(self._watchdog, OTHER_WORK))
+
+    def _watch(self, seconds: float) -> None:
+        if self._watchdog > 0 and sys.__stderr__:
+            # Process 0 last: without it jax.distributed ends the others before they told anything.
+            seconds *= 1.0 if jax.process_index() == 0 else 0.9
+            # what Python was started with: a notebook's own stderr is no file
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     def reason(self) -> str | None:
         """`SIGTERM`, `SIGINT` or `max_minutes` where the run is to end now."""
