@@ -229,14 +229,17 @@ def _task_module(name: str) -> Any:
 def check(config: Config, task: Task) -> None:
     """Traces the task's first step and preview, computing nothing, before any data is opened.
 
-    Raises UserError where the sizes in the config do not fit together, or its optimizer's settings
-    are none.
+    Raises UserError where the sizes in the config do not fit together, or its settings of remat,
+    optimizer or offload are none.
     """
+    from dalle2_jax.nets.remat import policy_name  # late: flax
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
     from dalle2_jax.train.state import offloaded
 
     make_optimizer(config.optimizer, config.num_steps)
     offloaded(config.offload)
+    for name, network in _networks(config):
+        policy_name(network.get("remat", "none"), f"config.{name}.remat")
     batch = abstract_batch(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = task.frozen()
@@ -267,10 +270,14 @@ def abstract_batch(config: Config, place: Any = None) -> Batch:
 
 def not_rematerialised(config: Config) -> list[str]:
     """The networks of `config` whose blocks' results are kept: model, or model.unet, model.text."""
-    towers = [("model", config.model)]
-    towers += [(f"model.{k}", v) for k, v in config.model.items() if isinstance(v, ConfigDict)]
-    sized = [(name, x) for name, x in towers if "depth" in x or "num_blocks" in x]
-    return [name for name, x in sized if x.get("remat", "none") not in ("full", True)]
+    return [name for name, x in _networks(config) if x.get("remat", "none") not in ("full", True)]
+
+
+def _networks(config: Config) -> list[tuple[str, Config]]:
+    """The sections of `config` that have blocks, by name."""
+    sections = [("model", config.model)]
+    sections += [(f"model.{k}", v) for k, v in config.model.items() if isinstance(v, ConfigDict)]
+    return [(name, x) for name, x in sections if "depth" in x or "num_blocks" in x]
 
 
 def without_remat(config: Config) -> Config:

@@ -166,11 +166,11 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """
     for regex, tactic in rules:
         if not isinstance(tactic, str):
-            raise UserError(f"sharding_rules: {tactic!r} is no tactic; known: {_TACTICS}")
+            raise UserError(f"config.sharding_rules: {tactic!r} is no tactic; known: {_TACTICS}")
         try:
             re.compile(regex)
         except (TypeError, re.error) as error:
-            told = f"sharding_rules: {regex!r} is no regular expression ({error})"
+            told = f"config.sharding_rules: {regex!r} is no regular expression ({error})"
             raise UserError(told) from error
     used = [False] * len(rules)
 
@@ -180,13 +180,14 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
             if re.search(regex, name):
                 used[i] = True
                 return NamedSharding(mesh, _spec(tuple(leaf.shape), tactic, mesh, name))
-        raise UserError(f"sharding_rules: no rule matches {name}; end with ('.*', 'replicate')")
+        cure = "end with ('.*', 'replicate')"
+        raise UserError(f"config.sharding_rules: no rule matches {name}; {cure}")
 
     placed = jax.tree_util.tree_map_with_path(place, params)
     for rule, hit in zip(rules, used, strict=True):
         if not hit:
             raise UserError(
-                f"sharding_rules: {tuple(rule)} takes no parameter (a typing mistake, or an "
+                f"config.sharding_rules: {tuple(rule)} takes no parameter (a typing mistake, or an "
                 f"earlier rule takes all it matches); paths look like {next(iter(flatten(params)))}"
             )
     return placed

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.fit import flops
+from dalle2_jax.nets.attention import LONG, attention
 from dalle2_jax.nets.layers import conv3x3
 
 
@@ -38,6 +39,25 @@ def test_a_scan_counts_its_length_and_inner_jits_count():
         return jax.lax.scan(lambda x, _: (step(x), None), x, None, length=6)[0]
 
     assert flops.of_function(scanned, jnp.ones((8, 8))) == 6 * 2 * 8**3
+
+
+@pytest.mark.parametrize("n", [LONG - 1, LONG])
+def test_attention_is_two_products_and_four_behind_them_at_any_length(n):
+    """Neither a kernel, whose products no jaxpr shows, nor what it computes twice makes it less or
+    more; also where the same function was jitted and run before."""
+    q, k = jnp.ones((1, n, 2, 16)), jnp.ones((1, 3, 2, 16))
+
+    @jax.jit
+    def loss(q, k, v):
+        return attention(q, k, v).sum()
+
+    def both(*args):
+        return jax.value_and_grad(loss, (0, 1, 2))(*args)
+
+    before = both(q, k, k)
+    assert flops.of_function(loss, q, k, k) == 2 * (2 * 2 * n * 3 * 16)
+    assert flops.of_function(both, q, k, k) == 6 * (2 * 2 * n * 3 * 16)
+    jax.tree.map(np.testing.assert_array_equal, both(q, k, k), before)  # and runs as before
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def test_a_typing_mistake_in_a_config_is_told_before_any_data(stage, key):
     config = small_cascade.config(stage, **{key: "dotz"})
     with pytest.raises(UserError) as error:
         build.check(config, build.task(config))
-    assert str(error.value) == "remat: no policy 'dotz'; did you mean 'dots'?"
+    setting = f"config.{key.replace('__', '.')}"
+    assert str(error.value) == f"{setting}: no policy 'dotz'; did you mean 'dots'?"
 
 
 def prior():

@@ -30,12 +30,12 @@ def test_cosine_ends_at_zero_after_warm_up():
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match=r"optimizer.schedule='cosin' is unknown"):
+    with pytest.raises(UserError, match=r"config.optimizer.schedule='cosin' is unknown"):
         optimizer(schedule="cosin")
 
 
 def test_unknown_dtype_of_moments_is_refused():
-    with pytest.raises(UserError, match=r"optimizer.mu_dtype='bfloat61' is unknown; use one of"):
+    with pytest.raises(UserError, match=r"config.optimizer.mu_dtype='bfloat61' is unknown; use one of"):
         optimizer(mu_dtype="bfloat61")
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # mistakes in the flags are told before jax is loaded
     from dalle2_jax.fit.report import Report
 
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "A TPU slice, as v5e:8x8 or v5e-64: compile for it and tell, run nothing."
+    "topology",
+    None,
+    "A TPU slice, as v5e:8x8 or v5e-64: compile for it and tell, run nothing. What says where and "
+    "how to run (a workdir, hosts, prompts) may stay beside it and does nothing.",
 )
 _GO_WITH_IT: list[flags.FlagHolder[bool]] = []
 

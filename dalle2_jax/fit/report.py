@@ -181,8 +181,8 @@ def measure(
     from_host: float = 0.0,
     thorough: bool = False,
 ) -> Report:
-    """What `compiled` says of its memory, collectives and cycles, and `timed` (`compile_twice`) of
-    the rest.
+    """What `compiled` says of its memory, HBM traffic, collectives and cycles, and `timed`
+    (`compile_twice`) of FLOPs and time.
 
     `kinds` are the bytes a chip holds of each kind of argument; what else the compiler counts is
     what a step makes (activations). `analytic_flops` are those of one chip.
@@ -204,10 +204,10 @@ def measure(
     memory["activations"] = stats.temp_size_in_bytes
     memory["program, padding"] = total - sum(memory.values())
     memory["total"] = total
-    flops, traffic = program.flops(), program.hbm_bytes()
+    as_run = program if timed is compiled else Program(compiled.as_text())
+    flops, traffic = program.flops(), as_run.hbm_bytes()
     found: dict[str, dict[str, float]] = {}
     sent_async = wire = 0.0
-    as_run = program if timed is compiled else Program(compiled.as_text())
     for c in as_run.collectives():
         kind = found.setdefault(c.kind, collections.defaultdict(float))
         kind["count"] += c.times

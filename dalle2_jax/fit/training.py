@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
-from dalle2_jax.fit.chips import GIB, Slice, open_slice
+from dalle2_jax.fit.chips import GIB, Slice, open_slice, parse, prepare
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import HOST_MEMORY, TrainState, abstract_state
@@ -34,6 +34,9 @@ def report(
         TooLarge: it does not fit.
         UserError: a slice that does not exist, a batch or a mesh that does not divide.
     """
+    parse(topology)
+    prepare()
+    build.check(config, build.task(config))  # told at once: to open a slice takes many seconds
     where = open_slice(topology)
     mesh = sharding.make_mesh(config.mesh, where.devices)
     if auto_batch:
@@ -47,7 +50,6 @@ def report(
 def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
     sharding.check_batch_size(config.batch_size, mesh)
     task = build.task(config)
-    build.check(config, task)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     template = abstract_state(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload

@@ -23,22 +23,32 @@ from dalle2_jax.types import Array
 # kernel needs 5.8 times less temporary memory at 512 x 512, 7.8 times at 1024 x 1284; at 256 x 516
 # only 2.2 times, and the time that its padding takes there may well eat up what it gains.
 LONG = 512
-_kernels = True
+_traced = "kernel"  # what stands in a TPU's program from LONG queries on
 
 
 @contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
+def _tracing(what: str) -> Iterator[None]:
+    global _traced
+    before, _traced = _traced, what
+    try:
+        yield
+    finally:
+        _traced = before
+
+
+def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Attention that is traced within uses no Pallas kernel, on TPU neither.
 
     For estimates: XLA's compiler knows neither the time nor the FLOPs of a Pallas call. To be
     entered while tracing; what jit has traced before stays as it is.
     """
-    global _kernels
-    before, _kernels = _kernels, False
-    try:
-        yield
-    finally:
-        _kernels = before
+    return _tracing("checkpointed einsum")
+
+
+def only_einsum() -> contextlib.AbstractContextManager[None]:
+    """As `without_kernels`, but on every platform, and all logits are kept for the backward pass:
+    for counting what must be computed, nothing of it twice."""
+    return _tracing("einsum")
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -50,13 +60,13 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
     With a mask a TPU takes the einsum at any length: what masks here is short.
     """
-    if q.shape[1] < LONG:
+    if q.shape[1] < LONG or _traced == "einsum":
         return attention_by_einsum(q, k, v, mask)
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
     # what any of the platforms would keep.
     einsum = jax.checkpoint(attention_by_einsum)
     fits = mask is None and q.shape[-1] <= MOST_CHANNELS
-    kernel = flash_attention if _kernels and fits else einsum
+    kernel = flash_attention if _traced == "kernel" and fits else einsum
 
     def choose(q: Array, k: Array, v: Array, *mask: Array) -> Array:
         return jax.lax.platform_dependent(

@@ -29,14 +29,14 @@ POLICIES = {
 }
 
 
-def policy_name(remat: str | bool) -> str:
+def policy_name(remat: str | bool, setting: str = "remat") -> str:
     """A known policy's name; False and True, of older model folders, are "none" and "full".
 
-    Raises UserError for any other.
+    Raises UserError for any other, which names the `setting`.
     """
     name = {False: "none", True: "full"}.get(remat, remat) if isinstance(remat, bool) else remat
     if name not in POLICIES:
-        raise UserError(f"remat: no policy {name!r}{near_miss(str(name), POLICIES)}")
+        raise UserError(f"{setting}: no policy {name!r}{near_miss(str(name), POLICIES)}")
     return name
 
 

@@ -56,7 +56,8 @@ def make_schedule(settings: Mapping[str, Any], num_updates: int) -> optax.Schedu
         after = optax.cosine_decay_schedule(peak, max(num_updates - warmup, 1))
     else:
         raise UserError(
-            f"optimizer.schedule={settings['schedule']!r} is unknown; use 'constant' or 'cosine'"
+            f"config.optimizer.schedule={settings['schedule']!r} is unknown; "
+            "use 'constant' or 'cosine'"
         )
     if not warmup:
         return after
@@ -69,10 +70,10 @@ def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
     """`settings` is config.optimizer; `num_steps` the batches of the whole run."""
     accumulate = int(settings["accumulate"])
     if accumulate < 1:
-        raise UserError(f"optimizer.accumulate={accumulate} must be 1 or more")
+        raise UserError(f"config.optimizer.accumulate={accumulate} must be 1 or more")
     if settings["mu_dtype"] not in MU_DTYPES:
         raise UserError(
-            f"optimizer.mu_dtype={settings['mu_dtype']!r} is unknown; use one of {MU_DTYPES}"
+            f"config.optimizer.mu_dtype={settings['mu_dtype']!r} is unknown; use one of {MU_DTYPES}"
         )
     schedule = make_schedule(settings, num_steps // accumulate)
     parts = []
