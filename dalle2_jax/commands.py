@@ -9,11 +9,19 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+
+
+def _name() -> str:
+    """`sample.py`, or `dalle2_jax.evals` of python -m."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
 try:
     from absl import app, flags, logging
 except ModuleNotFoundError:  # another Python than that of .venv: nothing is there
     print(
-        f"{Path(sys.argv[0]).name}: the project's libraries are not installed in {sys.executable}: "
+        f"{_name()}: the project's libraries are not installed in {sys.executable}: "
         "run `make demo` and `. .venv/bin/activate`, or pip install -e . in the project's folder",
         file=sys.stderr,
     )
@@ -27,9 +35,7 @@ TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orba
 
 def say(error: Exception | str, status: int = 2) -> int:
     """Prints one line to stderr, `sample.py: ...` or `dalle2_jax.evals: ...`; returns `status`."""
-    spec = sys.modules["__main__"].__spec__  # of python -m alone
-    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
-    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{_name()}: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 

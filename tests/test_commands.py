@@ -55,13 +55,14 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
     assert status == 1 or len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize(
+    "script", ["sample.py", "train.py", "-m dalle2_jax.evals", "-m dalle2_jax.data.emoji"]
+)
 def test_another_python_than_that_of_the_environment_is_told_what_to_do(script):
-    done = subprocess.run(
-        [sys.executable, "-S", str(ROOT / script)], env={}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-S", *script.split()]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{script}: the project's libraries are not installed in" in done.stderr
+    assert f"{script.removeprefix('-m ')}: the project's libraries are not installed in" in done.stderr
 
 
 CTRL_C = """

@@ -18,9 +18,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from dalle2_jax import commands  # first: it tells where no library is installed
+
+# isort: split
 from absl import flags
 
-from dalle2_jax import commands
 from dalle2_jax.data import npm
 from dalle2_jax.data.emoji_source import Concept, load_concepts
 from dalle2_jax.errors import UserError

@@ -7,10 +7,12 @@ stopped by Ctrl-C.
 
 from __future__ import annotations
 
+from dalle2_jax import commands  # first: it tells where no library is installed
+
+# isort: split
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax import commands
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
