@@ -54,7 +54,7 @@ demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few s
 test: $(VENV)/.train ## the default tests: no network, no accelerator, no torch
 	$(PYTEST)
 
-test-slow: $(VENV)/.train ## the tests that take longer
+test-slow: $(VENV)/.gcs ## the tests that take longer, and the client of buckets
 	$(PYTEST) -m "slow and not tpu_aot and not parity"
 
 test-tpu: $(VENV)/.tpu ## small programs compiled for TPUs that are not there
@@ -114,6 +114,9 @@ $(VENV)/.dev: pyproject.toml | $(PY)
 
 $(VENV)/.tpu: $(VENV)/.train
 	$(call install,-e '.[tpu]',the TPU compiler)
+
+$(VENV)/.gcs: $(VENV)/.train
+	$(call install,-e '.[gcs]',the client of buckets)
 
 $(VENV)/.parity: $(VENV)/.train
 	$(call install,$(PARITY),the references)

@@ -12,6 +12,7 @@ import itertools
 import json
 import threading
 import urllib.parse
+from collections.abc import Callable
 
 import fsspec
 
@@ -237,6 +238,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with _lock:
             gone = OBJECTS.pop(f"{bucket}/{key}", None)
         self._answer(204 if gone else 404)
+
+
+def set_up_orbax(setattr: Callable[..., None]) -> None:
+    """Orbax goes to the bucket by fsspec, where on a TPU's host it takes TensorFlow's file system
+    and a client of Google's; `setattr` may be that of pytest's monkeypatch."""
+    from etils.epath import gpath
+    from orbax.checkpoint._src.path import gcs_utils
+
+    setattr(gpath, "_is_tf_installed", lambda: False)
+    setattr(gcs_utils, "get_bucket", lambda name: object())
 
 
 def serve() -> http.server.ThreadingHTTPServer:

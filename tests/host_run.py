@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 RANK, HOSTS, PORT = (int(argument) for argument in sys.argv[1:4])
 SETTINGS = json.loads(sys.argv[4])
@@ -21,18 +20,21 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # isort: split
+import fake_bucket
 import jax
 import numpy as np
 import toy_task
 
-from dalle2_jax import commands, sharding
+from dalle2_jax import commands, remote, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import hosts, loop
 from dalle2_jax.train.checkpoint import Checkpoints
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state
 
-WORKDIR = Path(SETTINGS["workdir"])
+WORKDIR = remote.to_path(SETTINGS["workdir"])
+if remote.is_remote(WORKDIR):
+    fake_bucket.set_up_orbax(setattr)
 
 
 def own_share(start: int):
@@ -72,7 +74,7 @@ def main() -> int:
         print("restored", flush=True)
     result = loop.train(config, task, own_share, WORKDIR)
     print("stopped by", result.stopped_by, "after", result.step, flush=True)
-    if not result.stopped_by:
+    if not result.stopped_by and not remote.is_remote(WORKDIR):
         write_state(result.state, "state.npz")
     return result.exit_status
 

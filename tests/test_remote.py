@@ -23,7 +23,8 @@ from dalle2_jax.train import bucket as bucket_lib
 from dalle2_jax.train import loop, manifest
 
 HAS_GCSFS = importlib.util.find_spec("gcsfs") is not None
-CLIENTS = ["memory", pytest.param("gcsfs", marks=pytest.mark.skipif(not HAS_GCSFS, reason="gcsfs"))]
+REAL = [pytest.mark.slow, pytest.mark.skipif(not HAS_GCSFS, reason="needs gcsfs")]
+CLIENTS = ["memory", pytest.param("gcsfs", marks=REAL)]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,9 @@ def bucket(request, server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def orbax_in_bucket(monkeypatch):
-    """Orbax's own ways to a bucket, TensorFlow's file system and a client of Google's, as here."""
-    from etils.epath import backend, gpath
-    from orbax.checkpoint._src.path import gcs_utils
+    from etils.epath import backend
 
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(gcs_utils, "get_bucket", lambda name: object())
+    fake_bucket.set_up_orbax(monkeypatch.setattr)
     backend.fsspec_backend._get_filesystem.cache_clear()
     yield
     backend.fsspec_backend._get_filesystem.cache_clear()

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 
+import fake_bucket
 import jax
 import numpy as np
 import pytest
 import toy_task
 from toy_task import ToyTask, losses
 
-from dalle2_jax import build, sharding
+from dalle2_jax import build, remote, sharding
 from dalle2_jax.data import examples
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import hosts, loop
+from dalle2_jax.train.bucket import BucketLines
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state
@@ -138,6 +140,35 @@ def test_a_host_that_hangs_ends_all_with_their_stacks(start, tmp_path):
     assert "host_run.py" in told and "in own_share" in told
     # the other is told by its own watchdog or, a moment earlier, by the broken connection
     assert "loop.py" in processes[0].said, processes[0].said
+
+
+@pytest.mark.slow
+def test_two_hosts_share_a_workdir_in_a_bucket(start, tmp_path, monkeypatch):
+    """With the real client of buckets: one lock, one set of checkpoints and metrics, and they go
+    on from there as one process does on a disk."""
+    gcsfs = pytest.importorskip("gcsfs")
+    server = fake_bucket.serve()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # that asks the cloud itself
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    for steps in (3, 6):
+        processes = start(2, workdir="gs://bucket/run", config=dict(SPLIT, num_steps=steps))
+        assert finish(processes) == [0, 0], [p.said for p in processes]
+        assert not fake_bucket.names("bucket/run/.lock")
+    said = processes[0].stdout.read()  # of the second time
+    assert "step 4/6" in said and "step 3/6" not in said
+    saved = {n.split("/")[3] for n in fake_bucket.names("bucket/run/checkpoints/")}
+    assert saved == {"3", "6"}
+    lines = BucketLines.read(remote.to_path("gs://bucket/run/metrics.jsonl"))
+    told = {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+
+    loop.train(toy_task.config(**SPLIT), ToyTask(), toy_task.dataset(), tmp_path / "one")
+    alone = losses(tmp_path / "one")
+    assert sorted(told) == sorted(alone) == list(range(1, 7))
+    np.testing.assert_allclose(list(told.values()), list(alone.values()), rtol=1e-5)
+    server.shutdown()
 
 
 @pytest.mark.slow
