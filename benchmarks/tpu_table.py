@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "docs" / "tpu_rows.json"
 PAGE = ROOT / "docs" / "tpu.md"
+METHODS = ("optimal", "roofline", "cycles")
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 
 # A chip's HBM in GiB decides how many examples it takes.
@@ -42,6 +43,8 @@ TRAINED = {
     "prior:tpu": (64, 1.2),
     "clip:tpu": (64, 1.0),
 }
+# with all of the compiler's search, ten times as long: what it tells beyond the table
+SEARCHED = ("prior:paper", "clip:paper", "upsampler_256:tpu")
 SAMPLED = ("v5e:1x1", "v5e:2x4", "v6e:1x1")
 
 
@@ -64,7 +67,7 @@ def rows(name: str, gib: int, chips: int) -> int:
 
 def commands() -> list[str]:
     """Every row's command, those that matter most first."""
-    found = []
+    found, searched = [], []
     for topology, gib in SLICES.items():
         for name in TRAINED:
             stage, variant = name.split(":")
@@ -76,6 +79,8 @@ def commands() -> list[str]:
                 f"python train.py --config=configs/{stage}.py:{variant} --topology={topology} "
                 f"--config.batch_size={batch}{wide}"
             )
+            if name in SEARCHED and topology == next(iter(SLICES)):
+                searched.append(f"{found[-1]} --thorough")
     sampled = [
         f"python sample.py --weights=configs/{variant} --topology={topology} "
         f"--batch_size={chips(topology)}"
@@ -83,7 +88,7 @@ def commands() -> list[str]:
         for variant in ("paper", "tpu")
     ]
     natural = len(TRAINED)  # all networks on the first slice, then sampling, then the rest
-    return found[:natural] + sampled + found[natural:]
+    return found[:natural] + sampled + found[natural:] + searched
 
 
 def run(command: str) -> dict:
@@ -113,15 +118,39 @@ def table(rows: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for command, row in rows.items():
+        if row.get("thorough"):
+            continue
         words = dict(w.lstrip("-").split("=") for w in command.split() if "=" in w)
-        name = Path(words.get("config", "drawing").replace(".py", "")).name
-        name += f", {Path(words['weights']).name}" if "weights" in words else ""
+        name = _name(words)
         if "error" in row:
             told = row["error"].partition(":")[2].strip()
             lines.append(f"| {name} | {words['topology']} | does not fit: {told} | | | | | | | | |")
             continue
         lines.append(_line(name, row))
+    lines += [
+        "",
+        "With `--thorough`:",
+        "",
+        "| network | slice | batch | GiB a chip | asynchronous, of the collectives' bytes | "
+        "ms a step: compiler / roofline / cycles | compiled in, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for command, row in rows.items():
+        if row.get("thorough"):
+            words = dict(w.lstrip("-").split("=") for w in command.split() if "=" in w)
+            times = " / ".join(f"{1e3 * (row['seconds'][m] or 0):.0f}" for m in METHODS)
+            lines.append(
+                f"| {_name(words)} | {row['topology']} | {row['batch_size']} | "
+                f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.0f} | "
+                f"{100 * row['async_share']:.0f} % | {times} | {row['compiled_in']} |"
+            )
     return "\n".join(lines)
+
+
+def _name(words: dict[str, str]) -> str:
+    """decoder:paper, or drawing, paper"""
+    name = Path(words.get("config", "drawing").replace(".py", "")).name
+    return name + (f", {Path(words['weights']).name}" if "weights" in words else "")
 
 
 def _line(name: str, row: dict) -> str:
