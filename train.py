@@ -8,7 +8,7 @@ The same command goes on where the last one ended.
 Exit status: 0 done, or stopped by SIGTERM with everything saved, as the last line says (a scheduler
 that preempts a run starts it again by itself); 1 no gradient is of use any more, or a step took
 longer than watchdog_seconds; 2 a mistake in the input, or data or disk failed; 75 not all hosts
-came; stopped with everything saved: 75 out of max_minutes, 130 by SIGINT, a second one saves nothing.
+came; stopped with everything saved: 75 out of max_minutes, 130 by SIGINT (by a second one at once).
 
 --topology=v5e:8x8 compiles the step for that TPU slice, without a TPU and without a workdir, and
 tells what it needs and how fast it could be (docs/tpu.md); status 3 where it does not fit.

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from dalle2_jax.errors import UserError
 
 
 def _name() -> str:
@@ -26,8 +27,6 @@ except ModuleNotFoundError:  # another Python than that of .venv: nothing is the
         file=sys.stderr,
     )
     sys.exit(2)
-
-from dalle2_jax.errors import UserError
 
 NOISY = ("orbax", "xla_bridge")  # lines that say nothing to a user: which backends there are not
 TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax", "resvg_py")

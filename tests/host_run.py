@@ -2,7 +2,8 @@
 
 Settings: workdir, config (changes to the toy's), seconds (a batch takes), hang_at (the batch that
 never comes) on hang_rank, poison_at (batches that give no gradient), restore (write what the newest
-checkpoint holds to restored.npz, then train), wait (for the other hosts, seconds). What it ends with stands in WORKDIR/state.npz.
+checkpoint holds to restored.npz, then train), wait (for the other hosts, seconds). Its end stands
+in WORKDIR/state.npz, but not in a bucket.
 """
 
 import json

@@ -62,7 +62,8 @@ def test_another_python_than_that_of_the_environment_is_told_what_to_do(script):
     command = [sys.executable, "-S", *script.split()]
     done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{script.removeprefix('-m ')}: the project's libraries are not installed in" in done.stderr
+    told = f"{script.removeprefix('-m ')}: the project's libraries are not installed in"
+    assert told in done.stderr
 
 
 CTRL_C = """
