@@ -229,8 +229,8 @@ def _task_module(name: str) -> Any:
 def check(config: Config, task: Task) -> None:
     """Traces the task's first step and preview, computing nothing, before any data is opened.
 
-    Raises UserError where the sizes in the config do not fit together, or its settings of remat,
-    optimizer or offload are none.
+    Raises UserError where the sizes in the config do not fit together, or its settings of mesh,
+    remat, optimizer or offload are none.
     """
     from dalle2_jax.nets.remat import policy_name  # late: flax
     from dalle2_jax.train.optimizer import make_optimizer  # late: optax
@@ -238,6 +238,11 @@ def check(config: Config, task: Task) -> None:
 
     make_optimizer(config.optimizer, config.num_steps)
     offloaded(config.offload)
+    if config.mesh.tensor != 1 and not any("tensor" in str(t) for _, t in config.sharding_rules):
+        raise UserError(
+            f"config.mesh.tensor={config.mesh.tensor}, but no rule of config.sharding_rules says "
+            "tensor: the devices of that axis would all compute the same"
+        )
     for name, network in _networks(config):
         policy_name(network.get("remat", "none"), f"config.{name}.remat")
     batch = abstract_batch(config)

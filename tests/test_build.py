@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_cascade
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -171,3 +172,11 @@ def test_their_near_misses_are_told(monkeypatch, argument, near):
         pytest.importorskip("dalle2_jax.data.pipeline")
     with pytest.raises(flags.Error, match=f"did you mean '{near}'"):
         parse(monkeypatch, f"--config.{argument}")
+
+
+def test_a_tensor_axis_that_no_rule_uses_is_told():
+    config = small_cascade.config("clip", mesh=dict(data=1, fsdp=2, tensor=2))
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor=2, but no rule of config"):
+        build.check(config, build.task(config))
+    config.sharding_rules = (("fc1/kernel", "tensor:-1+fsdp:1"), (".*", "fsdp"))
+    build.check(config, build.task(config))

@@ -223,6 +223,13 @@ def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch
     assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
+def test_build_into_a_bucket_says_how(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^gs://b/emoji: .* gcloud storage cp -r FOLDER gs://b/em"):
+        emoji.build("gs://b/emoji")
+    assert not any(tmp_path.iterdir())
+
+
 def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "disk_usage", lambda _: type("U", (), {"free": 100}))
     concepts = list(emoji_source._join(*small_sets()))

@@ -28,7 +28,8 @@ def made(batch_size: int = 8, total: float = GIB, thorough: bool = True) -> Repo
         hbm_traffic=1e9,
         collectives={"all-gather": {"count": 3, "bytes": 2e9}},
         ideal_collective_bytes=1e9,
-        async_share=0.5,
+        async_share=0.5 if thorough else None,
+        link_seconds=0.125,
         seconds={"optimal": 0.5, "cycles": 1.0, "roofline": None},
         unknown_cycles=2,
         mfu={"optimal": 0.4, "cycles": 0.2, "roofline": None},
@@ -50,6 +51,8 @@ def made(batch_size: int = 8, total: float = GIB, thorough: bool = True) -> Repo
         ("v5p-128", ("v5p", (4, 4, 4))),  # cores: two a chip
         ("v4-8", ("v4", (2, 2, 1))),
         ("v5p:2x2x1", ("v5p", (2, 2, 1))),
+        ("v5p:2x2", ("v5p", (2, 2, 1))),
+        ("v4:4x8x12", ("v4", (4, 8, 12))),
     ],
 )
 def test_slices_by_shape_and_by_the_vendors_name(name, expected):
@@ -71,6 +74,11 @@ def test_slices_by_shape_and_by_the_vendors_name(name, expected):
         "v5e-512",
         "v6e:32x16",
         "v5e-²",
+        "v5e:6x6",
+        "v6e:4x2",
+        "v5p:2x2x3",
+        "v5p:8x4x4",
+        "v5p:2x4",
     ],
 )
 def test_an_unknown_slice_is_one_clear_error(name):
@@ -104,7 +112,7 @@ def test_the_table_and_the_json_tell_the_same():
     table = told.table()
     for part in (
         "1.250 of the analytic",
-        "2.00 of the ideal",
+        "2.00 of the ideal, 125.0 ms at the links' peak",
         "50 % asynchronous",
         "16.0 images/s",
     ):
@@ -139,9 +147,24 @@ def test_what_does_not_fit_is_read_from_the_compilers_words(message):
     assert caught.value.available == pytest.approx(15.75 * GIB)
 
 
-def test_other_errors_of_the_compiler_are_not_taken_for_it():
-    with pytest.raises(RuntimeError, match="INTERNAL"):
-        report.compile_for(Lowered("INTERNAL: 3G of 4G"), {})
+@pytest.mark.parametrize(("size", "exponent"), [("574.7M", 20), ("1.18T", 40), ("5.81P", 50)])
+def test_what_does_not_fit_may_be_of_any_size(size, exponent):
+    told = f"RESOURCE_EXHAUSTED: temporaries ({size}) exceeds available HBM (1.00K)."
+    with pytest.raises(DoesNotFit) as caught:
+        report.compile_for(Lowered(told), {})
+    assert caught.value.needed == float(size[:-1]) * 2.0**exponent
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "INTERNAL: 3G of 4G",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.02M of 16.00M vmem.",
+    ],
+)
+def test_other_errors_of_the_compiler_are_not_taken_for_it(told):
+    with pytest.raises(RuntimeError, match=told):
+        report.compile_for(Lowered(told), {})
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40, 199, 3000])

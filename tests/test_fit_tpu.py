@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,10 +135,19 @@ def test_the_commands_tell_and_exit():
     large = run(*tiny, "--config.batch_size=400000")
     assert large.returncode == 3
     last = large.stderr.strip().splitlines()[-1]
-    assert "GiB too much a chip" in last and "--config.batch_size=200000" in last
+    assert "GiB too much a chip" in last and "--auto_batch finds the largest" in last
     drawn = run("sample.py", "--weights=tiny", "--topology=v5e-1", "--batch_size=1")
     assert drawn.returncode == 0, drawn.stderr
     assert "weights of decoder" in drawn.stdout
+
+
+def test_sigterm_ends_it_while_the_compiler_works():
+    """At once, and not with 0, which would say that it fits."""
+    flags = "--config=configs/clip.py:tiny --topology=v5e:1x1".split()
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE)
+    time.sleep(15)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM and not process.stdout.read()
 
 
 def test_the_largest_batch_is_compiled(clip, monkeypatch):
@@ -147,8 +158,11 @@ def test_the_largest_batch_is_compiled(clip, monkeypatch):
     found = training.report(made, "v5e:1x1", auto_batch=True)
     assert 0.5 * found.hbm < found.memory["total"] <= found.hbm
     made.batch_size = found.batch_size * 11 // 10 + 1
-    with pytest.raises(TooLarge, match=f"batch_size={made.batch_size} does not fit v5e:1x1"):
+    told = f"batch_size={made.batch_size} does not fit v5e:1x1.* --config.batch_size="
+    with pytest.raises(TooLarge, match=told) as error:
         training.report(made, "v5e:1x1")
+    made.batch_size = int(str(error.value).split("--config.batch_size=")[1].split()[0])
+    assert training.report(made, "v5e:1x1").memory["total"] <= found.hbm  # the cure is one
 
 
 def test_a_cascade_of_configs_needs_no_weights():
@@ -156,6 +170,12 @@ def test_a_cascade_of_configs_needs_no_weights():
     assert found.num_params > 1e6
     assert set(found.collectives) == set() and not found.from_host
     assert set(found.memory) > {"weights of clip", "weights of prior", "weights of decoder"}
+
+
+def test_pictures_are_drawn_on_their_own_chips():
+    """Also with guidance, which draws every row twice."""
+    found = fit_sampling.report("configs/tiny", "v5e:2x2", 4, {"steps": 2, "cfg_scale": 2.0})
+    assert found.batch_size == 4 and set(found.collectives) == set()
 
 
 def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):

@@ -23,6 +23,7 @@ from dalle2_jax import commands  # first: it tells where no library is installed
 # isort: split
 from absl import flags
 
+from dalle2_jax import remote
 from dalle2_jax.data import npm
 from dalle2_jax.data.emoji_source import Concept, load_concepts
 from dalle2_jax.errors import UserError
@@ -43,9 +44,14 @@ def build(
     The work is done in a hidden folder beside `out`, which takes its place by one rename.
 
     Raises:
-      UserError: `out` holds a dataset and `overwrite` is not set, or it holds something else; it
-        cannot be written, the disk is full, npm fails.
+      UserError: `out` is in a bucket, or holds a dataset and `overwrite` is not set, or something
+        else; it cannot be written, the disk is full, npm fails.
     """
+    if remote.is_remote(out):
+        raise UserError(
+            f"{out}: the set is made on this machine; give a local --out and copy it with "
+            f"`gcloud storage cp -r FOLDER {out}`"
+        )
     out = pathlib.Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / "dataset_info.json").is_file():

@@ -60,14 +60,20 @@ def guide(
     """
     if isinstance(w, int | float) and w == 1:
         return lambda x_t, t: apply(x_t, t, cond)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, uncond)
+    both = jax.tree.map(_side_by_side, cond, uncond)
 
     def guided_apply(x_t: Array, t: Array) -> Array:
-        out = apply(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
-        out_cond, out_uncond = jnp.split(out, 2)
-        return guided(out_cond, out_uncond, w, learned_variance)
+        out = apply(_side_by_side(x_t, x_t), _side_by_side(t, t), both)
+        out = out.reshape(-1, 2, *out.shape[1:])
+        return guided(out[:, 0], out[:, 1], w, learned_variance)
 
     return guided_apply
+
+
+def _side_by_side(a: Array, b: Array) -> Array:
+    """[b, ...] and [b, ...] -> [2 b, ...], row by row: of a batch that is split over devices both
+    halves of a row stay on its own."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def static_threshold(x_0: Array, bound: float = 1.0) -> Array:

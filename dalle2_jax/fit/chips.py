@@ -1,7 +1,8 @@
 """The TPUs that there are: their figures, and devices to compile for where there is none.
 
-Figures per chip: bfloat16 peak, HBM size and bandwidth from the vendor's pages on each TPU version;
-the clock follows from the peak and the number of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
+Figures per chip: bfloat16 peak and HBM bandwidth from the vendor's pages on each TPU version; the
+HBM that a program may take, by the compiler's own words; the clock follows from the peak and the number
+of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ INSTALL = "pip install -e '.[tpu]' brings libtpu, the TPU compiler; it needs no 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     flops: float  # bfloat16, a second
-    hbm: float  # bytes
+    hbm: float  # bytes that a program may take
     bandwidth: float  # HBM bytes a second
     link: float  # ICI bytes a second, one way
     clock: float  # Hz
@@ -34,13 +35,23 @@ class Chip:
     aliases: int = 1  # v4-8 counts cores: two a chip
 
 
+_MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
     "v4": Chip(
-        275e12, 32 * GIB, 1200e9, 45e9, 1.05e9, 4, 3, 4096, (("chip_config_name", "megacore"),), 2
+        275e12,
+        30.75 * GIB,
+        1200e9,
+        45e9,
+        1.05e9,
+        4,
+        3,
+        4096,
+        (("chip_config_name", "megacore"),),
+        2,
     ),
-    "v5e": Chip(197e12, 16 * GIB, 800e9, 45e9, 1.5e9, 16, 2, 256),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, 6144, (), 2),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 1.75e9, 16, 2, 256),
+    "v5e": Chip(197e12, 15.75 * GIB, 800e9, 45e9, 1.5e9, 16, 2, 256),
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, 6144, (), 2),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 90e9, 1.75e9, 16, 2, 256),
 }
 
 
@@ -71,7 +82,10 @@ class Slice:
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-    """`v5e:8x8`, or `v5e-64` as the vendor writes it -> ("v5e", (8, 8)). UserError for others."""
+    """`v5e:8x8`, or `v5e-64` as the vendor writes it -> ("v5e", (8, 8)). UserError for others.
+
+    Shapes are those of the vendor's pages; v4 and v5p have three dimensions.
+    """
     kind, colon, shape = name.partition(":")
     if not colon:
         kind, _, count = name.replace("v5litepod", "v5e").partition("-")
@@ -89,7 +103,30 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
             f"--topology={name}: {kind} has slices of {chip.dimensions} dimensions and at most "
             f"{chip.most} chips"
         )
+    sizes += (1,) * (chip.dimensions - len(sizes))
+    if not _exists(sizes):
+        raise UserError(
+            f"--topology={name}: {kind} has no such slice, but "
+            + ("1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16" if len(sizes) == 2 else _CUBOIDS)
+        )
     return kind, sizes
+
+
+_SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_CUBOIDS = (
+    ", ".join("x".join(map(str, sizes)) for sizes in _SMALL[1:])
+    + " and multiples of 4, the smallest first, as in 4x4x8"
+)
+
+
+def _exists(sizes: tuple[int, ...]) -> bool:
+    """Whether the vendor lends slices of this shape: of two dimensions powers of two, the second
+    equal or twice the first; of three, whole cubes of 4 x 4 x 4 and a few smaller ones."""
+    if len(sizes) == 2:
+        a, b = sizes
+        return b in (a, 2 * a) and a & (a - 1) == 0 and sizes != (1, 2)
+    whole = all(size % 4 == 0 for size in sizes) and list(sizes) == sorted(sizes)
+    return whole or sizes in _SMALL
 
 
 def _squarest(chip: Chip, count: int) -> tuple[int, ...] | None:
@@ -114,11 +151,9 @@ def open_slice(name: str) -> Slice:
     from jax.experimental import topologies
 
     options = dict(chip.options)
-    padded = shape + (1,) * (3 - len(shape))
     if math.prod(shape) == 1:
         options |= {"chip_config_name": "default", "chips_per_host_bounds": (1, 1, 1)}
-    sizes = shape if chip.dimensions == 2 else padded
-    full = f"{kind}:{'x'.join(map(str, sizes))}"
+    full = f"{kind}:{'x'.join(map(str, shape))}"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
     except Exception as error:  # the plugin raises what it likes
@@ -127,9 +162,9 @@ def open_slice(name: str) -> Slice:
             raise UserError(f"--topology={name}: {told[0]}; {INSTALL}") from error
         raise UserError(f"--topology={name}: there is no such slice ({told[0][:120]})") from error
     devices = list(found.devices)
-    if len(devices) != math.prod(sizes):  # one v4 chip opens as its two cores
+    if len(devices) != math.prod(shape):  # one v4 chip opens as its two cores
         raise UserError(f"--topology={name}: no program for so few {kind} chips can be compiled")
-    return Slice(full, chip, sizes, devices)
+    return Slice(full, chip, shape, devices)
 
 
 def prepare() -> None:

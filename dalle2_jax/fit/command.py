@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def tell(ask: Callable[..., Report], *args: Any, **kwargs: Any) -> int:
     """
     from dalle2_jax.fit.report import TooLarge  # late: it loads jax
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is lost, and a handler in Python would
+        signal.signal(number, signal.SIG_DFL)  # wait for the compiler
     try:
         report = ask(*args, topology=TOPOLOGY.value, thorough=THOROUGH.value, **kwargs)
     except TooLarge as error:

@@ -19,6 +19,7 @@ from dalle2_jax.nets.attention import without_kernels
 # come out eight to nine times too long; with it the compiler tells no `optimal_seconds`.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 METHODS = ("optimal", "cycles", "roofline")
+_SIZES = re.compile(r"\(?([\d.]+)([KMGTPE])\)? (?:exceeds|of) .*?([\d.]+)([KMGTPE])")
 
 
 class DoesNotFit(Exception):
@@ -59,7 +60,8 @@ class Report:
     hbm_traffic: float  # bytes read and written
     collectives: Mapping[str, Mapping[str, float]]  # kind -> count, bytes sent
     ideal_collective_bytes: float
-    async_share: float  # of the collectives' bytes
+    async_share: float | None  # of the collectives' bytes; None: only with `thorough` it is known
+    link_seconds: float  # of the collectives, at the links' peak; within the roofline alone
     seconds: Mapping[str, float | None]  # by method; None: the compiler does not tell
     unknown_cycles: int  # instructions of which the compiler gave no cycles
     mfu: Mapping[str, float | None]
@@ -75,13 +77,15 @@ class Report:
 
     def json(self) -> str:
         seconds = {k: s for k, s in self.seconds.items() if s}
-        extra = {
+        extra: dict[str, Any] = {
             "fits": True,
             "flops_ratio": self.compiled_flops / max(self.analytic_flops, 1),
             "images_per_second": {k: self.batch_size / s for k, s in seconds.items()},
-            "days": {k: s * self.num_steps / 86400 for k, s in seconds.items()},
-            "chip_hours": {k: s * self.num_steps * self.chips / 3600 for k, s in seconds.items()},
         }
+        if self.num_steps:
+            days = {k: s * self.num_steps / 86400 for k, s in seconds.items()}
+            extra["days"] = days
+            extra["chip_hours"] = {k: 24 * d * self.chips for k, d in days.items()}
         return json.dumps(dataclasses.asdict(self) | extra)
 
     def table(self) -> str:
@@ -111,7 +115,8 @@ class Report:
             ideal = self.ideal_collective_bytes
             ratio = f", {self.collective_bytes / ideal:.2f} of the ideal" if ideal else ""
             told = f"{self.collective_bytes / 1e9:.3f} GB{ratio}"
-            if self.thorough:
+            told += f", {1000 * self.link_seconds:.1f} ms at the links' peak"
+            if self.async_share is not None:
                 told += f", {100 * self.async_share:.0f} % asynchronous"
             rows.append(("all collectives", told))
         for method in METHODS:
@@ -141,11 +146,12 @@ def compile_for(lowered: Any, effort: Mapping[str, float]) -> Any:
     try:
         return lowered.compile(compiler_options=dict(effort))
     except Exception as error:
-        found = re.search(r"\(?([\d.]+)([KMG])\)? (?:exceeds|of) .*?([\d.]+)([KMG])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        found = _SIZES.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found or "hbm" not in str(error).lower():
             raise
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-        needed, available = (float(found[i]) * unit[found[i + 1]] for i in (1, 3))
+        needed, available = (
+            float(found[i]) * 2.0 ** (10 * "_KMGTPE".index(found[i + 1])) for i in (1, 3)
+        )
         raise DoesNotFit(needed, available) from error
 
 
@@ -235,7 +241,8 @@ def measure(
         hbm_traffic=traffic,
         collectives={kind: dict(found[kind]) for kind in COLLECTIVES if kind in found},
         ideal_collective_bytes=ideal_collective_bytes,
-        async_share=sent_async / sent if sent else 0.0,
+        async_share=sent_async / max(sent, 1) if thorough else None,
+        link_seconds=wire,
         seconds=seconds,
         unknown_cycles=unknown,
         mfu={k: s and analytic_flops / (s * chip.flops) for k, s in seconds.items()},

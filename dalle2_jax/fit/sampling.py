@@ -234,6 +234,7 @@ def _together(
         analytic_flops=analytic,
         compiled_flops=total("compiled_flops"),
         hbm_traffic=total("hbm_traffic"),
+        link_seconds=total("link_seconds"),
         collectives={kind: dict(numbers) for kind, numbers in found.items()},
         seconds=seconds,
         unknown_cycles=int(total("unknown_cycles")),

@@ -135,8 +135,18 @@ def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mes
 
 def _told(config: build.Config, where: Slice, mesh: Mesh, error: DoesNotFit) -> str:
     cures, least = [], _least_rows(config, mesh)
-    if config.batch_size >= 2 * least:
-        smaller = config.batch_size // 2 // least * least
+    state = abstract_state(
+        build.task(config),
+        make_optimizer(config.optimizer, config.num_steps),
+        config.seed,
+        mesh,
+        config.sharding_rules,
+        config.offload,
+    )
+    held = local_bytes(state)  # whatever the batch; the rest grows with it
+    share = (error.available - held) / max(error.needed - held, 1)
+    smaller = int(config.batch_size * min(share, 1) * 0.9) // least * least
+    if smaller > 0:
         cures.append(f"--config.batch_size={smaller} (--auto_batch finds the largest)")
     lighter = [f"--config.{name}.remat=full" for name in build.not_rematerialised(config)]
     if lighter:
