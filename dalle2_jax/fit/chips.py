@@ -1,8 +1,8 @@
 """The TPUs that there are: their figures, and devices to compile for where there is none.
 
 Figures per chip: bfloat16 peak and HBM bandwidth from the vendor's pages on each TPU version; the
-HBM that a program may take, by the compiler's own words; the clock follows from the peak and the number
-of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
+HBM that a program may take, by the compiler's own words; the clock follows from the peak and the
+number of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
 """
 
 from __future__ import annotations
