@@ -15,13 +15,15 @@ import sys
 import time
 from pathlib import Path
 
+from dalle2_jax.fit.chips import CHIPS
+
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "docs" / "tpu_rows.json"
 PAGE = ROOT / "docs" / "tpu.md"
 METHODS = ("optimal", "roofline", "cycles")
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 
-# A chip's HBM in GiB decides how many examples it takes.
+# A chip's HBM in GiB, as the vendor counts it, decides how many examples it takes.
 SLICES = {
     "v5e:8x8": 16,
     "v5e:16x16": 16,
@@ -114,7 +116,8 @@ def load() -> dict[str, dict]:
 def table(rows: dict[str, dict]) -> str:
     lines = [
         "| network | slice | batch | GiB a chip | FLOPs compiled / analytic | padding | "
-        "collectives, GB (of ideal) | ms a step: compiler / roofline | MFU | images/s | days |",
+        "collectives, GB (of ideal) | ms a step: compiler / roofline | MFU | images/s | "
+        "days, for million images |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for command, row in rows.items():
@@ -141,9 +144,11 @@ def table(rows: dict[str, dict]) -> str:
             times = " / ".join(f"{1e3 * (row['seconds'][m] or 0):.0f}" for m in METHODS)
             lines.append(
                 f"| {_name(words)} | {row['topology']} | {row['batch_size']} | "
-                f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.0f} | "
+                f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.4g} | "
                 f"{100 * row['async_share']:.0f} % | {times} | {row['compiled_in']} |"
             )
+    lines += ["", "<details><summary>The rows' commands, in their order</summary>", "", "```"]
+    lines += [*rows, "```", "", "</details>"]
     return "\n".join(lines)
 
 
@@ -166,12 +171,17 @@ def _line(name: str, row: dict) -> str:
     padding = f"{100 * row['padding']:.1f} %" if row.get("padding") is not None else ""
     best = "optimal" if row["seconds"]["optimal"] else "roofline"
     rate = row["images_per_second"][best]
-    days = f"{row['days'][best]:.1f}" if row["num_steps"] else ""
+    days = bound = ""
+    if row["num_steps"]:  # of drawing's stages each has its own bound
+        days = f"{row['days'][best]:.1f}, {row['num_steps'] * row['batch_size'] / 1e6:,.0f}"
+        chip = CHIPS[row["topology"].partition(":")[0]]
+        within = max(row["compiled_flops"] / chip.flops, row["hbm_traffic"] / chip.bandwidth)
+        bound = " (links)" if row["seconds"]["roofline"] > 1.001 * within else ""
     return (
         f"| {name} | {row['topology']} | {row['batch_size']} | "
-        f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.0f} | "
+        f"{row['memory']['total'] / 2**30:.1f} of {row['hbm'] / 2**30:.4g} | "
         f"{row['flops_ratio']:.3f} | {padding} | {sent / 1e9:.2f}{ratio} | "
-        f"{each(row['seconds'], 1e3, 0)} | {each(row['mfu'], 100, 0)} % | "
+        f"{each(row['seconds'], 1e3, 0)}{bound} | {each(row['mfu'], 100, 0)} % | "
         f"{rate:{',.0f' if rate >= 100 else '.3g'}} | {days} |"
     )
 

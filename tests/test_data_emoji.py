@@ -225,7 +225,7 @@ def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch
 
 def test_build_into_a_bucket_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^gs://b/emoji: .* gcloud storage cp -r FOLDER gs://b/em"):
+    with pytest.raises(UserError, match=r"^gs://b/emoji: .*gcloud storage cp -r FOLDER gs://b/em"):
         emoji.build("gs://b/emoji")
     assert not (tmp_path / "gs:").exists()
 
