@@ -116,7 +116,8 @@ def count(config: build.Config) -> tuple[int, float]:
 
 def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mesh) -> float:
     """What a chip must send in a step: each split weight is gathered for either pass and its
-    gradient reduce-scattered, the rest all-reduced; frozen weights are gathered once."""
+    gradient reduce-scattered, the rest all-reduced; frozen weights are gathered once. What a
+    "tensor" axis sends of activations comes on top."""
     size = jax.numpy.dtype(config.model.get("dtype", "float32")).itemsize
     f, d = mesh.shape["fsdp"], mesh.shape["data"]
 
