@@ -27,6 +27,16 @@ def batch_shards() -> tuple[tuple[str, ...], int]:
     return (axes, count) if count > 1 else ((), 1)
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """`x` [b, ...], its rows split like the batch's and each whole: what is cut or joined along an
+    axis that "tensor" splits is else sent all to all, forth or back."""
+    axes, _ = batch_shards()
+    mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" not in mesh.auto_axes or mesh.shape["tensor"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes or None))
+
+
 def on_shards(
     function: Callable[..., Any], axes: tuple[str, ...], first: Sequence[Any] = ()
 ) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dalle2_jax.shards import whole_rows
 from dalle2_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -97,6 +98,7 @@ def _kernel_gradient_by_matmuls(x: Array, g: Array) -> Array:
     d = g.shape[-1]
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
     g = jnp.pad(g, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    g = whole_rows(g)
     g = jnp.concatenate([g[:, :, 2 - j : 2 - j + w] for j in range(3)], axis=-1)
     g = g.reshape(-1, 3 * d)
     rows = [x[:, i : i + h].reshape(-1, c).T @ g for i in range(3)]
