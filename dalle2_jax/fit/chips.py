@@ -36,19 +36,9 @@ class Chip:
 
 
 _MEGACORE = (("chip_config_name", "megacore"),)
+
 CHIPS = {
-    "v4": Chip(
-        275e12,
-        30.75 * GIB,
-        1200e9,
-        45e9,
-        1.05e9,
-        4,
-        3,
-        4096,
-        (("chip_config_name", "megacore"),),
-        2,
-    ),
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 45e9, 1.05e9, 4, 3, 4096, _MEGACORE, 2),
     "v5e": Chip(197e12, 15.75 * GIB, 800e9, 45e9, 1.5e9, 16, 2, 256),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 90e9, 1.75e9, 4, 3, 6144, (), 2),
     "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 90e9, 1.75e9, 16, 2, 256),
