@@ -284,3 +284,14 @@ def test_where_there_is_no_slice_it_is_told(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"\(coordinator_address should be defined\.\).*give --co"):
         hosts.connect(True)
+
+
+def test_what_else_fails_while_joining_is_not_lost_with_its_thread(monkeypatch):
+    """Else a host would go on alone."""
+
+    def fail(*_, **__):
+        raise OSError("no sockets left")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(OSError, match="no sockets left"):
+        hosts.connect(True)

@@ -18,7 +18,9 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-WAIT_SECONDS = flags.DEFINE_float("wait_seconds", 600.0, "How long the hosts wait for each other.")
+WAIT_SECONDS = flags.DEFINE_float(
+    "wait_seconds", 600.0, "How long the hosts wait for each other.", 1.0, 1e6
+)
 
 _MESSAGE_BYTES = 2048
 # What a TPU's own environment says of a slice: its hosts, or several slices.
@@ -76,7 +78,7 @@ def connect(
                 process_id,
                 initialization_timeout=int(2 * wait_seconds) + 60,
             )
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # told by the main thread: none may go on alone
             failures.append(error)
 
     # in a thread, since the main one must hear Ctrl-C and SIGTERM meanwhile
@@ -89,6 +91,8 @@ def connect(
             f"not all hosts met at {at} within --wait_seconds={wait_seconds:g}: is every process "
             "started, with one address and one number of processes, and is the port open?"
         )
+    if failures and not isinstance(failures[0], RuntimeError | ValueError):
+        raise failures[0]
     if failures:
         told = str(failures[0]).strip().splitlines()[0]
         raise UserError(
