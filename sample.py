@@ -27,6 +27,7 @@ STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE
 CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++; or STAGE=NAME,...")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
+AUTO_BATCH = command.only_with_topology("auto_batch", "the most pictures at a time that fit.")
 
 
 def read_prompts() -> list[str]:
@@ -52,7 +53,7 @@ def main() -> int:
 
         changes = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver}
         asked = dict(batch_size=BATCH_SIZE.value, changes=changes)
-        return command.tell(sampling.report, WEIGHTS.value, **asked)
+        return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
     command.check()
     prompts = read_prompts()
     from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once

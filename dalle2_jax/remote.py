@@ -12,6 +12,7 @@ import fcntl
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ def to_path(name: str | os.PathLike[str] | Path) -> Path:
         import fsspec
         from upath import UPath
 
+        # It prints the traceback of every error that it raises too, which is told in one line here.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         fsspec.get_filesystem_class("gs")
     except ImportError:
         raise UserError(f"{name} needs gcsfs: {INSTALL}") from None

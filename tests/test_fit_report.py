@@ -12,6 +12,7 @@ from dalle2_jax import build, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import chips, flops, report, training
 from dalle2_jax.fit.chips import GIB
+from dalle2_jax.fit.largest import largest
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge
 
 
@@ -178,20 +179,42 @@ def test_the_largest_batch_is_found_in_few_attempts(most, tile):
         a_row = 15 * GIB / (most + 0.5)
         needed = GIB + (rows if rows <= most else max(rows, -(-rows // tile) * tile)) * a_row
         if needed > 16 * GIB:
-            raise DoesNotFit(needed, 16 * GIB)
+            raise too_large(needed)
         return made(rows, needed)
 
-    best = training.largest(attempt, 16 * GIB, lambda error: TooLarge(str(error), error))
+    best = largest(attempt, 1, 16 * GIB)
     assert most - most // 32 <= best.batch_size <= most
     assert len(tried) == len(set(tried)) <= 10, tried
 
 
+def too_large(needed):
+    error = DoesNotFit(needed, 16 * GIB)
+    return TooLarge(str(error), error)
+
+
+def test_attempts_are_told_and_of_the_least_batch(caplog):
+    """Each takes minutes: what it is and what it found stands on the terminal."""
+
+    def attempt(batch_size: int) -> Report:
+        assert batch_size % 8 == 0
+        if batch_size > 24:
+            raise too_large(17 * GIB)
+        return made(batch_size, 5 * GIB * batch_size / 8)
+
+    with caplog.at_level("INFO"):
+        assert largest(attempt, 8, 16 * GIB).batch_size == 24
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "attempt 1: compiling with batch_size=8"
+    assert told[1].startswith("batch_size=8 needs 5.00 of 16.00 GiB, as ")
+    assert any(line.startswith("batch_size=32 needs 17.00 of 16.00 GiB") for line in told)
+
+
 def test_a_step_too_large_for_one_example_is_told():
     def attempt(rows: int) -> Report:
-        raise DoesNotFit(17 * GIB, 16 * GIB)
+        raise too_large(17 * GIB)
 
     with pytest.raises(TooLarge, match=r"17\.00 GiB needed, 16\.00 GiB there") as caught:
-        training.largest(attempt, 16 * GIB, lambda error: TooLarge(str(error), error))
+        largest(attempt, 1, 16 * GIB)
     assert caught.value.exit_status == 3
 
 

@@ -1,6 +1,7 @@
 """Small steps compiled for a TPU: what the report promises of large ones, at small width."""
 
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -170,6 +171,17 @@ def test_a_cascade_of_configs_needs_no_weights():
     assert found.num_params > 1e6
     assert set(found.collectives) == set() and not found.from_host
     assert set(found.memory) > {"weights of clip", "weights of prior", "weights of decoder"}
+
+
+def test_the_most_pictures_at_a_time_are_found(monkeypatch):
+    """Of a chip with room for the activations of two pictures and a half."""
+    report = functools.partial(fit_sampling.report, "tiny", "v5e:1x1", 1, {"steps": 2})
+    one = report().memory
+    small = dataclasses.replace(chips.CHIPS["v5e"], hbm=one["total"] + 1.5 * one["activations"])
+    monkeypatch.setitem(chips.CHIPS, "v5e", small)
+    found = report(auto_batch=True)
+    assert 2 <= found.batch_size <= 4 and one["total"] < found.memory["total"] <= found.hbm
+    assert found.memory["total"] == sum(v for k, v in found.memory.items() if k != "total")
 
 
 def test_pictures_are_drawn_on_their_own_chips():

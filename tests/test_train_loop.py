@@ -4,6 +4,7 @@ import faulthandler
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,20 @@ def test_resume_is_bit_equal(tmp_path):
     assert sorted(losses(tmp_path / "whole")) == list(range(1, 13))
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(parts.state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoints_that_vanished_are_missed(tmp_path, one_device):
+    """What metrics.jsonl tells of would be lost; a run killed before its first starts over."""
+    cfg = config(num_steps=8)
+    loop.train(cfg, ToyTask(), dataset(), tmp_path)
+    told = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"holds no checkpoint, though .* tells of step 8: put"):
+        loop.train(cfg, ToyTask(), dataset(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == told
+    (tmp_path / "metrics.jsonl").write_text("".join(told.splitlines(True)[:7]) + "no json\n")
+    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 8
+    assert (tmp_path / "metrics.jsonl").read_text().count('"step"') == 8
 
 
 def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):

@@ -19,6 +19,7 @@ from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored, waits
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
+from dalle2_jax.fit.largest import largest
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.fit.training import local_bytes
 from dalle2_jax.sampling import stage as sampling
@@ -33,25 +34,40 @@ def report(
     topology: str,
     batch_size: int,
     changes: Mapping[str, Any],
+    auto_batch: bool = False,
     thorough: bool = False,
 ) -> Report:
     """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
     each stage's while it runs (`DALLE2.from_pretrained`, offload).
 
     `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
-    weights. `changes` as for DALLE2.with_settings, `thorough` as for `compile_twice`. Raises
-    TooLarge, and UserError as those do.
+    weights. `changes` as for DALLE2.with_settings, `thorough` as for `compile_twice`; with
+    `auto_batch` the most pictures that fit, in place of `batch_size`. Raises TooLarge, and
+    UserError as those do.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} must be 1 or more")
     where = open_slice(topology)
     model = _shapes(weights).with_settings(**changes)
     mesh = sharding.make_mesh({"data": -1}, where.devices)
-    batch_size = -(-batch_size // where.chips) * where.chips
     weighed = {
         name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
         for name, tree in model.params.items()
     }
+    attempt = functools.partial(_report, model, weighed, where, mesh, thorough=thorough)
+    if not auto_batch:
+        return attempt(batch_size=-(-batch_size // where.chips) * where.chips)
+    return largest(lambda n: attempt(batch_size=n), where.chips, where.chip.hbm)
+
+
+def _report(
+    model: DALLE2,
+    weighed: Mapping[str, Params],
+    where: Slice,
+    mesh: Mesh,
+    batch_size: int,
+    thorough: bool,
+) -> Report:
     held = sum(local_bytes(tree) for tree in weighed.values())
     wait = waits(weighed, where.chip.hbm)
     parts: list[tuple[str, int, Report]] = []
@@ -218,13 +234,17 @@ def _together(
             for key, value in numbers.items():
                 kept[key] += calls * value
     analytic = total("analytic_flops")
-    if wait:  # one stage at a time
-        name, _, part = max(parts, key=lambda x: x[-1].memory["total"])
-        held, working = {name: weights[name]}, part.memory["activations"]
-    else:
-        held, working = weights, max(part.memory["activations"] for *_, part in parts)
-    memory = {f"weights of {k}": size for k, size in held.items()} | {"activations": working}
-    memory["total"] = sum(memory.values())
+    # the stage that needs most, beside the weights of the others where they stay
+    need = {
+        k: p.memory["total"] + (0 if wait else sum(weights.values()) - weights[k])
+        for k, _, p in parts
+    }
+    name, _, part = max(parts, key=lambda x: need[x[0]])
+    held = {name: weights[name]} if wait else weights
+    memory = {f"weights of {k}": size for k, size in held.items()}
+    memory["activations"] = part.memory["activations"]
+    memory["program, padding"] = need[name] - sum(memory.values())
+    memory["total"] = need[name]
     return dataclasses.replace(
         first,
         batch_size=batch_size,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from dalle2_jax import build, sharding
-from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice, parse, prepare
+from dalle2_jax.fit.largest import largest
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import HOST_MEMORY, TrainState, abstract_state
@@ -39,12 +37,19 @@ def report(
     build.check(config, build.task(config))  # told at once: to open a slice takes many seconds
     where = open_slice(topology)
     mesh = sharding.make_mesh(config.mesh, where.devices)
+    tried = config.copy_and_resolve_references()
+
+    def attempt(batch_size: int) -> Report:
+        with tried.unlocked():
+            tried.batch_size = batch_size
+        try:
+            return _report(tried, where, mesh, thorough)
+        except DoesNotFit as error:
+            raise TooLarge(_told(tried, where, mesh, error), error) from error
+
     if auto_batch:
-        return _largest(config, where, mesh, thorough)
-    try:
-        return _report(config, where, mesh, thorough)
-    except DoesNotFit as error:
-        raise TooLarge(_told(config, where, mesh, error), error) from error
+        return largest(attempt, _least_rows(config, mesh), where.chip.hbm)
+    return attempt(config.batch_size)
 
 
 def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
@@ -171,44 +176,3 @@ def _least_rows(config: build.Config, mesh: Mesh) -> int:
     if config.task.get("sam_rho"):
         return shards * config.task.sam_replica_batch
     return max(shards, 2) if config.task.name == "clip" else shards
-
-
-def _largest(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
-    least = _least_rows(config, mesh)
-
-    def attempt(rows: int) -> Report:
-        tried = config.copy_and_resolve_references()
-        with tried.unlocked():
-            tried.batch_size = rows * least
-        logging.info("compiling with batch_size=%d", tried.batch_size)
-        return _report(tried, where, mesh, thorough)
-
-    return largest(attempt, where.chip.hbm, lambda e: TooLarge(_told(config, where, mesh, e), e))
-
-
-def largest(
-    attempt: Callable[[int], Report], hbm: float, too_large: Callable[[DoesNotFit], UserError]
-) -> Report:
-    """The report of the most rows that `attempt` fits, to one in 32: every attempt compiles.
-
-    A guess is where a line through the two sizes nearest to the limit meets `hbm`: memory grows
-    with the rows, though in steps.
-    """
-    try:
-        best = attempt(1)
-    except DoesNotFit as error:
-        raise too_large(error) from error
-    needed = {1: best.memory["total"]}
-    rows, fails, guess = 1, math.inf, 2
-    while fails - rows > max(rows // 32, 1):
-        try:
-            best, rows = attempt(guess), guess
-            needed[rows] = best.memory["total"]
-        except DoesNotFit as error:
-            fails = guess
-            needed[guess] = error.needed
-        a, b = sorted(needed)[-2:] if fails == math.inf else (rows, int(fails))
-        slope = max((needed[b] - needed[a]) / (b - a), 1.0)
-        guess = rows + max(int((hbm - needed[rows]) / slope), rows // 32, 1)
-        guess = int(min(guess, 64 * rows, fails - 1))
-    return best

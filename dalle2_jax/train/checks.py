@@ -56,6 +56,16 @@ def check_stands_alone(folder: Path, stage: str) -> None:
         )
 
 
+def check_not_lost(workdir: Path, last_step: int, checkpoint_every: int) -> None:
+    """Raises UserError where no checkpoint is found though metrics tell of `last_step`, by which a
+    second one was due, so that the first was whole: to start over would delete what they tell."""
+    if 0 < 2 * checkpoint_every <= last_step:
+        raise UserError(
+            f"{workdir} holds no checkpoint, though its metrics.jsonl tells of step {last_step}: "
+            "put the checkpoints back, or start over in another --workdir (here: delete that file)"
+        )
+
+
 def check_best_metric(config: Any, names: Iterable[str]) -> None:
     """Raises UserError where `config.best_metric` would never keep a checkpoint.
 

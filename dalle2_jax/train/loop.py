@@ -13,7 +13,7 @@ from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import checks
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
-from dalle2_jax.train.metrics import Reporter, Window
+from dalle2_jax.train.metrics import Reporter, Window, last_step
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
@@ -76,6 +76,8 @@ def train(
             logging.info("going on from step %d of %s", start, workdir)
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
+        else:
+            checks.check_not_lost(workdir, last_step(workdir), config.checkpoint_every)
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)

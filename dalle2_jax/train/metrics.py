@@ -58,6 +58,15 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+def last_step(workdir: Path) -> int:
+    """The newest step that metrics.jsonl tells of, 0 for none."""
+    steps = [0]
+    for line in _lines(workdir / "metrics.jsonl"):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            steps.append(int(json.loads(line)["step"]))
+    return max(steps)
+
+
 class Reporter:
     """Writes for process 0 only; on the others every method does nothing."""
 
@@ -166,8 +175,8 @@ class Reporter:
 def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLines:
     """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed, nor
     rollbacks (recovery.py) past batches that the checkpoint still has before it."""
-    kept, away = [], remote.is_remote(path)
-    for line in BucketLines.read(path) if away else _lines(path):
+    kept = []
+    for line in _lines(path):
         try:
             told = json.loads(line)
             passed = told.get("skipped_batches", (0, 0))
@@ -175,7 +184,7 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
-    if away:
+    if remote.is_remote(path):
         BucketLines.replace(path, b"".join(kept))
         return BucketLines(path)
     try:
@@ -187,4 +196,6 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
 
 
 def _lines(path: Path) -> list[bytes]:
+    if remote.is_remote(path):
+        return BucketLines.read(path)
     return path.read_bytes().splitlines() if path.exists() else []
