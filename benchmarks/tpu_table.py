@@ -39,9 +39,9 @@ TRAINED = {
     "prior:paper": (64, 1.2),
     "clip:paper": (64, 1.0),
     "upsampler_256:paper": (16, 0.7),
-    "upsampler_1024:paper": (4, 0.3),
+    "upsampler_1024:paper": (8, 0.3),
     "upsampler_256:tpu": (16, 1.1),
-    "upsampler_1024:tpu": (4, 0.5),
+    "upsampler_1024:tpu": (8, 0.5),
     "prior:tpu": (64, 1.2),
     "clip:tpu": (64, 1.0),
 }
