@@ -67,16 +67,16 @@ def test_resume_is_bit_equal(tmp_path):
 
 def test_checkpoints_that_vanished_are_missed(tmp_path, one_device):
     """What metrics.jsonl tells of would be lost; a run killed before its first starts over."""
-    cfg = config(num_steps=8)
+    cfg = config(num_steps=9)
     loop.train(cfg, ToyTask(), dataset(), tmp_path)
     told = (tmp_path / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(UserError, match=r"holds no checkpoint, though .* tells of step 8: put"):
+    with pytest.raises(UserError, match=r"holds no checkpoint, though .* tells of step 9: put"):
         loop.train(cfg, ToyTask(), dataset(), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == told
-    (tmp_path / "metrics.jsonl").write_text("".join(told.splitlines(True)[:7]) + "no json\n")
-    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 8
-    assert (tmp_path / "metrics.jsonl").read_text().count('"step"') == 8
+    (tmp_path / "metrics.jsonl").write_text("".join(told.splitlines(True)[:8]) + "no json\n")
+    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 9
+    assert (tmp_path / "metrics.jsonl").read_text().count('"step"') == 9
 
 
 def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):

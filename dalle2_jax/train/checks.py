@@ -57,9 +57,9 @@ def check_stands_alone(folder: Path, stage: str) -> None:
 
 
 def check_not_lost(workdir: Path, last_step: int, checkpoint_every: int) -> None:
-    """Raises UserError where no checkpoint is found though metrics tell of `last_step`, by which a
-    second one was due, so that the first was whole: to start over would delete what they tell."""
-    if 0 < 2 * checkpoint_every <= last_step:
+    """Raises UserError where no checkpoint is found though metrics tell of `last_step`, after the
+    second one was begun, which waits for the first: to start over would delete what they tell."""
+    if 0 < 2 * checkpoint_every < last_step:
         raise UserError(
             f"{workdir} holds no checkpoint, though its metrics.jsonl tells of step {last_step}: "
             "put the checkpoints back, or start over in another --workdir (here: delete that file)"
