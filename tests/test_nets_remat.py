@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_cascade
+from jax.extend.core import jaxprs_in_params
 from small_cascade import randomised
 
 from dalle2_jax import build
@@ -93,7 +94,7 @@ def _count(jaxpr):
         elif eqn.primitive.name == "dot_general":
             batched = any(eqn.params["dimension_numbers"][1])
             counts["attention" if batched else "weights"] += 1
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             for name, n in _count(inner).items():
                 counts[name] += n
     return counts
