@@ -212,6 +212,31 @@ def test_a_run_that_was_taken_over_stops(bucket, monkeypatch):
     lock.close()
 
 
+def test_a_lock_that_was_given_back_stops_nobody(bucket, monkeypatch):
+    """Its last look may come late, when another run has the lock by right."""
+    exits, looking, go_on = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(bucket_lib.os, "_exit", exits.append)
+    monkeypatch.setattr(bucket_lib, "_LAST_BEAT", 0.1)
+    path = remote.to_path(f"{bucket}/run/.lock")
+    lock = bucket_lib.BucketLock(path)
+    read = lock._read
+
+    def slow():
+        if threading.current_thread() is lock._thread:
+            looking.set()
+            assert go_on.wait(60)
+        return read()
+
+    monkeypatch.setattr(lock, "_read", slow)
+    assert looking.wait(60)
+    lock.close()
+    second = bucket_lib.BucketLock(path)
+    go_on.set()
+    lock._thread.join(60)
+    assert not exits and second._read()["run"] == second._me["run"]
+    second.close()
+
+
 def upload(folder, place):
     for file in Path(folder).rglob("*"):
         if file.is_file():

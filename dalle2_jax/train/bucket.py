@@ -20,6 +20,7 @@ from dalle2_jax.errors import UserError
 
 BEAT_SECONDS = 20.0
 _BEATS = 4  # an owner that was not heard for so long is dead
+_LAST_BEAT = 20.0  # seconds that its writing may take: the lock is given back after it
 _PART_BYTES = 1 << 16
 
 
@@ -49,7 +50,7 @@ class BucketLock:
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join(BEAT_SECONDS)
+        self._thread.join(_LAST_BEAT)
         with contextlib.suppress(Exception):  # one that stays is watched and taken over
             if (self._read() or self._me)["run"] == self._me["run"]:
                 self._path.unlink(missing_ok=True)
@@ -112,6 +113,8 @@ class BucketLock:
         while not self._stopped.wait(BEAT_SECONDS):
             try:
                 owner = self._read()
+                if self._stopped.is_set():  # meanwhile: the lock may be another's by right
+                    return
                 if owner and owner["run"] != self._me["run"]:
                     self._give_way(owner)
                 self._write(beat := beat + 1)
