@@ -87,6 +87,18 @@ def test_collectives_are_weighed_by_what_a_chip_sends(program):
     assert permute.is_async and not gather.is_async
 
 
+def test_a_chain_of_fusions_is_one_collective_that_overlaps(program):
+    """As the TPU compiler writes what it sends while it computes: three times, sent once."""
+    gather = next(line for line in TEXT.splitlines() if " all-gather(" in line)
+    first = gather.replace("dimensions", 'frontend_attributes={chain_id="7"}, dimensions')
+    again = first.replace("%g =", "%again =")
+    assert len({gather, first, again}) == 3
+    once, many = program.collectives(), Program(TEXT.replace(gather, f"{first}\n{again}"))
+    assert len(many.collectives()) == len(once)
+    for before, now in zip(once, many.collectives(), strict=True):
+        assert now == before._replace(is_async=before.is_async or before.kind == "all-gather")
+
+
 def test_cycles_leave_sentinels_out_and_count_them(program):
     assert program.cycles() == (1000, 1)
 

@@ -172,11 +172,17 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Those between several chips; of a group of one nothing is sent."""
-        found = []
+        found, chains = [], set()
         for name, i, times in self.instructions():
             kind = i.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            # One that overlaps stands in each fusion of its chain: its start, what is computed
+            # meanwhile, and its end.
+            chain = re.search(r'chain_id="(\d+)"', i.rest)
+            if chain and chain[1] in chains:
+                continue
+            chains.add(chain and chain[1])
             group = _group_size(i.rest)
             size = sum(s.bytes for s in self._operand_shapes(name, i))
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -193,7 +199,7 @@ class Program:
                 "all-to-all": size * share,
                 "collective-permute": size,
             }[kind]
-            is_async = i.opcode.endswith("-start") or "async" in name
+            is_async = i.opcode.endswith("-start") or "async" in name or chain is not None
             found.append(Collective(kind, group, int(sent), times, is_async))
         return found
 
