@@ -76,7 +76,7 @@ def small_clip(batch_size=8 * 16, **changes):
 def test_with_all_of_its_search_the_compiler_sends_while_it_computes():
     quick = training.report(small_clip(), "v5e:2x4")
     found = training.report(small_clip(), "v5e:2x4", thorough=True)
-    assert quick.async_share < 0.05 < found.async_share
+    assert quick.async_share is None and found.async_share > 0.05
     assert found.seconds["cycles"] < quick.seconds["cycles"] / 2
     assert found.compiled_flops == quick.compiled_flops
     assert found.seconds["optimal"] == quick.seconds["optimal"]
@@ -144,7 +144,7 @@ def test_the_commands_tell_and_exit():
 
 def test_sigterm_ends_it_while_the_compiler_works():
     """At once, and not with 0, which would say that it fits."""
-    flags = "--config=configs/clip.py:tiny --topology=v5e:1x1".split()
+    flags = "--config=configs/prior.py:paper --topology=v5e:8x8".split()  # half a minute
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE)
     time.sleep(15)
     process.terminate()
@@ -197,5 +197,6 @@ def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):
     found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     weights = {k: v for k, v in whole.memory.items() if k.startswith("weights of")}
     assert found.from_host == sum(weights.values())
-    assert len(found.memory) == 3 and found.memory["total"] < whole.memory["total"]
+    kinds = {"weights of decoder", "activations", "program, padding", "total"}
+    assert set(found.memory) == kinds and found.memory["total"] < whole.memory["total"]
     assert "from the host" in found.table()
