@@ -1,9 +1,10 @@
 """One host of a toy run, for tests: python host_run.py RANK HOSTS PORT SETTINGS (a JSON object).
 
 Settings: workdir, config (changes to the toy's), seconds (a batch takes), hang_at (the batch that
-never comes) on hang_rank, poison_at (batches that give no gradient), restore (write what the newest
-checkpoint holds to restored.npz, then train), wait (for the other hosts, seconds). Its end stands
-in WORKDIR/state.npz, but not in a bucket.
+never comes) on hang_rank, slow_to_compile (seconds that a program takes rank 1), poison_at (batches
+that give no gradient), restore (write what the newest checkpoint holds to restored.npz, then
+train), wait (for the other hosts, seconds). Its end stands in WORKDIR/state.npz, but not in a
+bucket.
 """
 
 import json
@@ -49,6 +50,13 @@ def own_share(start: int):
         yield {"image": batch["image"][RANK * rows : (RANK + 1) * rows]}
 
 
+class Task(toy_task.ToyTask):
+    def loss(self, *args):
+        if RANK == 1:  # while tracing
+            time.sleep(SETTINGS.get("slow_to_compile", 0.0))
+        return super().loss(*args)
+
+
 def write_state(state, name: str) -> None:
     from jax.experimental import multihost_utils
 
@@ -69,11 +77,11 @@ def main() -> int:
     if HOSTS > 1:
         print("joins", flush=True)
         hosts.connect(False, f"localhost:{PORT}", HOSTS, RANK, SETTINGS.get("wait", 60.0))
-    config, task = toy_task.config(**SETTINGS.get("config", {})), toy_task.ToyTask()
+    config, task = toy_task.config(**SETTINGS.get("config", {})), Task()
     if SETTINGS.get("restore"):
         write_state(restore(config, task), "restored.npz")
         print("restored", flush=True)
-    result = loop.train(config, task, own_share, WORKDIR)
+    result = loop.train(config, task, own_share, WORKDIR, own_share)
     print("stopped by", result.stopped_by, "after", result.step, flush=True)
     if not result.stopped_by and not remote.is_remote(WORKDIR):
         write_state(result.state, "state.npz")

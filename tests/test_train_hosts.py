@@ -172,6 +172,16 @@ def test_two_hosts_share_a_workdir_in_a_bucket(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_host_may_compile_for_longer_than_another(start, tmp_path):
+    """Between processes of a CPU collectives are lost after 30 seconds."""
+    processes = start(
+        2, workdir=str(tmp_path), config=dict(SPLIT, eval_every=3), slow_to_compile=40
+    )
+    assert finish(processes, timeout=300) == [0, 0], [p.said for p in processes]
+    assert sorted(losses(tmp_path)) == list(range(1, 7))
+
+
+@pytest.mark.slow
 def test_two_hosts_go_back_together(start, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     cfg, bad = dict(SPLIT, max_skips=3, num_steps=9), [2, 5, 6, 7]

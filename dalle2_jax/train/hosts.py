@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import flags, logging
 
 from dalle2_jax.errors import UserError
@@ -23,6 +26,8 @@ WAIT_SECONDS = flags.DEFINE_float(
 )
 
 _MESSAGE_BYTES = 2048
+_COMPILING_SECONDS = 3600  # as long as the watchdog gives the first step
+_meetings = itertools.count()
 # What a TPU's own environment says of a slice: its hosts, or several slices.
 _TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"
 
@@ -145,3 +150,17 @@ def from_first(work: Callable[[], int]) -> int:
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
+
+
+def compile_together(step: Any, *args: Any) -> None:
+    """Compiles the jitted `step` and waits until every host has; one host alone does nothing.
+
+    Every host calls it at the same place, before it calls `step`. A program's collectives wait 30
+    seconds for another process on a CPU (Gloo); compiling takes one longer than another by more.
+    """
+    if jax.process_count() == 1:
+        return
+    step.lower(*args).compile()
+    everyone = set(range(jax.process_count()))  # without them Orbax meets in a collective, too
+    name = f"compiled_{next(_meetings)}"
+    ocp.multihost.sync_global_processes(name, processes=everyone, timeout=_COMPILING_SECONDS)

@@ -11,7 +11,7 @@ from absl import logging
 
 from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import checks
+from dalle2_jax.train import checks, hosts
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Reporter, Window, last_step
 from dalle2_jax.train.optimizer import make_optimizer
@@ -88,7 +88,10 @@ def train(
             report.parameters(template.params)
             try:
                 while step < config.num_steps and not stopped_by:
-                    state, metrics = train_step(state, frozen, global_batch(next(data), mesh))
+                    batch = global_batch(next(data), mesh)
+                    if step == start:
+                        hosts.compile_together(train_step, state, frozen, batch)
+                    state, metrics = train_step(state, frozen, batch)
                     step, scores = step + 1, {}
                     window.add(metrics)
                     recovery.add(step, metrics)
@@ -103,9 +106,9 @@ def train(
                     if bad_end := recovery.bad_end(read_all=bool(save)):
                         stopper.busy()
                         state, event = recovery.go_back(state, bad_end)
-                        step, batch = int(state.step), int(state.position)
-                        data, window = dataset(batch), Window(max(config.log_every, 1000))
-                        report.go_back(step, batch, event)
+                        step, position = int(state.step), int(state.position)
+                        data, window = dataset(position), Window(max(config.log_every, 1000))
+                        report.go_back(step, position, event)
                         continue
                     if _due(config.log_every, step, config.num_steps):
                         report.log(step, config.num_steps, config.batch_size, window.mean())

@@ -17,6 +17,7 @@ from dalle2_jax import model_folder
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.train import hosts
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
 from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
 from dalle2_jax.types import Params, Task
@@ -62,8 +63,10 @@ class SideWork:
         total: dict[str, float] = {}
         count = len(self._batches)
         for i, batch in enumerate(self._batches):
-            batch = global_batch(batch, self._mesh)
-            metrics = self._eval_step(params, self._frozen, batch, jax.random.fold_in(key, i))
+            args = params, self._frozen, global_batch(batch, self._mesh), jax.random.fold_in(key, i)
+            if i == 0:
+                hosts.compile_together(self._eval_step, *args)
+            metrics = self._eval_step(*args)
             for name, value in jax.device_get(metrics).items():
                 total[f"eval/{name}"] = total.get(f"eval/{name}", 0.0) + float(value) / count
         return total
@@ -75,8 +78,9 @@ class SideWork:
         can be compared over a run.
         """
         batch = global_batch(self._batches[0], self._mesh)
-        key = stream(self._config.seed, PREVIEW_STREAM)
-        shown, tokens = jax.device_get(self._preview(params, self._frozen, batch, key))
+        args = params, self._frozen, batch, stream(self._config.seed, PREVIEW_STREAM)
+        hosts.compile_together(self._preview, *args)
+        shown, tokens = jax.device_get(self._preview(*args))
         return {name: self._grid(rows, tokens) for name, rows in shown.items()}
 
     def _grid(self, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
