@@ -67,6 +67,15 @@ def rows(name: str, gib: int, chips: int) -> int:
     return 2 ** int(math.log2(max(most * room / 14, 1)))
 
 
+def copies(name: str, chips: int) -> int:
+    """Groups of chips that hold all weights each. A convolution's slices fill no tiles where its
+    512 channels and fewer are cut in 256, or upsampler_256's 320 in 64."""
+    if not name.startswith(("decoder", "upsampler")):
+        return 1
+    groups = max(chips // 64, 1)
+    return 2 if name == "upsampler_256:paper" and chips == 64 else groups
+
+
 def commands() -> list[str]:
     """Every row's command, those that matter most first."""
     found, searched = [], []
@@ -74,12 +83,11 @@ def commands() -> list[str]:
         for name in TRAINED:
             stage, variant = name.split(":")
             batch = rows(name, gib, chips(topology)) * chips(topology)
-            # 256 slices of 512 channels and fewer fill no tiles: four groups of 64
-            convolves = "upsampler" in name or "decoder" in name
-            wide = " --config.mesh.data=4" if convolves and chips(topology) > 64 else ""
+            groups = copies(name, chips(topology))
+            grouped = f" --config.mesh.data={groups}" if groups > 1 else ""
             found.append(
                 f"python train.py --config=configs/{stage}.py:{variant} --topology={topology} "
-                f"--config.batch_size={batch}{wide}"
+                f"--config.batch_size={batch}{grouped}"
             )
             if name in SEARCHED and topology == next(iter(SLICES)):
                 searched.append(f"{found[-1]} --thorough")
