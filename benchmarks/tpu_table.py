@@ -46,7 +46,7 @@ TRAINED = {
     "clip:tpu": (64, 1.0),
 }
 # with all of the compiler's search, ten times as long: what it tells beyond the table
-SEARCHED = ("prior:paper", "clip:paper")
+SEARCHED = ("decoder:paper", "prior:paper", "clip:paper")
 SAMPLED = ("v5e:1x1", "v5e:2x4", "v6e:1x1")
 
 
