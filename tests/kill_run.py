@@ -93,7 +93,8 @@ def run(workdir, num_steps, cache, result=None, seconds=0.0, point="", at=-1, ha
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if point:
         plant(point, at)
-    signal.signal(signal.SIGINT, commands.stop)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as train.py does
+        signal.signal(number, commands.stop)
     config = toy_task.config(num_steps=num_steps, checkpoint_every=5)
     done = loop.train(config, toy_task.ToyTask(), data(seconds, hang_at), workdir)
     if result is not None:

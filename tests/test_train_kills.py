@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -58,8 +59,11 @@ def wait_for_step(process, workdir, step: int) -> None:
 def assert_same(killed, whole, num_steps: int) -> None:
     told = losses(whole)
     assert losses(killed) == told and sorted(told) == list(range(1, num_steps + 1))
-    lines = [json.loads(x)["step"] for x in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert lines == sorted(told)  # each once, in order
+    lines = [json.loads(x) for x in (killed / "metrics.jsonl").read_text().splitlines()]
+    # each once, in order
+    assert [x["step"] for x in lines if "checkpoint" not in x] == sorted(told)
+    saved = [x["checkpoint"] for x in lines if "checkpoint" in x]
+    assert saved == sorted(set(saved)) and saved[-1] == num_steps
 
 
 def assert_nothing_left(workdir, num_steps: int) -> None:
@@ -134,13 +138,14 @@ def test_sigterm_saves_within_seconds_and_is_no_failure(start, tmp_path):
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
 
 
-def test_a_second_sigterm_ends_it_at_once(start, tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_and_is_no_success(start, tmp_path, second):
     process, _ = start(tmp_path, 100, hang_at=7)
     wait_for_step(process, tmp_path, 7)
     time.sleep(0.2)
     process.terminate()
     process.join(1)
     assert process.is_alive()  # it would save after the step that hangs
-    process.terminate()
+    os.kill(process.pid, second)
     process.join(10)
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode == -second

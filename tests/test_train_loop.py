@@ -67,16 +67,25 @@ def test_resume_is_bit_equal(tmp_path):
 
 def test_checkpoints_that_vanished_are_missed(tmp_path, one_device):
     """What metrics.jsonl tells of would be lost; a run killed before its first starts over."""
-    cfg = config(num_steps=9)
+    cfg = config(num_steps=3)  # one checkpoint, at its end
     loop.train(cfg, ToyTask(), dataset(), tmp_path)
     told = (tmp_path / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(UserError, match=r"holds no checkpoint, though .* tells of step 9: put"):
-        loop.train(cfg, ToyTask(), dataset(), tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == told
-    (tmp_path / "metrics.jsonl").write_text("".join(told.splitlines(True)[:8]) + "no json\n")
-    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 9
-    assert (tmp_path / "metrics.jsonl").read_text().count('"step"') == 9
+    for every in (4, 100, 0):
+        cfg.checkpoint_every = every
+        with pytest.raises(UserError, match=r"holds no checkpoint, though .* one of step 3: put"):
+            loop.train(cfg, ToyTask(), dataset(), tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == told
+    early = [line for line in told.splitlines(True) if "checkpoint" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(early) + "no json\n")
+    assert loop.train(cfg, ToyTask(), dataset(), tmp_path).step == 3
+    assert sorted(losses(tmp_path)) == [1, 2, 3]
+
+
+def test_metrics_tell_of_a_checkpoint_once_it_is_there(tmp_path):
+    loop.train(config(num_steps=9), ToyTask(), dataset(), tmp_path)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [x["checkpoint"] for x in lines if "checkpoint" in x] == [4, 8, 9]
 
 
 def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):

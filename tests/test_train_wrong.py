@@ -168,7 +168,8 @@ def test_a_disk_that_fills_up_is_told_within_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "write", full)
     with pytest.raises(UserError, match=r"could not write a checkpoint .*No space left") as told:
         loop.train(config(num_steps=40), ToyTask(), data, tmp_path)
-    assert "Free some space" in str(told.value)
+    assert "(step 8)" in str(told.value) and "Free some space" in str(told.value)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4"}  # no half one is left
     monkeypatch.setattr(manifest, "write", write)
     whole = loop.train(config(), ToyTask(), dataset(), tmp_path / "whole")
     again = loop.train(config(), ToyTask(), dataset(), tmp_path)
@@ -177,7 +178,7 @@ def test_a_disk_that_fills_up_is_told_within_a_step(tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
-def test_on_a_full_disk_the_last_good_step_is_restorable(tmp_path):
+def test_on_a_full_disk_the_last_good_step_is_restorable(tmp_path, capfd):
     """A file system of two megabytes that something else fills up; needs the right to mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -190,6 +191,7 @@ def test_on_a_full_disk_the_last_good_step_is_restorable(tmp_path):
         (disk / "ballast").write_bytes(bytes(free - 20_000))
         with pytest.raises(UserError, match=r"could not write a checkpoint|cannot write"):
             loop.train(config(num_steps=40), ToyTask(), dataset(), disk / "w")
+        assert "Traceback" not in capfd.readouterr().err
         (disk / "ballast").unlink()
         assert loop.train(config(), ToyTask(), dataset(), disk / "w").step == 12
         loop.train(config(), ToyTask(), dataset(), tmp_path / "whole")

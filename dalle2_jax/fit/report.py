@@ -207,7 +207,8 @@ def measure(
     if total > chip.hbm:
         raise DoesNotFit(total, chip.hbm)
     memory = dict(kinds)
-    memory["activations"] = stats.temp_size_in_bytes
+    # some of what is given may lie where something temporary lay before
+    memory["activations"] = min(stats.temp_size_in_bytes, total - sum(kinds.values()))
     memory["program, padding"] = total - sum(memory.values())
     memory["total"] = total
     as_run = program if timed is compiled else Program(compiled.as_text())

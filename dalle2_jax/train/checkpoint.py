@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging as std_logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,12 +103,15 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # late: half a second that drawing never needs
 
         self._ocp = ocp
+        _say_failures_once()
         self._folder = (workdir / "checkpoints").absolute()  # Orbax fails late on relative paths
         self._broken = workdir.absolute() / "broken_checkpoints"
         self._found_broken: list[str] = []
         hosts.from_first(self._tidy)
         policies = ocp.checkpoint_managers
-        self._writing = False
+        self._writing: int | None = None  # the step
+        self.committed: int | None = None  # the newest that this run has written
+        self.failed = False  # one could not be written
         self._after_bad_steps: dict[int, bool] = {}  # of the checkpoints seen so far
         keepers: list[Any] = [_Newest(max(keep, 1), self._is_good)]
         if best_metric:
@@ -164,7 +169,7 @@ class Checkpoints:
         meta = {"arrays": describe(state), "identity": self._identity, "bad_steps": bad_steps}
         self._after_bad_steps[step] = bool(bad_steps)
         best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        self._writing = True
+        self._writing = step
         try:
             self._manager.save(
                 step,
@@ -180,21 +185,26 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises UserError where the last save has failed meanwhile; waits for nothing."""
-        if self._writing and not self._manager.is_saving_in_progress():
+        if self._writing is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
         """Until the last save is on disk; raises UserError where it could not be written."""
-        self._writing = False
+        step, self._writing = self._writing, None
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._write_error(self._manager.latest_step(), error) from error
+            raise self._write_error(step, error) from error
+        self.committed = step or self.committed
         self._remove_old()
 
     def _write_error(self, step: int | None, error: Exception) -> UserError:
+        self.failed = True
         self._manager.reload()  # it counts what was not written as saved
+        if jax.process_index() == 0 and not remote.is_remote(self._folder):
+            for half in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)  # which the disk has room for again
         return UserError(
             f"could not write a checkpoint to {self._folder} (step {step}): {_first_line(error)}. "
             "Free some space or mend the folder and run the same command again"
@@ -333,4 +343,21 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    told = str(error).strip().splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {told[:200]}{'...' if len(told) > 200 else ''}"
+
+
+def _say_failures_once() -> None:
+    """Where a write fails, every other one that is under way prints a traceback, hundreds of them,
+    for the loop that it would report to is closed. `Checkpoints` tells the failure itself."""
+    before = sys.unraisablehook
+    if getattr(before, "is_ours", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.is_ours = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)

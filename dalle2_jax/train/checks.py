@@ -56,13 +56,14 @@ def check_stands_alone(folder: Path, stage: str) -> None:
         )
 
 
-def check_not_lost(workdir: Path, last_step: int, checkpoint_every: int) -> None:
-    """Raises UserError where no checkpoint is found though metrics tell of `last_step`, after the
-    second one was begun, which waits for the first: to start over would delete what they tell."""
-    if 0 < 2 * checkpoint_every < last_step:
+def check_not_lost(workdir: Path, last_saved: int) -> None:
+    """Raises UserError where no checkpoint is found though metrics tell of one: to start over would
+    delete what they tell, and replace the model."""
+    if last_saved:
         raise UserError(
-            f"{workdir} holds no checkpoint, though its metrics.jsonl tells of step {last_step}: "
-            "put the checkpoints back, or start over in another --workdir (here: delete that file)"
+            f"{workdir} holds no checkpoint, though its metrics.jsonl tells of one of step "
+            f"{last_saved}: put the checkpoints back, or start over in another --workdir (here: "
+            "delete that file)"
         )
 
 

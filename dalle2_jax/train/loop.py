@@ -13,7 +13,7 @@ from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import checks, hosts
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
-from dalle2_jax.train.metrics import Reporter, Window, last_step
+from dalle2_jax.train.metrics import Reporter, Window, last_saved
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
@@ -77,7 +77,7 @@ def train(
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
         else:
-            checks.check_not_lost(workdir, last_step(workdir), config.checkpoint_every)
+            checks.check_not_lost(workdir, last_saved(workdir))
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)
@@ -86,6 +86,7 @@ def train(
         profile = Profile(config.profile, workdir, start)
         with Reporter(workdir, start, int(state.position), tensorboard) as report, profile:
             report.parameters(template.params)
+            report.saved(start)
             try:
                 while step < config.num_steps and not stopped_by:
                     batch = global_batch(next(data), mesh)
@@ -120,6 +121,7 @@ def train(
                         report.scalars(step, scores)
                     if save:
                         recovery.save(state, scores, bool(stopped_by) or step == config.num_steps)
+                    report.saved(checkpoints.committed)
                     if _due(config.preview_every, step):
                         report.images(step, side.preview(state.ema_params))
                     if _due(config.export_every, step):
@@ -129,8 +131,9 @@ def train(
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
                 stopper.busy()
                 raise UserError(f"{error}{keep(checkpoints, state, scores, start)}") from error
-        stopper.busy()
-        checkpoints.wait()
+            stopper.busy()
+            checkpoints.wait()
+            report.saved(checkpoints.committed)
         if stopped_by in (None, "max_minutes"):
             side.export(state.ema_params)
         return Result(step, stopped_by, state)

@@ -58,12 +58,12 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
-def last_step(workdir: Path) -> int:
-    """The newest step that metrics.jsonl tells of, 0 for none."""
+def last_saved(workdir: Path) -> int:
+    """The newest checkpoint that metrics.jsonl tells of, 0 for none."""
     steps = [0]
     for line in _lines(workdir / "metrics.jsonl"):
         with contextlib.suppress(ValueError, LookupError, TypeError):
-            steps.append(int(json.loads(line)["step"]))
+            steps.append(int(json.loads(line)["checkpoint"]))
     return max(steps)
 
 
@@ -75,12 +75,14 @@ class Reporter:
         self._active = jax.process_index() == 0
         self._folder, self._clu = workdir, None
         self._last_step, self._last_time = start_step, time.perf_counter()
+        self._last_saved = 0
         if not self._active:
             return
         remote.make_folder(workdir)
         for folder in (workdir, workdir / "previews", workdir / "model"):
             remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
         self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
+        self._last_saved = last_saved(workdir)
         if tensorboard:
             from clu import metric_writers
 
@@ -107,6 +109,7 @@ class Reporter:
         if self._active:
             self._lines.close()
             self._lines = _reopen(self._folder / "metrics.jsonl", step, batch)
+            self._last_saved = last_saved(self._folder)
             self._line({"step": step, **event})
 
     def parameters(self, params: Params) -> None:
@@ -150,6 +153,12 @@ class Reporter:
             self._lines.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._lines.name}: {error.strerror}") from error
+
+    def saved(self, step: int | None) -> None:
+        """Tells once that the checkpoint of `step` is there, whole."""
+        if self._active and step and step > self._last_saved:
+            self._last_saved = step
+            self._line({"step": step, "checkpoint": step})
 
     def images(self, step: int, pictures: Mapping[str, Any]) -> None:
         """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""

@@ -115,7 +115,7 @@ class Recovery:
 
 def keep(checkpoints: Checkpoints, state: TrainState, scores: dict, start: int) -> str:
     """Saves `state` where the run fails on the way; what to tell of it."""
-    if jax.process_count() > 1:  # saving needs every host, and they train on
+    if checkpoints.failed or jax.process_count() > 1:  # saving needs all hosts, and they train on
         return ""
     try:
         step = int(state.step)

@@ -81,17 +81,25 @@ def offloaded(names: str) -> dict[str, bool]:
     return {name: name in given for name in OFFLOADABLE}
 
 
+def is_on_host(x: Array) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def to_host(x: Array) -> Array:
+    """`x` in the host's memory, in jit."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
 def on_device(tree: PyTree) -> PyTree:
     """What of `tree` lies in the host's memory, brought to the device's, in jit or out of it."""
 
     def bring(x: Array) -> Array:
-        host = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return jax.device_put(x, jax.memory.Space.Device) if host else x
+        return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
 
     return jax.tree.map(bring, tree)
 
 
-def _to_host(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
+def _in_host_memory(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
@@ -128,7 +136,7 @@ def abstract_state(
     )
     for name, field in OFFLOADABLE.items():
         if to_host[name]:
-            moved = _to_host(getattr(placed, field), getattr(shapes, field), mesh)
+            moved = _in_host_memory(getattr(placed, field), getattr(shapes, field), mesh)
             placed = placed.replace(**{field: moved})
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

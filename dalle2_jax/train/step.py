@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
-from dalle2_jax.train.state import Faults, TrainState, on_device, shardings_of
+from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, shardings_of, to_host
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+TURNS = 16  # in which what is offloaded is updated
 FROZEN_RULES = ((".*", "fsdp"),)
 
 
@@ -84,6 +85,61 @@ def keep_if_good(old: TrainState, new: TrainState, good: Array) -> TrainState:
     return chosen.replace(step=old.step + 1, faults=faults)
 
 
+def in_turns(
+    update: Callable[[TrainState], TrainState], state: TrainState, good: Array
+) -> TrainState:
+    """`update(state)`, in which a parameter's part depends on that part alone and changes where the
+    step is `good`.
+
+    What waits in the host's memory comes to the device in turns, some parameters at a time, and
+    goes back before the next: all at once it would take the memory that it was to spare. Only a
+    branch keeps the compiler from fetching all of it at the start.
+    """
+    given, tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves = [x for _, x in given]
+    waiting = {i for i, x in enumerate(leaves) if is_on_host(x)}
+    new = jax.tree.leaves(update(state))
+    for turn in _turns(given, state.params, waiting):
+
+        def change(own: list[Array], turn: list[int] = turn) -> tuple[list[Array], Array]:
+            now = dict(enumerate(leaves)) | dict(zip(turn, own, strict=True))
+            found = jax.tree.leaves(update(jax.tree.unflatten(tree, now.values())))
+            first = sum(found[i].ravel()[0].astype(jnp.float32) for i in turn)
+            return [to_host(found[i]) if i in waiting else found[i] for i in turn], first
+
+        def keep(own: list[Array]) -> tuple[list[Array], Array]:
+            return own, jnp.float32(0)
+
+        done, first = jax.lax.cond(good, change, keep, [leaves[i] for i in turn])
+        good &= (first == first) | good  # as it was, but known only when the turn is over
+        for i, leaf in zip(turn, done, strict=True):
+            new[i] = leaf
+    return jax.tree.unflatten(tree, new)
+
+
+def _turns(given: Sequence[Any], params: Params, waiting: Container[int]) -> list[list[int]]:
+    """The leaves of the state, by their places, that belong to parameters of which something is
+    `waiting`: about TURNS groups of one size, a parameter's leaves together."""
+    names = sharding.flatten(params)
+    owned: dict[str, list[int]] = {name: [] for name in names}
+    for i, (path, leaf) in enumerate(given):
+        ends = (sharding.path_name(path[start:]) for start in range(len(path)))
+        name = next((n for n in ends if n in names and names[n].shape == leaf.shape), None)
+        if name:
+            owned[name].append(i)
+    owned = {name: places for name, places in owned.items() if any(i in waiting for i in places)}
+    total = sum(names[name].size for name in owned)
+    turns: list[list[int]] = []
+    size = total
+    for name, places in owned.items():
+        if size * TURNS >= total:
+            turns.append([])
+            size = 0
+        turns[-1] += places
+        size += names[name].size
+    return turns
+
+
 def make_train_step(
     task: Task, optimizer: Optimizer, config: Any, template: TrainState, mesh: Mesh
 ) -> TrainStep:
@@ -95,27 +151,31 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        state = on_device(state)
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
         with on_mesh(mesh, config.sharding_rules, state.params, frozen):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        ema_params = ema_update(
-            state.ema_params,
-            params,
-            config.ema_decay,
-            config.ema_warmup,
-            state.good_steps + 1,
-            optimizer,
-        )
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if config.max_grad_norm:
             good &= grad_norm <= config.max_grad_norm
-        new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
-        new = keep_if_good(state, new, good)
+
+        def update(state: TrainState) -> TrainState:
+            state = on_device(state)
+            updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            ema_params = ema_update(
+                state.ema_params,
+                params,
+                config.ema_decay,
+                config.ema_warmup,
+                state.good_steps + 1,
+                optimizer,
+            )
+            new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
+            return keep_if_good(state, new, good)
+
+        new = in_turns(update, state, good)
         metrics = {
             **metrics,
             "loss": loss,

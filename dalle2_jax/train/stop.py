@@ -74,7 +74,8 @@ class Stopper:
 
     def _handle(self, number: int, frame: object) -> None:
         self._signal = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        for each in SIGNALS:  # the next one ends the process: nothing is said to be saved
+            signal.signal(each, signal.SIG_DFL)
 
     def alive(self) -> None:
         """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
