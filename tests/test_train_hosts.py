@@ -182,6 +182,50 @@ def test_a_host_may_compile_for_longer_than_another(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_others_end_when_a_host_is_killed_and_all_go_on(start, tmp_path):
+    """kill -9 of one rank: the other must not wait for ever, and nothing of the run is lost."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    processes = start(2, workdir=str(killed), config=dict(SPLIT, num_steps=9), seconds=0.5)
+    wait_for(processes[0], "step 5/")
+    processes[1].kill()
+    assert finish(processes[:1], timeout=200)[0] not in (0, None), processes[0].said
+    assert finish(start(2, workdir=str(killed), config=dict(SPLIT, num_steps=9))) == [0, 0]
+    loop.train(toy_task.config(**dict(SPLIT, num_steps=9)), ToyTask(), toy_task.dataset(), whole)
+    told, alone = losses(killed), losses(whole)
+    assert sorted(told) == sorted(alone) == list(range(1, 10))
+    np.testing.assert_allclose(list(told.values()), list(alone.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_hosts_as_on_one(tmp_path):
+    """train.py itself, with pictures: each host reads its share of every batch, in the order of
+    one host alone."""
+    script = pathlib.Path(__file__).parent.parent / "train.py"
+    settings = ("source=tfds", f"path={FIXTURE}", "split=train", "subset=", "eval_split=")
+    command = [sys.executable, str(script), f"--config={script.parent}/configs/clip.py:tiny"]
+    command += [f"--config.data.{setting}" for setting in settings]
+    command += ["--config.batch_size=16", "--config.num_steps=4", "--config.log_every=1"]
+    command += ["--config.model.image.depth=1", "--config.model.text.depth=1"]
+    command += ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = [f"--coordinator_address=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+
+    def run(name: str, devices: int, *flags: str) -> subprocess.Popen:
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        flags = (*flags, f"--workdir={tmp_path / name}")
+        with open(tmp_path / f"{name}{flags[-2][-1]}.log", "w") as log:
+            return subprocess.Popen([*command, *flags], env=env, stdout=log, stderr=log)
+
+    two = [run("two", 4, *meet, f"--process_id={rank}") for rank in (0, 1)]
+    assert [process.wait(400) for process in two] == [0, 0]
+    assert run("one", 8, "--notensorboard").wait(300) == 0
+    told, alone = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert sorted(told) == sorted(alone) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(told.values()), list(alone.values()), rtol=1e-5)
+
+
 def test_two_hosts_go_back_together(start, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     cfg, bad = dict(SPLIT, max_skips=3, num_steps=9), [2, 5, 6, 7]
@@ -196,7 +240,6 @@ def test_two_hosts_go_back_together(start, tmp_path):
         assert state["faults/passed_over"] == 8 and state["step"] == 9
 
 
-@pytest.mark.slow  # of one process: test_train_kills.py
 def test_a_second_sigterm_ends_a_host_that_hangs_at_once(start, tmp_path):
     processes = start(2, workdir=str(tmp_path), config=SPLIT, hang_at=3, hang_rank=1)
     wait_for(processes[1], "hangs")

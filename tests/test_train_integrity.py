@@ -114,7 +114,8 @@ def check_outcomes(whole, tmp_path, seeds) -> dict[str, int]:
 
 
 def test_no_harm_to_a_file_goes_unseen(whole, tmp_path):
-    assert check_outcomes(whole, tmp_path, range(0, 45, 3))["detected"] >= 13
+    files = len(files_of(whole[0] / "checkpoints" / "8"))
+    assert check_outcomes(whole, tmp_path, range(files))["detected"] >= files - 2  # each once
 
 
 @pytest.mark.slow

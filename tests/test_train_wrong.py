@@ -138,6 +138,15 @@ def test_places_that_hold_no_checkpoint_are_told(whole, tmp_path, run):
     assert status == 2 and f"cannot write to the folder {workdir / 'checkpoints'}" in said
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+def test_a_folder_in_the_place_of_a_file_is_told(whole, tmp_path, run, name):
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    (workdir / name).unlink(missing_ok=True)
+    (workdir / name).mkdir()
+    status, said = run(workdir)
+    assert status == 2 and f"{workdir / name} (Is a directory): " in said
+
+
 def test_a_second_writer_is_told_of_the_first(whole, tmp_path, run):
     workdir = shutil.copytree(whole, tmp_path / "w")
     with WorkdirLock(workdir):

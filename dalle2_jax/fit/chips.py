@@ -8,6 +8,7 @@ number of 128 x 128 (v6e, 7x: 256 x 256) multiplier arrays.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -76,9 +77,9 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
     Shapes are those of the vendor's pages; v4 and v5p have three dimensions.
     """
-    kind, colon, shape = name.partition(":")
+    kind, colon, shape = name.lower().replace("v5litepod", "v5e").partition(":")
     if not colon:
-        kind, _, count = name.replace("v5litepod", "v5e").partition("-")
+        kind, _, count = kind.partition("-")
         if kind in CHIPS and count.isdecimal() and (found := _squarest(CHIPS[kind], int(count))):
             shape = "x".join(map(str, found))
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
@@ -120,10 +121,17 @@ def _exists(sizes: tuple[int, ...]) -> bool:
 
 
 def _squarest(chip: Chip, count: int) -> tuple[int, ...] | None:
-    """The vendor's shape for so many chips (cores): as square as powers of two allow."""
+    """The vendor's shape for so many chips (cores): as square as its sides allow."""
     count, rest = divmod(count, chip.aliases)
-    if rest or count < 1 or count & (count - 1):
+    if rest or count < 1:
         return None
+    if count & (count - 1):  # whole cubes of 4 x 4 x 4
+        cubes, rest = divmod(count, 64)
+        if rest or chip.dimensions == 2:
+            return None
+        sides = itertools.combinations_with_replacement(range(1, cubes + 1), 3)
+        found = min((s for s in sides if math.prod(s) == cubes), key=sum)
+        return tuple(4 * side for side in found)
     sizes, exponent = [1] * chip.dimensions, count.bit_length() - 1
     for i in range(exponent):
         sizes[-1 - i % chip.dimensions] *= 2

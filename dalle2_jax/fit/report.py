@@ -70,6 +70,18 @@ class Report:
     padding: float | None = None  # of the forward pass' FLOPs: products with zeros that fill tiles
     from_host: float = 0.0  # bytes that wait in the host's memory until a step uses them
     thorough: bool = False  # the compiler searched as it does for a run
+    # of drawing's stages, the compiler's own (or the roofline's where there is none)
+    stage_seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def _what(self) -> str:
+        """What takes the time that is told."""
+        return "step" if self.num_steps else "batch drawn"
+
+    @property
+    def _blind(self) -> bool:
+        """FLOPs and roofline leave out the kernels: without them the program does not fit."""
+        return self.kernels and self.seconds["optimal"] is None
 
     @property
     def collective_bytes(self) -> float:
@@ -104,8 +116,9 @@ class Report:
         share = 100 * self.memory["total"] / self.hbm
         rows += [
             ("  of HBM", f"{self.hbm / GIB:.2f} GiB ({share:.0f} %)"),
-            ("FLOPs analytic", f"{self.analytic_flops / 1e12:.2f} T a chip and step"),
+            ("FLOPs analytic", f"{self.analytic_flops / 1e12:.2f} T a chip and {self._what}"),
             ("FLOPs compiled", f"{self.compiled_flops / 1e12:.2f} T, {ratio:.3f} of the analytic"),
+            *([("", "attention is in neither: its kernels do not tell")] if self._blind else []),
             *([] if self.padding is None else [("padding", f"{100 * self.padding:.1f} %")]),
             ("HBM traffic", f"{self.hbm_traffic / 1e9:.1f} GB"),
         ]
@@ -120,7 +133,10 @@ class Report:
                 told += f", {100 * self.async_share:.0f} % asynchronous"
             rows.append(("all collectives", told))
         for method in METHODS:
-            rows.append((f"step, {method}", self._speed(method)))
+            rows.append((f"{self._what}, {method}", self._speed(method)))
+        for stage, seconds in self.stage_seconds.items():
+            told = "not told by the compiler" if seconds is None else f"{1000 * seconds:.1f} ms"
+            rows.append((f"  {stage}", told))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

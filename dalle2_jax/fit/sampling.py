@@ -239,6 +239,10 @@ def _together(
         k: p.memory["total"] + (0 if wait else sum(weights.values()) - weights[k])
         for k, _, p in parts
     }
+    stage_seconds: dict[str, float | None] = {}
+    for stage, calls, each in parts:
+        best = each.seconds["optimal"] or each.seconds["roofline"]
+        stage_seconds[stage] = best and calls * best
     name, _, part = max(parts, key=lambda x: need[x[0]])
     held = {name: weights[name]} if wait else weights
     memory = {f"weights of {k}": size for k, size in held.items()}
@@ -259,5 +263,6 @@ def _together(
         seconds=seconds,
         unknown_cycles=int(total("unknown_cycles")),
         mfu={k: s and analytic / (s * where.chip.flops) for k, s in seconds.items()},
+        stage_seconds=stage_seconds,
         kernels=any(part.kernels for *_, part in parts),
     )

@@ -61,7 +61,12 @@ class WorkdirLock:
         if remote.is_remote(workdir):
             self._file = BucketLock(workdir / ".lock")
             return 0
-        self._file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held until __exit__)
+        path = workdir / ".lock"
+        try:
+            self._file = path.open("a+")  # held until __exit__
+        except OSError as error:
+            told = f"cannot write {path} ({error.strerror}): remove it, or choose another --workdir"
+            raise UserError(told) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -318,7 +323,13 @@ class Checkpoints:
         return 0
 
     def _set_aside(self, path: Path, told: str) -> None:
-        remote.make_folder(self._broken)
+        try:
+            remote.make_folder(self._broken)
+        except OSError as error:
+            raise UserError(
+                f"{path} is damaged ({told}), and cannot be moved to {self._broken} "
+                f"({error.strerror}): move that away"
+            ) from error
         target = self._broken / f"{path.name}.{time.time_ns()}"
         remote.move(path, target)
         self._found_broken.append(f"step {path.name}: {told}")

@@ -207,4 +207,8 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
 def _lines(path: Path) -> list[bytes]:
     if remote.is_remote(path):
         return BucketLines.read(path)
-    return path.read_bytes().splitlines() if path.exists() else []
+    try:
+        return path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        told = f"cannot read {path} ({error.strerror}): move it away, or choose another --workdir"
+        raise UserError(told) from error

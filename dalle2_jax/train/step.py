@@ -104,7 +104,7 @@ def in_turns(
         def change(own: list[Array], turn: list[int] = turn) -> tuple[list[Array], Array]:
             now = dict(enumerate(leaves)) | dict(zip(turn, own, strict=True))
             found = jax.tree.leaves(update(jax.tree.unflatten(tree, now.values())))
-            first = sum(found[i].ravel()[0].astype(jnp.float32) for i in turn)
+            first = jnp.stack([found[i].ravel()[0].astype(jnp.float32) for i in turn]).sum()
             return [to_host(found[i]) if i in waiting else found[i] for i in turn], first
 
         def keep(own: list[Array]) -> tuple[list[Array], Array]:
