@@ -233,7 +233,8 @@ def _together(
             kept = found.setdefault(kind, collections.defaultdict(float))
             for key, value in numbers.items():
                 kept[key] += calls * value
-    analytic = total("analytic_flops")
+    analytic, compiled = total("analytic_flops"), total("compiled_flops")
+    needed = min(analytic, compiled)  # what is the same in all steps may be computed once a call
     # the stage that needs most, beside the weights of the others where they stay
     need = {
         k: p.memory["total"] + (0 if wait else sum(weights.values()) - weights[k])
@@ -256,13 +257,13 @@ def _together(
         memory=memory,
         from_host=sum(weights.values()) if wait else 0.0,
         analytic_flops=analytic,
-        compiled_flops=total("compiled_flops"),
+        compiled_flops=compiled,
         hbm_traffic=total("hbm_traffic"),
         link_seconds=total("link_seconds"),
         collectives={kind: dict(numbers) for kind, numbers in found.items()},
         seconds=seconds,
         unknown_cycles=int(total("unknown_cycles")),
-        mfu={k: s and analytic / (s * where.chip.flops) for k, s in seconds.items()},
+        mfu={k: s and needed / (s * where.chip.flops) for k, s in seconds.items()},
         stage_seconds=stage_seconds,
         kernels=any(part.kernels for *_, part in parts),
     )
