@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dalle2_jax.errors import UserError
@@ -38,18 +38,25 @@ def say(error: Exception | str, status: int = 2) -> int:
     return status
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None], words: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake.
+
+    `words` says what stands beside the flags and is handed to `main`, as in ("import", "SOURCE"):
+    those in capitals are the user's, the others stand as they are.
 
     Ctrl-C is one line and status 130, after `main` cleaned up; `stop` and `stop_at_once` are for
     those that have nothing to clean up.
     """
 
     def guarded(argv: list[str]) -> int:
-        if len(argv) > 1:
-            return say(f"unknown argument {argv[1]!r}: flags start with --")
+        given = argv[1:]
+        if not words and given:
+            return say(f"unknown argument {given[0]!r}: flags start with --")
+        fits = [word.isupper() or word == own for word, own in zip(words, given, strict=False)]
+        if len(given) != len(words) or not all(fits):
+            return say(f"write {' '.join(words)} beside the flags, not {' '.join(given)!r}")
         try:
-            return main() or 0
+            return main(*given) or 0
         except UserError as error:
             return say(error, error.exit_status)
         except ModuleNotFoundError as error:

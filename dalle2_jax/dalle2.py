@@ -18,9 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax import images, model_folder, sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.nets.clip import CLIP, TextEncoding, text_mask
+from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
+from dalle2_jax.pictures import middle_square
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
@@ -43,6 +44,7 @@ class Captions(NamedTuple):
 
     clip: Array | np.ndarray
     decoder: Array | np.ndarray  # CLIP's again where the decoder shares its text tower
+    given: Array | np.ndarray  # bool [b]; False: there is none, the tokens are the empty one's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DALLE2:
 
     tokenizer: Tokenizer
     clip: CLIP
-    prior: PriorSampler
+    prior: PriorSampler | None  # None: the model draws from other pictures' z_img alone
     decoder: DecoderSampler
     upsamplers: Mapping[str, UpsamplerSampler]
     params: Mapping[str, Params]
@@ -81,7 +83,7 @@ class DALLE2:
         if not isinstance(weights, str | os.PathLike):
             raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
         folder = model_folder.resolve(weights)
-        for stage in ("clip", "prior", "decoder"):
+        for stage in ("clip", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
         dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
         params: dict[str, Params] = {}
@@ -91,7 +93,9 @@ class DALLE2:
             return loaded[0]
 
         clip = kept("clip", load.clip(folder, dtype))
-        prior = kept("prior", load.prior(folder, clip, dtype))
+        prior = None
+        if load.draws_from_captions(folder):
+            prior = kept("prior", load.prior(folder, clip, dtype))
         decoder = kept("decoder", load.decoder(folder, clip, dtype))
         upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
         upsamplers = {name: kept(name, loaded) for name, loaded in upsamplers.items()}
@@ -115,7 +119,8 @@ class DALLE2:
         return [self.decoder, *self.upsamplers.values()][-1].image_size
 
     def samplers(self) -> dict[str, StageSampler]:
-        return {"prior": self.prior, "decoder": self.decoder, **self.upsamplers}
+        prior = {} if self.prior is None else {"prior": self.prior}
+        return {**prior, "decoder": self.decoder, **self.upsamplers}
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """How each stage is sampled, as plain values."""
@@ -149,12 +154,12 @@ class DALLE2:
             )
             for name, sampler in self.samplers().items()
         }
-        prior, decoder = changed.pop("prior"), changed.pop("decoder")
+        prior, decoder = changed.pop("prior", None), changed.pop("decoder")
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None,
         n: int = 1,
         seed: int | Sequence[int] = 0,
         **options: Any,
@@ -165,7 +170,8 @@ class DALLE2:
         (but for rounding) drawn alone, in any batch and on any number of devices.
 
         Args:
-            prompts: one sentence or several; what is beyond the context length is cut off.
+            prompts: one sentence or several; what is beyond the context length is cut off. None
+                draws from `z_img` alone, n pictures of each of its rows.
             n: pictures a prompt, 2**32 at most; all are held at once here, not in `stream`.
             seed: an integer from 0 to 2**32 - 1, or one a prompt. Pictures i of two prompts with
                 one seed begin from the same noise.
@@ -178,11 +184,12 @@ class DALLE2:
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None,
         n: int = 1,
         seed: int | Sequence[int] = 0,
         *,
         z_img: np.ndarray | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
         steps: Choice = None,
         cfg_scale: Choice = None,
         solver: Choice = None,
@@ -193,8 +200,12 @@ class DALLE2:
 
         Args:
             prompts, n, seed: see `generate`.
-            z_img: [len(prompts) * n, dim], in place of what the prior would draw. CLIP's have unit
-                length; rows of another length are scaled to it, for a direction is all they say.
+            z_img: [len(prompts) * n, dim], in place of what the prior would draw, or one a prompt
+                for all of its n. Where this CLIP's have unit length (`clip.unit_length`), rows of
+                another length are scaled to it, for a direction is all they say.
+            noise: {stage: standard normal [1 + steps, len(prompts) * n, ...]}, x_T and then each
+                step's, in place of what the seed would draw. The prior's has rows for each of its
+                candidates, picture by picture.
             steps, cfg_scale, solver: see `with_settings`.
             batch_size: pictures drawn at a time, rounded up to a multiple of the devices.
             progress: called as each stage's steps are done.
@@ -203,20 +214,33 @@ class DALLE2:
             UserError: see `generate`; when the first batch is asked for.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
-            raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
-        if not prompts or not all(p.strip() for p in prompts):
-            raise UserError("a prompt is empty: write what is to be drawn")
+        if prompts is not None:
+            if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+                raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
+            if not prompts or not all(p.strip() for p in prompts):
+                raise UserError("a prompt is empty: write what is to be drawn")
+        elif z_img is None:
+            raise UserError("there is nothing to draw: give prompts, z_img or both")
+        if self.prior is None and z_img is None:
+            raise UserError(
+                f"{self.weights} has no prior, which draws z_img from a prompt: give z_img, as "
+                "encode_image gives it, or import a model that has one"
+            )
         n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
+        captions = self.captions([None] * len(np.atleast_2d(z_img)) if prompts is None else prompts)
+        count = len(captions.given)
+        total = count * n
         given: Any = seed
         one = not isinstance(given, list | tuple) and np.ndim(given) == 0
-        seeds = [given] * len(prompts) if one else list(given)
+        seeds = [given] * count if one else list(given)
         seeds = np.array([_whole("seed", s, 0, 2**32 - 1) for s in seeds], np.uint32)
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} prompts: give one for each")
         model = self.with_settings(steps, cfg_scale, solver)
-        captions, total = self.captions(prompts), len(prompts) * n
-        z_img = None if z_img is None else _unit_rows("z_img", z_img, (total, self.clip.dim))
+        if z_img is not None:
+            z_img = _rows("z_img", z_img, self.clip.dim, self.clip.unit_length, (total, count))
+            z_img = np.repeat(z_img, total // len(z_img), axis=0)
+        noise = model._noise_rows(noise, total)
         size = -(-min(batch_size, total) // jax.device_count()) * jax.device_count()
         for start in range(0, total, size):
             # Made batch by batch, as n may be large; the last is filled up with its last picture.
@@ -225,16 +249,36 @@ class DALLE2:
             texts = jax.tree.map(lambda tokens, row=row: tokens[row], captions)
             z = None if z_img is None else z_img[places]
             batch = jax.device_put((seeds[row], index, texts, z), _by_batch())
+            given = {
+                name: array[:, places].reshape(len(array), -1, *array.shape[3:])
+                for name, array in noise.items()
+            }
             report = _overall(progress, start // size, -(-total // size))
             with on_mesh(_mesh()):
-                pictures = model._draw(*batch, report=report)
+                pictures = model._draw(*batch, noise=given, report=report)
             yield np.asarray(images.to_uint8(pictures))[: total - start]
 
-    def captions(self, prompts: Sequence[str]) -> Captions:
-        """Prompts -> tokens int32 [b, n], as each of the cascade's text encoders reads them."""
+    def captions(self, prompts: Sequence[str | None]) -> Captions:
+        """Prompts -> tokens int32 [b, n], as each of the cascade's text encoders reads them; None
+        is no caption."""
         clip, decoder = self.tokenizers()
-        tokens = clip(prompts)
-        return Captions(tokens, tokens if decoder is clip else decoder(prompts))
+        texts = [prompt or "" for prompt in prompts]
+        tokens = clip(texts)
+        given = np.array([prompt is not None for prompt in prompts])
+        return Captions(tokens, tokens if decoder is clip else decoder(texts), given)
+
+    def _noise_rows(self, noise: Mapping[str, np.ndarray] | None, total: int) -> dict[str, Any]:
+        """What `stream` is given, checked: {stage: [1 + steps, total, rows a picture, ...]}."""
+        samplers, checked = self.samplers(), {}
+        for stage, array in (noise or {}).items():
+            if stage not in samplers:
+                raise UserError(f"noise: no stage {stage!r}{near_miss(str(stage), samplers)}")
+            sampler, array = samplers[stage], np.asarray(array, np.float32)
+            shape = (sampler.settings.num_steps + 1, total * sampler.rows, *sampler.shape)
+            if array.shape != shape:
+                raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(array.shape)}")
+            checked[stage] = array.reshape(shape[0], total, sampler.rows, *sampler.shape)
+        return checked
 
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
         """CLIP's and the decoder's, which is CLIP's where it shares CLIP's text tower."""
@@ -242,12 +286,12 @@ class DALLE2:
         return self.tokenizer, self.tokenizer if own is None else _tokenizer(own)
 
     def encode_image(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim], unit length.
+        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim].
 
         Of a picture that is not square the middle is read, as in training.
 
         Raises:
-            UserError: pictures of another type or shape, or none.
+            UserError: pictures of another type or shape, or none; a model without image tower.
         """
         try:
             pictures = np.asarray(pictures)
@@ -258,6 +302,12 @@ class DALLE2:
             raise UserError(f"pictures must be uint8 [b, h, w, 3], not {given}")
         if not pictures.size:
             raise UserError(f"pictures: there is none in uint8 {list(pictures.shape)}")
+        tower = self.clip.image
+        if tower is None:
+            raise UserError(f"{self.weights} has no image tower: it cannot read pictures")
+        if tower.get("resize", "area") == "bicubic":
+            size = tower["image_size"]
+            pictures = np.stack([middle_square(picture, size) for picture in pictures])
         h, w = pictures.shape[1:3]
         side = min(h, w)
         top, left = (h - side) // 2, (w - side) // 2
@@ -279,35 +329,29 @@ class DALLE2:
         index: Array,
         captions: Captions,
         z_img: Array | None,
+        noise: Mapping[str, Array],
         report: Callable,
     ) -> Array:
         """b seeds, indices and captions -> pictures [b, h, w, 3] in [-1, 1]."""
         keys = _keys(seed, index, list(self.samplers()))
-        text = self._run("clip", functools.partial(encode_text, self.clip), captions.clip)
-        if z_img is None:
-            z_img = self._run("prior", self.prior, text, keys["prior"], report("prior"))
-        pictures = self.decode(z_img, text, captions, keys["decoder"], report("decoder"))
-        for name, upsampler in self.upsamplers.items():
-            pictures = self._run(name, upsampler, pictures, keys[name], report(name))
-        return pictures
+        encode = functools.partial(encode_text, self.clip)
+        text, empty = self._run("clip", encode, captions.clip), None
+        if not all(getattr(s.network, "learned_null", True) for s in self.samplers().values()):
+            nothing = jnp.broadcast_to(self.captions([None]).clip, captions.clip.shape)
+            empty = self._run("clip", encode, nothing)
 
-    def decode(
-        self,
-        z_img: Array,
-        text: TextEncoding,
-        captions: Captions,
-        keys: Array,
-        progress: Progress | None = None,
-    ) -> Array:
-        """z_img [b, dim] and b captions -> pictures [b, s, s, 3] at the decoder's size."""
-        cond = {"z_img": z_img, "z_mask": jnp.ones(z_img.shape[:1], bool)}
-        own = self.decoder.network.text
-        if own is None:
-            cond |= {"txt_enc": text.txt_enc, "txt_mask": text.txt_mask}
-        else:
-            tokens = jnp.asarray(captions.decoder)
-            cond |= {"tokens": tokens, "txt_mask": text_mask(tokens, own["vocab_size"] - 1)}
-        return self._run("decoder", self.decoder, cond, keys, progress)
+        def draw(stage: str, *condition: Any) -> Array:
+            told = keys[stage], report(stage), noise.get(stage)
+            return self._run(stage, self.samplers()[stage], *condition, *told)
+
+        if z_img is None:
+            assert self.prior is not None
+            z_img = draw("prior", self.prior.condition(text, empty))
+        tokens, given = jnp.asarray(captions.decoder), jnp.asarray(captions.given)
+        pictures = draw("decoder", self.decoder.condition(z_img, text, tokens, given, empty))
+        for name in self.upsamplers:
+            pictures = draw(name, pictures)
+        return pictures
 
 
 def stored(params: Params, dtype: Any) -> Params:
@@ -354,23 +398,26 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(item) for item in value) if isinstance(value, list) else value
 
 
-def _unit_rows(name: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
-    """`value` float32 of this shape, each row scaled to unit length; UserError if it cannot be."""
+def _rows(name: str, value: Any, dim: int, unit_length: bool, counts: Sequence[int]) -> np.ndarray:
+    """`value` float32 [one of counts, dim], each row scaled to unit length where that is wanted;
+    UserError if it cannot be."""
     try:
         rows = np.asarray(value)
         if rows.dtype.kind in "US":  # numpy would read "1.0" as a number
             raise TypeError
         rows = rows.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} must be numbers {list(shape)}") from None
-    if rows.shape != shape:
-        raise UserError(f"{name} must be {list(shape)}, not {list(rows.shape)}")
+        raise UserError(f"{name} must be numbers {[counts[0], dim]}") from None
+    if rows.shape not in [(count, dim) for count in counts]:
+        raise UserError(f"{name} must be {[counts[0], dim]}, not {list(rows.shape)}")
     largest = np.abs(rows).max(axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))
     if bad.size:
         raise UserError(f"{name}[{bad[0]}] must be finite and not all 0")
-    rows = rows / largest  # or the squares might not fit
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    if unit_length:
+        rows = rows / largest  # or the squares might not fit
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -190,7 +190,8 @@ def test_numpys_numbers_are_numbers(model):
         ({"prompts": ""}, "a prompt is empty"),
         ({"prompts": ["a", "  "]}, "a prompt is empty"),
         ({"prompts": []}, "a prompt is empty"),
-        ({"prompts": None}, "prompts must be a text or a list of texts, not None"),
+        ({"prompts": None}, "there is nothing to draw: give prompts, z_img or both"),
+        ({"prompts": 3}, "prompts must be a text or a list of texts, not 3"),
         ({"prompts": ["a", 1]}, "prompts must be a text or a list of texts"),
         ({"prompts": "a", "n": 0}, "n must be a whole number from 1 to 4294967296, not 0"),
         ({"prompts": "a", "n": "2"}, "n must be a whole number .* not '2'"),
@@ -298,7 +299,7 @@ def test_without_upsamplers_the_decoders_pictures_come_out(model):
 def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
     entry = model_folder.read_stage(folder, "clip")
     model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
-    with pytest.raises(UserError, match="has no stage 'prior'; there is: clip"):
+    with pytest.raises(UserError, match="has no stage 'decoder'; there is: clip"):
         DALLE2.from_pretrained(str(tmp_path / "m"))
     with pytest.raises(UserError, match="nowhere"):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))

@@ -12,6 +12,7 @@ import pytest
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import TextEncoding
+from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
@@ -151,10 +152,11 @@ def test_the_prior_keeps_the_candidate_nearer_to_the_text():
     z_txt = jnp.eye(4)[:3]
     text = TextEncoding(z_txt, jnp.zeros((3, 2, 4)), jnp.ones((3, 2), bool))
     settings = Settings(steps=2, clip=None)
+    network = DiffusionPrior(dim=4, context_length=2, width=4, depth=1, heads=1)
     near = []
     for k in (1, 2, 16):
-        made = Prior(Nothing(), PROCESS, settings, candidates=k)
-        z = made({}, text, keys())
+        made = Prior(network, PROCESS, settings, candidates=k)
+        z = made({}, made.condition(text), keys())
         np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
         near.append(jnp.sum(z * z_txt, axis=-1))
         # of the candidates, drawn one by one, it is the nearest

@@ -70,9 +70,10 @@ def _report(
 ) -> Report:
     held = sum(local_bytes(tree) for tree in weighed.values())
     wait = waits(weighed, where.chip.hbm)
-    parts: list[tuple[str, int, Report]] = []
+    parts: list[tuple[str, int, Report, int]] = []
     for name, lower, calls, analytic, own in _programs(model, weighed, mesh, batch_size):
-        beside = 0 if wait else held - own  # the weights of the other stages
+        there = local_bytes(weighed[name]) if wait else held
+        beside = there - own  # weights that this program does not use
         try:
             part = measure(
                 *compile_twice(lower, thorough),
@@ -90,11 +91,11 @@ def _report(
             fewer = "a smaller --batch_size, or " if batch_size > where.chips else ""
             raise TooLarge(
                 f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, "
-                f"{'its' if wait else 'all'} weights ({(own if wait else held) / GIB:.2f} GiB) "
+                f"{'its' if wait else 'all'} weights ({there / GIB:.2f} GiB) "
                 f"included. It would help: {fewer}a chip with more",
                 error,
             ) from error
-        parts.append((name, calls, part))
+        parts.append((name, calls, part, beside))
     sizes = {name: float(local_bytes(tree)) for name, tree in weighed.items()}
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
     return _together(parts, where, batch_size, sizes, wait, count)
@@ -156,29 +157,18 @@ def _programs(
         local_bytes(params["clip"]),
     )
     encoded = jax.eval_shape(functools.partial(encode_text, clip), params["clip"], tokens)
-    many = b * model.prior.candidates
-    dim = clip.dim
-    cond = {
-        name: jax.ShapeDtypeStruct((many, *x.shape[1:]), x.dtype)
-        for name, x in encoded._asdict().items()
-    }
-    yield _stage("prior", model.prior, params["prior"], cond, many, (dim,), rows, mesh)
-    own, n = model.decoder.network.text, model.decoder.network.context_length
-    cond = {
-        "z_img": jax.ShapeDtypeStruct((b, dim), jnp.float32),
-        "z_mask": jax.ShapeDtypeStruct((b,), bool),
-        "txt_mask": jax.ShapeDtypeStruct((b, n), bool),
-    }
-    if own is None:
-        cond["txt_enc"] = encoded.txt_enc
-    else:
-        cond["tokens"] = jax.ShapeDtypeStruct((b, n), jnp.int32)
-    size = model.decoder.image_size
-    yield _stage("decoder", model.decoder, params["decoder"], cond, b, (size, size, 3), rows, mesh)
+    if model.prior is not None:
+        cond = jax.eval_shape(model.prior.condition, encoded, encoded)
+        k = model.prior.rows
+        cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b * k, *x.shape[1:]), x.dtype), cond)
+        yield from _stage("prior", model.prior, params["prior"], cond, b * k, rows, mesh)
+    z_img = jax.ShapeDtypeStruct((b, clip.dim), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((b, model.decoder.network.context_length), jnp.int32)
+    cond = jax.eval_shape(model.decoder.condition, z_img, encoded, tokens, None, encoded)
+    yield from _stage("decoder", model.decoder, params["decoder"], cond, b, rows, mesh)
     for name, upsampler in model.upsamplers.items():
-        size = upsampler.image_size
-        cond = {"low_res": jax.ShapeDtypeStruct((b, size, size, 3), jnp.float32)}
-        yield _stage(name, upsampler, params[name], cond, b, (size, size, 3), rows, mesh)
+        cond = {"low_res": jax.ShapeDtypeStruct((b, *upsampler.shape), jnp.float32)}
+        yield from _stage(name, upsampler, params[name], cond, b, rows, mesh)
 
 
 def _stage(
@@ -187,29 +177,28 @@ def _stage(
     params: Params,
     cond: Mapping[str, Any],
     b: int,
-    shape: tuple[int, ...],
     rows: Any,
     mesh: Mesh,
-) -> tuple[str, Any, int, int, int]:
-    steps = stage.settings.num_steps
-    chunk = sampling.steps_a_call(steps)
+) -> Iterator[tuple[str, Any, int, int, int]]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
-    state = jax.eval_shape(lambda k: sampling.start(stage, k, shape, None), keys)
-    ts = jax.ShapeDtypeStruct((chunk,), jnp.int32)
-    args = params, cond, state, ts, keys
-    placed = (params, rows(cond), rows(state), _on(mesh, PartitionSpec(), ts), rows(keys))
-    count = flops.of_function(lambda *a: sampling.advance_steps(stage, *a, None), *args)
+    state = jax.eval_shape(lambda k: sampling.start(stage, k, stage.shape, None), keys)
+    for part, steps in stage.parts(params):
+        chunk = sampling.steps_a_call(steps)
+        ts = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+        args = part, cond, state, ts, keys
+        placed = (part, rows(cond), rows(state), _on(mesh, PartitionSpec(), ts), rows(keys))
+        count = flops.of_function(lambda *a: sampling.advance_steps(stage, *a, None), *args)
 
-    def lower() -> Any:
-        jax.clear_caches()  # a program traced with kernels would serve without them
-        with on_mesh(mesh):
-            return sampling.advance_steps.lower(stage, *placed, None)
+        def lower(placed: Any = placed) -> Any:
+            jax.clear_caches()  # a program traced with kernels would serve without them
+            with on_mesh(mesh):
+                return sampling.advance_steps.lower(stage, *placed, None)
 
-    return name, lower, steps // chunk, count, local_bytes(params)
+        yield name, lower, steps // chunk, count, local_bytes(part)
 
 
 def _together(
-    parts: list[tuple[str, int, Report]],
+    parts: list[tuple[str, int, Report, int]],
     where: Slice,
     batch_size: int,
     weights: Mapping[str, float],
@@ -217,18 +206,18 @@ def _together(
     num_params: int,
 ) -> Report:
     """All calls one after the other; of the memory they need in turn, the most."""
-    first = parts[0][-1]
+    first = parts[0][2]
 
     def total(field: str) -> float:
-        return sum(calls * getattr(part, field) for _, calls, part in parts)
+        return sum(calls * getattr(part, field) for _, calls, part, _ in parts)
 
     seconds: dict[str, float | None] = {}
     for method in first.seconds:
-        told = [(calls, part.seconds[method]) for _, calls, part in parts]
+        told = [(calls, part.seconds[method]) for _, calls, part, _ in parts]
         known = [calls * s for calls, s in told if s is not None]
         seconds[method] = sum(known) if len(known) == len(told) else None
     found: dict[str, dict[str, float]] = {}
-    for _, calls, part in parts:
+    for _, calls, part, _ in parts:
         for kind, numbers in part.collectives.items():
             kept = found.setdefault(kind, collections.defaultdict(float))
             for key, value in numbers.items():
@@ -236,20 +225,19 @@ def _together(
     analytic, compiled = total("analytic_flops"), total("compiled_flops")
     needed = min(analytic, compiled)  # what is the same in all steps may be computed once a call
     # the stage that needs most, beside the weights of the others where they stay
-    need = {
-        k: p.memory["total"] + (0 if wait else sum(weights.values()) - weights[k])
-        for k, _, p in parts
-    }
     stage_seconds: dict[str, float | None] = {}
-    for stage, calls, each in parts:
+    for stage, calls, each, _ in parts:
         best = each.seconds["optimal"] or each.seconds["roofline"]
-        stage_seconds[stage] = best and calls * best
-    name, _, part = max(parts, key=lambda x: need[x[0]])
+        told = best and calls * best
+        before = stage_seconds.get(stage, 0.0)
+        stage_seconds[stage] = None if told is None or before is None else before + told
+    name, _, part, beside = max(parts, key=lambda x: x[2].memory["total"] + x[3])
     held = {name: weights[name]} if wait else weights
     memory = {f"weights of {k}": size for k, size in held.items()}
     memory["activations"] = part.memory["activations"]
-    memory["program, padding"] = need[name] - sum(memory.values())
-    memory["total"] = need[name]
+    need = part.memory["total"] + beside
+    memory["program, padding"] = need - sum(memory.values())
+    memory["total"] = need
     return dataclasses.replace(
         first,
         batch_size=batch_size,
@@ -265,5 +253,5 @@ def _together(
         unknown_cycles=int(total("unknown_cycles")),
         mfu={k: s and needed / (s * where.chip.flops) for k, s in seconds.items()},
         stage_seconds=stage_seconds,
-        kernels=any(part.kernels for *_, part in parts),
+        kernels=any(part.kernels for _, _, part, _ in parts),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ def normalise(z: Array) -> Array:
 
 
 class TextEncoding(NamedTuple):
-    z_txt: Array  # b d, unit length
+    z_txt: Array  # b d, of unit length where the CLIP says so
     txt_enc: Array  # b n width, hidden states after the last norm
     txt_mask: Array  # b n, True up to and with the end-of-text token
 
@@ -47,6 +47,7 @@ class TextTower(nn.Module):
     activation: str = "gelu"
     dtype: Any = jnp.float32
     remat: str | bool = "none"
+    mlp_ratio: float = 4.0
 
     @nn.compact
     def __call__(self, tokens: Array) -> tuple[Array, Array, Array]:
@@ -62,7 +63,13 @@ class TextTower(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.01), shape, jnp.float32)
         x = embed(tokens) + positions[None, :n].astype(self.dtype)
         x = Transformer(
-            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+            self.depth,
+            self.heads,
+            self.activation,
+            self.dtype,
+            self.remat,
+            self.mlp_ratio,
+            name="transformer",
         )(x, causal_mask(n))
         x = LayerNorm(name="norm")(x)
         mask = text_mask(tokens, self.vocab_size - 1)
@@ -73,7 +80,11 @@ class TextTower(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """images [b, s, s, 3] in [-1, 1] -> projection of the class token [b, dim] (ViT)."""
+    """images [b, s, s, 3] in [-1, 1] -> projection of the class token [b, dim] (ViT).
+
+    `mean` and `std`, of channels from 0 to 1, standardise what the tower sees; `resize` ("area" or
+    "bicubic") is how its pictures are made small.
+    """
 
     dim: int
     image_size: int
@@ -84,6 +95,10 @@ class ImageTower(nn.Module):
     activation: str = "gelu"
     dtype: Any = jnp.float32
     remat: str | bool = "none"
+    mlp_ratio: float = 4.0
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+    resize: str = "area"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -93,6 +108,10 @@ class ImageTower(nn.Module):
         patches = nn.Conv(
             self.width, (p, p), (p, p), "VALID", use_bias=False, dtype=self.dtype, name="patch"
         )
+        # of channels from -1 to 1; by default nothing changes
+        mean = jnp.array([2 * m - 1 for m in self.mean], jnp.float32)[None, None, None]
+        std = jnp.array([2 * s for s in self.std], jnp.float32)[None, None, None]
+        images = (images.astype(jnp.float32) - mean) / std
         x = patches(images.astype(self.dtype)).reshape(b, -1, self.width)  # b h w d -> b n d
         init = nn.initializers.normal(self.width**-0.5)
         cls = self.param("cls", init, (1, 1, self.width), jnp.float32).astype(self.dtype)
@@ -100,51 +119,77 @@ class ImageTower(nn.Module):
         positions = self.param("positions", init, x.shape[1:], jnp.float32)
         x = LayerNorm(name="norm_in")(x + positions[None].astype(self.dtype))
         x = Transformer(
-            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+            self.depth,
+            self.heads,
+            self.activation,
+            self.dtype,
+            self.remat,
+            self.mlp_ratio,
+            name="transformer",
         )(x)
         x = LayerNorm(name="norm")(x[:, 0])
         return nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(x)
 
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature.
+    """Both towers and the temperature.
 
     `image` and `text` are the towers' own arguments (`ImageTower`, `TextTower`) without `dim`
-    and `activation`, which they share.
+    and `activation`, which they share. Models that only draw may have one tower (the other is
+    None) and no `learned_temperature`, and encodings as they leave the towers (not `unit_length`).
     """
 
     dim: int
-    image: Mapping[str, Any]
-    text: Mapping[str, Any]
+    image: Mapping[str, Any] | None
+    text: Mapping[str, Any] | None
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    unit_length: bool = True
+    learned_temperature: bool = True
     SECTIONS: ClassVar = {"image": ImageTower, "text": TextTower}
 
     def setup(self) -> None:
         shared = {"dim": self.dim, "activation": self.activation, "dtype": self.dtype}
-        self.image_tower = ImageTower(**shared, **self.image)
-        self.text_tower = TextTower(**shared, **self.text)
-        init = nn.initializers.constant(math.log(1 / 0.07))
-        self.log_scale = self.param("logit_scale", init, (), jnp.float32)
+        if self.image is not None:
+            self.image_tower = ImageTower(**shared, **self.image)
+        if self.text is not None:
+            self.text_tower = TextTower(**shared, **self.text)
+        if self.learned_temperature:
+            init = nn.initializers.constant(math.log(1 / 0.07))
+            self.log_scale = self.param("logit_scale", init, (), jnp.float32)
 
-    def init_inputs(self) -> tuple[Array, ...]:
-        """Zeros that `init` can be called with."""
-        size, n = self.image["image_size"], self.text["context_length"]
-        return jnp.zeros((1, size, size, 3)), jnp.zeros((1, n), jnp.int32)
+    def init_inputs(self) -> tuple[Array | None, ...]:
+        """Zeros that `init` can be called with; None for a tower that is not there."""
+        images = tokens = None
+        if self.image is not None:
+            size = self.image["image_size"]
+            images = jnp.zeros((1, size, size, 3))
+        if self.text is not None:
+            tokens = jnp.zeros((1, self.text["context_length"]), jnp.int32)
+        return images, tokens
 
     def encode_image(self, images: Array) -> Array:
-        """images [b, s, s, 3] in [-1, 1] -> z_img float32 [b, dim], unit length."""
-        return normalise(self.image_tower(images))
+        """images [b, s, s, 3] in [-1, 1] -> z_img float32 [b, dim]."""
+        return self._length(self.image_tower(images))
 
     def encode_text(self, tokens: Array) -> TextEncoding:
         z, txt_enc, txt_mask = self.text_tower(tokens)
-        return TextEncoding(normalise(z), txt_enc, txt_mask)
+        return TextEncoding(self._length(z), txt_enc, txt_mask)
+
+    def _length(self, z: Array) -> Array:
+        return normalise(z) if self.unit_length else z.astype(jnp.float32)
 
     def logit_scale(self) -> Array:
+        if not self.learned_temperature:
+            return jnp.float32(math.exp(MAX_LOGIT_SCALE))
         clipped = jnp.minimum(self.log_scale, MAX_LOGIT_SCALE)
         # Straight through: once past the limit it could not come down again without a gradient.
         return jnp.exp(self.log_scale + jax.lax.stop_gradient(clipped - self.log_scale))
 
-    def __call__(self, images: Array, tokens: Array) -> tuple[Array, Array, Array]:
-        """(z_img, z_txt, the scale of their dot products)."""
-        return self.encode_image(images), self.encode_text(tokens).z_txt, self.logit_scale()
+    def __call__(
+        self, images: Array | None, tokens: Array | None
+    ) -> tuple[Array | None, Array | None, Array]:
+        """(z_img, z_txt, both of unit length, the scale of their dot products)."""
+        z_img = None if images is None else normalise(self.image_tower(images))
+        z_txt = None if tokens is None else normalise(self.text_tower(tokens)[0])
+        return z_img, z_txt, self.logit_scale()

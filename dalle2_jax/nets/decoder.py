@@ -51,6 +51,12 @@ class Decoder(nn.Module):
     z_img enters twice: added to the timestep embedding, and as `extra_tokens` tokens after the
     caption's. `text` holds `TextEncoder`'s arguments; None means that the caption comes encoded
     (CLIP's hidden states), which small models share.
+
+    Models differ in these: with `learned_null` learned tokens stand past a caption's end, and "no
+    caption" is nothing but them; without, nobody looks past the end, and no caption is the empty
+    one's encoding. `text_projection` is a width that CLIP's hidden states are brought to, and
+    normed. `z_txt_in_time`: CLIP's z_txt joins the time, not the caption's last token.
+    `unit_length`: z_img comes with it.
     """
 
     unet: Mapping[str, Any]
@@ -60,6 +66,10 @@ class Decoder(nn.Module):
     extra_tokens: int = 4
     learned_variance: bool = True
     dtype: Any = jnp.float32
+    learned_null: bool = True
+    text_projection: int | None = None
+    z_txt_in_time: bool = False
+    unit_length: bool = True
     SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
 
     def init_inputs(self, text_width: int, size: int | None = None) -> tuple[Any, ...]:
@@ -73,14 +83,16 @@ class Decoder(nn.Module):
             "z_mask": jnp.ones((1,), bool),
             "txt_mask": jnp.ones((1, self.context_length), bool),
             "txt_enc": jnp.zeros((1, self.context_length, text_width)),
+            "z_txt": jnp.zeros((1, self.dim)),
             "tokens": jnp.zeros((1, self.context_length), jnp.int32),
         }
         return jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32), cond, False
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Mapping[str, Array], train: bool) -> Array:
-        """`cond`: z_img [b, dim] (unit length), z_mask bool [b]; and txt_mask bool [b, n] with
-        either tokens [b, n] or txt_enc [b, n, w]. False in a mask is the learned null."""
+        """`cond`: z_img [b, dim], z_mask bool [b]; txt_mask bool [b, n] with either tokens [b, n]
+        or txt_enc [b, n, w]; z_txt [b, dim] where it joins the time. False in z_mask is the learned
+        null, in txt_mask what `learned_null` says."""
         b, n = cond["txt_mask"].shape
         channels = self.unet["channels"]
         emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)
@@ -90,20 +102,26 @@ class Decoder(nn.Module):
 
         null = self.param("null_z_img", nn.initializers.normal(0.02), (self.dim,), jnp.float32)
         # Unit length puts a coordinate at dim**-0.5: bring it to one, as the layers expect.
-        z_img = jnp.where(cond["z_mask"][:, None], cond["z_img"] * self.dim**0.5, null[None])
+        z_img = cond["z_img"] * self.dim**0.5 if self.unit_length else cond["z_img"]
+        z_img = jnp.where(cond["z_mask"][:, None], z_img, null[None])
 
         if self.text is None:
             txt_enc = cond["txt_enc"]
-            shape = (self.context_length, txt_enc.shape[-1])
-            padding = self.param("padding", nn.initializers.normal(0.02), shape, jnp.float32)
-            txt_enc = jnp.where(cond["txt_mask"][..., None], txt_enc, padding[None, :n])
+            if self.text_projection:
+                txt_enc = LayerNorm(name="norm_txt")(dense(self.text_projection, "txt")(txt_enc))
+            if self.learned_null:
+                shape = (self.context_length, txt_enc.shape[-1])
+                padding = self.param("padding", nn.initializers.normal(0.02), shape, jnp.float32)
+                txt_enc = jnp.where(cond["txt_mask"][..., None], txt_enc, padding[None, :n])
         else:
             encoder = TextEncoder(**self.text, dtype=self.dtype, name="text")
             txt_enc = encoder(cond["tokens"], cond["txt_mask"])
         width = txt_enc.shape[-1]
         # GLIDE's last token joins the time. Where it is padding it still has read the caption,
         # but not in a causal tower such as CLIP's: there the caption's own last token serves.
-        if self.text is None:
+        if self.z_txt_in_time:
+            last = cond["z_txt"]
+        elif self.text is None:
             at = jnp.maximum(cond["txt_mask"].sum(axis=1) - 1, 0)
             last = jnp.take_along_axis(txt_enc, at[:, None, None], axis=1)[:, 0]
         else:
@@ -112,7 +130,11 @@ class Decoder(nn.Module):
         extra = dense(self.extra_tokens * width, "tokens_z_img")(z_img)
         extra = extra.reshape(b, self.extra_tokens, width)
         context = jnp.concatenate([txt_enc.astype(self.dtype), extra], axis=1)
+        context_mask = None
+        if not self.learned_null:
+            extra_tokens = ((0, 0), (0, self.extra_tokens))
+            context_mask = jnp.pad(cond["txt_mask"], extra_tokens, constant_values=True)
 
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
-        return unet(x_t.astype(self.dtype), emb, context, train)
+        return unet(x_t.astype(self.dtype), emb, context, train, context_mask)

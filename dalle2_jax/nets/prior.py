@@ -16,8 +16,9 @@ class DiffusionPrior(nn.Module):
     """The sequence [txt_enc, z_txt, t, x_t, query]; the output at the query predicts z_img.
 
     Padding is masked from attention. A caption whose `txt_mask` is empty is "no caption": with
-    `learned_null` its z_txt is replaced by a learned vector, else by whatever the caller passed
-    (Karlo encodes the empty string).
+    `learned_null` its z_txt is replaced by a learned vector; without, no caption is the empty one's
+    encoding. With `standardised` x_0 is z_img by the mean and deviation of each coordinate, which
+    lie among the parameters.
     """
 
     dim: int
@@ -29,6 +30,7 @@ class DiffusionPrior(nn.Module):
     activation: str = "gelu"
     dtype: Any = jnp.float32
     remat: str | bool = "none"
+    standardised: bool = False
 
     def init_inputs(self, text_width: int) -> tuple[Array, ...]:
         """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
@@ -70,4 +72,14 @@ class DiffusionPrior(nn.Module):
             self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
         )(x, mask)
         x = LayerNorm(name="norm")(x[:, -1])
+        if self.standardised:  # for `to_z_img`
+            self.param("mean", nn.initializers.zeros, (self.dim,), jnp.float32)
+            self.param("std", nn.initializers.ones, (self.dim,), jnp.float32)
         return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)
+
+    def to_z_img(self, x_0: Array) -> Array:
+        """x_0 float32 [b, dim] as it is drawn -> z_img [b, dim], but for its length."""
+        if not self.standardised:
+            return x_0
+        mean, std = (self.get_variable("params", name) for name in ("mean", "std"))
+        return x_0 * std[None] + mean[None]

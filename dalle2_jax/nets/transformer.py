@@ -36,6 +36,7 @@ class Block(nn.Module):
     heads: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    mlp_ratio: float = 4.0  # the wide layer's width, of the width
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
@@ -47,7 +48,7 @@ class Block(nn.Module):
         y = LayerNorm(name="norm1")(x)
         q, k, v = (split_heads(dense(width, name)(y), self.heads) for name in "qkv")
         x = x + dense(width, "out")(merge_heads(attention(q, k, v, mask)))
-        y = dense(4 * width, "fc1")(LayerNorm(name="norm2")(x))
+        y = dense(round(self.mlp_ratio * width), "fc1")(LayerNorm(name="norm2")(x))
         x = x + dense(width, "fc2")(ACTIVATIONS[self.activation](y))
         return x, None  # nn.scan wants (carry, output)
 
@@ -63,6 +64,7 @@ class Transformer(nn.Module):
     activation: str = "gelu"
     dtype: Any = jnp.float32
     remat: str | bool = "none"
+    mlp_ratio: float = 4.0
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
@@ -73,5 +75,5 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # typed by its default, 0
             length=self.depth,
         )
-        block = blocks(self.heads, self.activation, self.dtype, name="blocks")
+        block = blocks(self.heads, self.activation, self.dtype, self.mlp_ratio, name="blocks")
         return block(x.astype(self.dtype), mask)[0]

@@ -79,14 +79,17 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every pixel attends to the context's tokens and to all pixels, in one softmax (GLIDE)."""
+    """Every pixel attends to the context's tokens and to all pixels, in one softmax (GLIDE).
+
+    `context_mask` is False at tokens that nobody looks at.
+    """
 
     head_channels: int = 64
     groups: int = 32
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None) -> Array:
+    def __call__(self, x: Array, context: Array | None, context_mask: Array | None = None) -> Array:
         b, h, w, c = x.shape
         heads = max(1, c // self.head_channels)
         y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
@@ -102,8 +105,11 @@ class AttentionBlock(nn.Module):
             context_k, context_v = project(context, ["context_k", "context_v"])
             k = jnp.concatenate([context_k, k], axis=1)
             v = jnp.concatenate([context_v, v], axis=1)
+        mask = None
+        if context_mask is not None:
+            mask = jnp.pad(context_mask, ((0, 0), (0, h * w)), constant_values=True)[:, None, None]
         out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")
-        return x + out(merge_heads(attention(q, k, v))).reshape(b, h, w, c)
+        return x + out(merge_heads(attention(q, k, v, mask))).reshape(b, h, w, c)
 
 
 def smallest_size(unet: Mapping[str, Any]) -> int:
@@ -113,6 +119,8 @@ def smallest_size(unet: Mapping[str, Any]) -> int:
 
 class UNet(nn.Module):
     """x [b, h, w, c], emb [b, e], context [b, n, d] or None -> float32 [b, h, w, out_channels].
+
+    `context_mask` bool [b, n]: False where a token is not to be seen; None shows all.
 
     Level i has channels * channel_mults[i] channels at h / 2**i pixels; attention stands at the
     levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
@@ -137,7 +145,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, emb: Array, context: Array | None = None, train: bool = False
+        self,
+        x: Array,
+        emb: Array,
+        context: Array | None = None,
+        train: bool = False,
+        context_mask: Array | None = None,
     ) -> Array:
         block_class = rematerialised(ResBlock, self.remat, static_argnums=(3,))
         attention_class = rematerialised(AttentionBlock, self.remat)
@@ -156,7 +169,7 @@ class UNet(nn.Module):
 
         def attend(x: Array, name: str) -> Array:
             return attention_class(self.head_channels, self.groups, self.dtype, name=name)(
-                x, context
+                x, context, context_mask
             )
 
         levels = len(self.channel_mults)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from dalle2_jax.nets.clip import TextEncoding, text_mask
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler
+from dalle2_jax.sampling.stage import Progress, StageSampler, empty_of, no_caption
 from dalle2_jax.types import Array, Params
 
 
@@ -16,20 +18,57 @@ from dalle2_jax.types import Array, Params
 class DecoderSampler(StageSampler):
     image_size: int = 64
 
-    def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.image_size, self.image_size, 3)
+
+    def condition(
+        self,
+        z_img: Array,
+        text: TextEncoding,
+        tokens: Array,
+        given: Array | None = None,
+        empty: TextEncoding | None = None,
+    ) -> dict[str, Any]:
+        """What the network is told of z_img [b, dim] and b captions.
+
+        These are CLIP's encoding and, for a text encoder of the network's own, tokens [b, n].
+        `given` [b] is False where there is no caption but the empty one, and `empty` the encoding
+        of b empty ones, for a network that learned no null.
+        """
+        network = self.network
+        cond = {"z_img": z_img, "z_mask": jnp.ones(z_img.shape[:1], bool)}
+        if network.text is None:
+            cond |= {"txt_enc": text.txt_enc, "txt_mask": text.txt_mask}
+        else:
+            cond |= {
+                "tokens": tokens,
+                "txt_mask": text_mask(tokens, network.text["vocab_size"] - 1),
+            }
+        if network.z_txt_in_time:
+            cond |= {"z_txt": text.z_txt}
+        if not network.learned_null:
+            return cond | {"empty": empty_of(empty)}
+        if given is not None:
+            cond["txt_mask"] &= given[:, None]
+        return cond
+
+    def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Any]) -> Array:
         return forward(self.network, params, x_t, t, cond, False)
 
-    def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
-        masks = {name: jnp.zeros_like(cond[name]) for name in ("z_mask", "txt_mask")}
-        return {**cond, **masks}
+    def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**cond, **no_caption(cond), "z_mask": jnp.zeros_like(cond["z_mask"])}
 
     def __call__(
         self,
         params: Params,
-        cond: Mapping[str, Array],
+        cond: Mapping[str, Any],
         keys: Array,
         progress: Progress | None = None,
+        noise: Array | None = None,
     ) -> Array:
-        """`cond` as `nets.decoder.Decoder` takes it, keys [b] -> images [b, s, s, 3] in [-1, 1]."""
-        shape = (self.image_size, self.image_size, 3)
-        return jnp.clip(self.draw(params, cond, keys, shape, progress=progress), -1, 1)
+        """`cond` as `nets.decoder.Decoder` takes it, keys [b] -> images [b, s, s, 3] in [-1, 1].
+
+        `condition` makes one. `noise` [1 + steps, b, s, s, 3]: see `StageSampler.draw`.
+        """
+        return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)

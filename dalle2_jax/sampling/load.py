@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,25 +38,28 @@ def clip_network(folder: Path, dtype: str = "float32") -> CLIP:
 
 def clip(folder: Path, dtype: str = "float32") -> tuple[CLIP, Params]:
     """The folder's CLIP. UserError: there is none, or it is damaged."""
-    network = clip_network(folder, dtype)
-    return network, _params(folder, "clip", network, network.init_inputs)
+    return clip_network(folder, dtype), _params(folder, "clip")
+
+
+def draws_from_captions(folder: Path) -> bool:
+    """Whether the folder has a prior; one of an image-variations model has none."""
+    return "prior" in model_folder.read_config(folder)["stages"]
 
 
 def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSampler, Params]:
     """The folder's prior, for the CLIP `text`. UserError: there is none, or it is damaged."""
     _check_clip(folder, "prior")
-    sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype)
-    inputs = functools.partial(sampler.network.init_inputs, text.text["width"])
-    return sampler, _params(folder, "prior", sampler.network, inputs)
+    options = {"candidates": PriorSampler.candidates}
+    sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype, **options)
+    sampler = dataclasses.replace(sampler, unit_length=text.unit_length)
+    return sampler, _params(folder, "prior")
 
 
 def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
     """The folder's decoder, for the CLIP `text`. UserError: there is none, or it is damaged."""
     _check_clip(folder, "decoder")
-    sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, "image_size")
-    sizes = text.text["width"], sampler.image_size
-    inputs = functools.partial(sampler.network.init_inputs, *sizes)
-    return sampler, _params(folder, "decoder", sampler.network, inputs)
+    sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, image_size=None)
+    return sampler, _params(folder, "decoder")
 
 
 def upsamplers(
@@ -69,9 +73,9 @@ def upsamplers(
     chain = upsampler_chain(entries, size)
     loaded = {}
     for stage in chain:
-        sampler = _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, "image_size")
-        inputs = functools.partial(sampler.network.init_inputs, sampler.image_size)
-        loaded[stage] = sampler, _params(folder, stage, sampler.network, inputs)
+        options = {"image_size": None, "separate_last_step": False}
+        sampler = _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, **options)
+        loaded[stage] = sampler, _params(folder, stage)
     return loaded
 
 
@@ -116,18 +120,29 @@ def _check_clip(folder: Path, stage: str) -> None:
 
 
 def _sampler(
-    cls: type[Sampler], network: type[nn.Module], folder: Path, stage: str, dtype: str, *sizes: str
+    cls: type[Sampler],
+    network: type[nn.Module],
+    folder: Path,
+    stage: str,
+    dtype: str,
+    **options: int | None,
 ) -> Sampler:
-    entry, where = _entry(folder, stage, "model", "diffusion", "sampling", *sizes)
-    for name in sizes:
-        if type(entry[name]) is not int or entry[name] < 1:
-            raise UserError(f"{where}: {name} is {entry[name]!r}, not a number of pixels")
+    """`options` are keys of the entry that `cls` takes and what they are by default; None: they
+    must be there. Whole numbers from 1 all, or bools where the default is one."""
+    required = [name for name, default in options.items() if default is None]
+    entry, where = _entry(folder, stage, "model", "diffusion", "sampling", *required)
+    given = {name: entry.get(name, default) for name, default in options.items()}
+    for name, value in given.items():
+        kind = bool if isinstance(options[name], bool) else int
+        if type(value) is not kind or (kind is int and value < 1):
+            what = "true or false" if kind is bool else "a whole number from 1"
+            raise UserError(f"{where}: {name} is {value!r}, not {what}")
     parts = {
         "network": _network(network, entry["model"], where, dtype),
         "process": _build(Process, entry["diffusion"], where),
         "settings": _build(Settings, entry["sampling"], where),
     }
-    return _build(cls, {name: entry[name] for name in sizes}, where, **parts)
+    return _build(cls, given, where, **parts)
 
 
 def _network(cls: type[nn.Module], section: Any, where: str, dtype: str) -> Any:
@@ -145,15 +160,35 @@ def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
         raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
 
 
-def _params(folder: Path, stage: str, network: nn.Module, inputs: Any) -> Params:
+def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Params:
+    """Shapes of the parameters that the stage's network has, by the entries of a `config.json` (at
+    `where`). UserError: no network can be built so."""
+    networks: dict[str, type[nn.Module]] = {
+        "clip": CLIP,
+        "prior": DiffusionPrior,
+        "decoder": Decoder,
+    }
+    entry = entries[stage]
+    network = _network(networks.get(stage, Upsampler), entry["model"], where, "float32")
+    try:
+        inputs: tuple[Any, ...] = ()
+        if stage in ("prior", "decoder"):
+            inputs = (entries["clip"]["model"]["text"]["width"],)
+        if "image_size" in entry:
+            inputs += (entry["image_size"],)
+        init = functools.partial(network.init, jax.random.key(0))
+        params = jax.eval_shape(lambda: init(*network.init_inputs(*inputs)))["params"]
+    except _MISFITS as error:
+        raise UserError(f"{where}: no network can be built so ({_told(error)})") from error
+    parts = ("first", "last") if entry.get("separate_last_step") else ()
+    return dict.fromkeys(parts, params) if parts else params
+
+
+def _params(folder: Path, stage: str) -> Params:
     """The stage's tensors, by name and shape those that its network has."""
     params = model_folder.read_params(folder, stage)
-    try:
-        expected = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs()))["params"]
-    except _MISFITS as error:
-        raise UserError(
-            f"{folder}/config.json: {stage}: no network can be built so ({_told(error)})"
-        ) from error
+    entries = model_folder.read_config(folder)["stages"]
+    expected = expected_params(entries, stage, f"{folder}/config.json: {stage}")
     model_folder.check_params(params, expected, str(model_folder.stage_path(folder, stage)))
     return params
 

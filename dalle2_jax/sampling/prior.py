@@ -4,41 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.clip import TextEncoding, normalise
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler
+from dalle2_jax.sampling.stage import Progress, StageSampler, empty_of, no_caption
 from dalle2_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorSampler(StageSampler):
-    """Two z_img are drawn and the one with the larger dot product with z_txt is kept."""
+    """Several z_img are drawn and the one with the largest dot product with z_txt is kept."""
 
     candidates: int = 2
+    unit_length: bool = True  # of z_img, as its CLIP has it
 
-    def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
+    def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
+        """What the network is told of b captions; `empty`, the encoding of b empty ones, serves a
+        network that learned no null."""
+        cond: dict[str, Any] = text._asdict()
+        return cond if self.network.learned_null else cond | {"empty": empty_of(empty)}
+
+    def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Any]) -> Array:
         args = (cond["z_txt"], cond["txt_enc"], cond["txt_mask"])
         return forward(self.network, params, x_t, t, *args)
 
-    def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
-        return {**cond, "txt_mask": jnp.zeros_like(cond["txt_mask"])}
+    def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**cond, **no_caption(cond)}
+
+    @property
+    def rows(self) -> int:
+        return self.candidates
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.network.dim,)
 
     def __call__(
-        self, params: Params, text: TextEncoding, keys: Array, progress: Progress | None = None
+        self,
+        params: Params,
+        cond: Mapping[str, Any],
+        keys: Array,
+        progress: Progress | None = None,
+        noise: Array | None = None,
     ) -> Array:
-        """CLIP's encoding of b captions and typed keys [b] -> z_img float32 [b, dim], unit length.
+        """The `condition` of b captions, typed keys [b] -> z_img float32 [b, dim].
 
-        Both candidates of a caption stand in one batch of b * candidates rows.
+        All candidates of a caption stand in one batch of b * candidates rows. `noise`
+        [1 + steps, b * candidates, dim]: see `StageSampler.draw`.
         """
         b, k = keys.shape[0], self.candidates
         keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-        cond = {name: jnp.repeat(a, k, axis=0) for name, a in text._asdict().items()}
-        z = self.draw(params, cond, keys, (text.z_txt.shape[-1],), progress=progress)
-        z = normalise(z).reshape(b, k, -1)
-        nearness = jnp.einsum("bkd,bd->bk", z, text.z_txt)
+        each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+        x_0 = self.draw(params, each, keys, self.shape, noise, progress)
+        z = forward(self.network, params, x_0, method="to_z_img")
+        z = normalise(z) if self.unit_length else z
+        nearness = jnp.einsum("bkd,bd->bk", normalise(z).reshape(b, k, -1), cond["z_txt"])
         best = jnp.argmax(nearness, axis=1)
-        return jnp.take_along_axis(z, best[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(z.reshape(b, k, -1), best[:, None, None], axis=1)[:, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
 from dalle2_jax.diffusion.solvers import check_name, make_solver
 from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.types import Array, Params, PyTree, Solver
 
 Progress = Callable[[int, int], None]
@@ -86,6 +87,16 @@ class StageSampler:
     process: Process
     settings: Settings
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One example's."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """How many are drawn for a picture."""
+        return 1
+
     def __post_init__(self) -> None:
         most = self.process.num_timesteps
         if self.settings.num_steps > most:
@@ -104,6 +115,10 @@ class StageSampler:
     def null(self, cond: PyTree) -> PyTree:
         """The condition that guidance moves away from."""
         raise NotImplementedError
+
+    def parts(self, params: Params) -> list[tuple[Params, int]]:
+        """(parameters, the number of steps that they serve), in the order of sampling."""
+        return [(params, self.settings.num_steps)]
 
     def draw(
         self,
@@ -130,15 +145,30 @@ class StageSampler:
             raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
         if progress is not None:
             progress(0, steps)  # the first call compiles: the bar is there meanwhile
-        state, chunk = start(self, keys, tuple(shape), noise), steps_a_call(steps)
-        for done in range(0, steps, chunk):
-            ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
-            given = None if noise is None else noise[1 + done : 1 + done + chunk]
-            state = advance_steps(self, params, cond, state, ts, keys, given)
-            if progress is not None:
-                jax.block_until_ready(state)
-                progress(done + chunk, steps)
+        state, done = start(self, keys, tuple(shape), noise), 0
+        for part, count in self.parts(params):
+            chunk = steps_a_call(count)
+            for _ in range(0, count, chunk):
+                ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
+                given = None if noise is None else noise[1 + done : 1 + done + chunk]
+                state, done = advance_steps(self, part, cond, state, ts, keys, given), done + chunk
+                if progress is not None:
+                    jax.block_until_ready(state)
+                    progress(done, steps)
         return state[0]
+
+
+def empty_of(empty: TextEncoding | None) -> dict[str, Array]:
+    assert empty is not None, "a network without a learned null is told the empty caption"
+    return empty._asdict()
+
+
+def no_caption(cond: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What "no caption" puts in the place of `cond`'s: cond["empty"], the empty caption's encoding
+    (z_txt, txt_enc, txt_mask), else a mask that shows nothing, the learned null."""
+    if "empty" in cond:
+        return {name: value for name, value in cond["empty"].items() if name in cond}
+    return {"txt_mask": jnp.zeros_like(cond["txt_mask"])}
 
 
 def steps_a_call(steps: int) -> int:

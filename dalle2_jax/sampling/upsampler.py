@@ -16,23 +16,44 @@ from dalle2_jax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerSampler(StageSampler):
+    """With `separate_last_step` another network of the same shapes takes the last step: the
+    parameters are {"first": ..., "last": ...}."""
+
     image_size: int = 256
+    separate_last_step: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.settings.cfg_scale != 1:
             raise UserError("an upsampler has nothing to be guided by: its cfg_scale must be 1")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.image_size, self.image_size, 3)
+
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
         return forward(self.network, params, x_t, t, cond["low_res"], False)
+
+    def parts(self, params: Params) -> list[tuple[Params, int]]:
+        if not self.separate_last_step:
+            return super().parts(params)
+        steps = self.settings.num_steps
+        return [(params["first"], steps - 1), (params["last"], 1)][steps == 1 :]
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
         return cond
 
     def __call__(
-        self, params: Params, low_res: Array, keys: Array, progress: Progress | None = None
+        self,
+        params: Params,
+        low_res: Array,
+        keys: Array,
+        progress: Progress | None = None,
+        noise: Array | None = None,
     ) -> Array:
-        """low_res [b, s, s, 3] in [-1, 1], keys [b] -> [b, image_size, image_size, 3]."""
+        """low_res [b, s, s, 3] in [-1, 1], keys [b] -> [b, image_size, image_size, 3].
+
+        `noise` [1 + steps, b, image_size, image_size, 3]: see `StageSampler.draw`.
+        """
         cond = {"low_res": images.resize(low_res, self.image_size, "bicubic")}
-        shape = (self.image_size, self.image_size, 3)
-        return jnp.clip(self.draw(params, cond, keys, shape, progress=progress), -1, 1)
+        return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)

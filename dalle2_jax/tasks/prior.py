@@ -70,7 +70,8 @@ class PriorTask:
         pictures = images.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
-        z = self.sampler(params, text, jax.random.split(key, text.z_txt.shape[0]))
+        keys = jax.random.split(key, text.z_txt.shape[0])
+        z = self.sampler(params, self.sampler.condition(text), keys)
         return {"prior": previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

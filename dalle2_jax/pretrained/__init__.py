@@ -1,0 +1,1 @@
+"""Public weights: import into a model folder, export from one."""

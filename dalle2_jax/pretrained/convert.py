@@ -1,0 +1,86 @@
+"""Other programs' models -> a model folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from dalle2_jax import model_folder
+from dalle2_jax.errors import UserError
+from dalle2_jax.pretrained import names, sources, unclip
+from dalle2_jax.sampling import load
+
+
+def import_model(source: Path, out: Path) -> None:
+    """Writes the pipeline in the folder `source` as a model folder, which appears whole or not.
+
+    Every tensor of the source goes to one place and every parameter is filled; a stage is in memory
+    once. Raises UserError where that is not so, with what is left on either side, and for what is
+    missing or damaged.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already: give another folder, or remove it")
+    stages = list(unclip.stages(source))
+    entries = {stage.name: dict(stage.entry) for stage in stages}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for stage in stages:
+            params, dtype = convert(source, stage, entries)
+            if stage.name in ("prior", "decoder"):
+                entries[stage.name]["clip"] = model_folder.stage_hash(partial, "clip")
+            logging.info("%s: %s", stage.name, ", ".join(stage.components))
+            entry = entries[stage.name]
+            model_folder.write_stage(partial, stage.name, entry, params, dtype)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert(
+    source: Path, stage: unclip.Stage, entries: Mapping[str, Any]
+) -> tuple[dict[str, Any], model_folder.StorageDtype]:
+    """The parameters of one of the source's stages, nested, and the type that they are stored in.
+
+    UserError as in `import_model`.
+    """
+    found: sources.Tensors = {}
+    for name in stage.components:
+        tensors = sources.component(source / name)
+        found |= {f"{name}/{tensor}": read for tensor, read in tensors.items()}
+    where = f"{source}: {stage.name}"
+    converted = names.to_ours(stage.rules, found, lambda name: found[name]())
+    expected = traverse_util.flatten_dict(load.expected_params(entries, stage.name, where), sep=".")
+    missing = sorted(expected.keys() - set(converted.names))
+    unknown = sorted([*converted.unknown, *(set(converted.names) - expected.keys())])
+    if missing or unknown:
+        raise UserError(
+            f"{where} is another network{_some(unknown, 'unknown')}{_some(missing, 'missing')}"
+        )
+    flat = {name: converted.tensor(name) for name in expected}
+    if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:
+        shapes = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
+        raise UserError(f"{where} is another network: {shapes}")
+    return traverse_util.unflatten_dict(flat, sep="."), _storage(flat)
+
+
+def _some(names: list[str], what: str) -> str:
+    """The first of the names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; {what}: {', '.join(names[:3])}{more}" if names else ""
+
+
+def _storage(tensors: Mapping[str, np.ndarray]) -> model_folder.StorageDtype:
+    """The narrowest type that loses nothing."""
+    found = {tensor.dtype.name for tensor in tensors.values()}
+    if len(found) == 1 and (only := found.pop()) in ("float16", "bfloat16"):
+        return only
+    return "float32"

@@ -1,0 +1,204 @@
+"""One table a source: its tensors' names and layouts beside ours, read in both directions.
+
+A table is a list of rules (their name, our name, layout). Names hold places in braces:
+
+    {i}     a number, the same on both sides;
+    {~i}    on their side alone: counted from the end, so that the last is our 0;
+    {l}     on their side alone: the layers of a scanned transformer, which we stack on axis 0.
+
+Where several of our names stand, their tensor is cut into so many parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dalle2_jax.errors import UserError
+
+Read = Callable[[str], np.ndarray]
+"""A source's tensor by its name, read when it is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one tensor of theirs becomes ours, and back."""
+
+    ours: Callable[[np.ndarray], Any]
+    theirs: Callable[[Any], np.ndarray]
+
+
+def axes(*order: int) -> Layout:
+    """The axes of theirs in our order."""
+    back = [order.index(i) for i in range(len(order))]
+    return Layout(lambda x: x.transpose(order), lambda x: x.transpose(back))
+
+
+def beside(leading: int) -> Layout:
+    """Axes of length 1 in front of ours."""
+    return Layout(
+        lambda x: x.reshape((1,) * leading + x.shape), lambda x: x.reshape(x.shape[leading:])
+    )
+
+
+def without(leading: int) -> Layout:
+    """Axes of length 1 in front of theirs."""
+    found = beside(leading)
+    return Layout(found.theirs, found.ours)
+
+
+def then(first: Layout, second: Layout) -> Layout:
+    """`second` of what `first` gives."""
+    return Layout(lambda x: second.ours(first.ours(x)), lambda x: first.theirs(second.theirs(x)))
+
+
+def feature_major(count: int) -> Layout:
+    """Rows [features count, ...], of which neighbours are one feature of `count` tokens, as rows
+    in which a token's features are neighbours."""
+
+    def swap(x: np.ndarray, n: int) -> np.ndarray:
+        return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    return Layout(lambda x: swap(x, count), lambda x: swap(x, len(x) // count))
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+MATRIX = axes(1, 0)  # [out, in] -> [in, out]
+CONV = axes(2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
+POINTWISE = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+
+Rule = tuple[str, str | Sequence[str], Layout]
+Module = Mapping[str, tuple[str, Layout]]
+"""{their tensor of a module: (ours, layout)}"""
+
+DENSE: Module = {"weight": ("kernel", MATRIX), "bias": ("bias", SAME)}
+CONVOLUTION: Module = {"weight": ("kernel", CONV), "bias": ("bias", SAME)}
+NORM: Module = {"weight": ("norm.scale", SAME), "bias": ("norm.bias", SAME)}
+SKIP: Module = {"weight": ("kernel", POINTWISE), "bias": ("bias", SAME)}
+
+
+def module(theirs: str, ours: str, kind: Module) -> list[Rule]:
+    """The rules of one module's tensors."""
+    return [(f"{theirs}.{a}", f"{ours}.{b}", layout) for a, (b, layout) in kind.items()]
+
+
+def within(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
+    """`rules` below a name on either side."""
+    return [
+        (theirs + a, ours + b if isinstance(b, str) else [ours + part for part in b], layout)
+        for a, b, layout in rules
+    ]
+
+
+_PLACE = re.compile(r"\{(~?)(\w+)\}")
+
+
+def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converted:
+    """A source's tensors as ours. Raises UserError where two rules speak of one tensor, or layers
+    are missing."""
+    names = sorted(names)
+    sources: dict[str, dict[int, tuple[str, int, Rule]]] = {}
+    unknown = []
+    for name in names:
+        found = [(rule, match) for rule in rules if (match := _pattern(rule[0]).fullmatch(name))]
+        if len(found) > 1:
+            raise UserError(f"{name} is named by {len(found)} rules: {[r[0] for r, _ in found]}")
+        if not found:
+            unknown.append(name)
+            continue
+        rule, match = found[0]
+        places = {place: int(number) for place, number in match.groupdict().items()}
+        for place, before in _from_the_end(rule[0]).items():
+            places[place] = _count(before.format(**places), names) - 1 - places[place]
+        layer = places.get(_stacked(rule) or "", 0)
+        for part, ours in enumerate(_parts(rule)):
+            sources.setdefault(ours.format(**places), {})[layer] = name, part, rule
+    for ours, layers in sources.items():
+        if sorted(layers) != list(range(len(layers))):
+            raise UserError(f"of {ours} there are the layers {sorted(layers)} alone")
+
+    def tensor(ours: str) -> np.ndarray:
+        pieces = []
+        for _, (name, part, rule) in sorted(sources[ours].items()):
+            whole = rule[2].ours(read(name))
+            pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+        stacked = _stacked(next(iter(sources[ours].values()))[2])
+        return np.stack(pieces) if stacked else np.ascontiguousarray(pieces[0])
+
+    return Converted(list(sources), unknown, tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """Our names, the names of theirs that no rule knows, and what makes a tensor of ours."""
+
+    names: Sequence[str]
+    unknown: Sequence[str]
+    tensor: Read
+
+
+def to_theirs(rules: Sequence[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, tensor) of all `params`, ours by name. UserError: one has no place there."""
+    left = set(params)
+    for rule in rules:
+        theirs, _, layout = rule
+        parts = _parts(rule)
+        if not parts:
+            continue
+        for name in sorted(params):
+            match = _pattern(parts[0]).fullmatch(name)
+            if not match:
+                continue
+            places = {place: int(number) for place, number in match.groupdict().items()}
+            used = [part.format(**places) for part in parts]
+            left -= set(used)
+            whole = np.concatenate([np.asarray(params[part]) for part in used], axis=-1)
+            for place in _from_the_end(theirs):
+                before = parts[0].partition(f"{{{place}}}")[0].format(**places)
+                places[place] = _count(before, params) - 1 - places[place]
+            stacked = _stacked(rule)
+            for layer, tensor in enumerate(whole if stacked else [whole]):
+                told = {**places, stacked: layer} if stacked else places
+                yield _plain(theirs).format(**told), np.ascontiguousarray(layout.theirs(tensor))
+    if left:
+        raise UserError(f"{len(left)} tensors have no place there: {', '.join(sorted(left)[:5])}")
+
+
+def _parts(rule: Rule) -> Sequence[str]:
+    return [rule[1]] if isinstance(rule[1], str) else rule[1]
+
+
+def _plain(template: str) -> str:
+    return template.replace("{~", "{")
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(?:\\~|~)?(\w+)\\\}", r"(?P<\1>[0-9]+)", re.escape(template)))
+
+
+def _places(template: str) -> list[str]:
+    return [place for _, place in _PLACE.findall(template)]
+
+
+def _stacked(rule: Rule) -> str | None:
+    """The place of the layers that are one tensor of ours."""
+    left = [p for p in _places(rule[0]) if _parts(rule) and p not in _places(_parts(rule)[0])]
+    return left[0] if left else None
+
+
+def _from_the_end(template: str) -> dict[str, str]:
+    """{place counted from the end: the name before it}"""
+    found = [match for match in _PLACE.finditer(template) if match[1]]
+    return {match[2]: _plain(template[: match.start()]) for match in found}
+
+
+def _count(before: str, names: Iterable[str]) -> int:
+    """How many numbers follow `before` in names."""
+    numbered = re.compile(re.escape(before) + r"(\d+)")
+    return 1 + max(int(match[1]) for name in names if (match := numbered.match(name)))
