@@ -227,7 +227,8 @@ class DALLE2:
                 "encode_image gives it, or import a model that has one"
             )
         n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
-        captions = self.captions([None] * len(np.atleast_2d(z_img)) if prompts is None else prompts)
+        rows = len(np.asarray(z_img)) if np.ndim(z_img) == 2 else 1  # pyright: ignore[reportArgumentType]
+        captions = self.captions([None] * rows if prompts is None else list(prompts))
         count = len(captions.given)
         total = count * n
         given: Any = seed
@@ -342,7 +343,8 @@ class DALLE2:
 
         def draw(stage: str, *condition: Any) -> Array:
             told = keys[stage], report(stage), noise.get(stage)
-            return self._run(stage, self.samplers()[stage], *condition, *told)
+            sampler: Any = self.samplers()[stage]
+            return self._run(stage, sampler, *condition, *told)
 
         if z_img is None:
             assert self.prior is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -140,8 +140,8 @@ class CLIP(nn.Module):
     """
 
     dim: int
-    image: Mapping[str, Any] | None
-    text: Mapping[str, Any] | None
+    image: Any  # a mapping; or None, which training never meets
+    text: Any
     activation: str = "gelu"
     dtype: Any = jnp.float32
     unit_length: bool = True
@@ -186,9 +186,7 @@ class CLIP(nn.Module):
         # Straight through: once past the limit it could not come down again without a gradient.
         return jnp.exp(self.log_scale + jax.lax.stop_gradient(clipped - self.log_scale))
 
-    def __call__(
-        self, images: Array | None, tokens: Array | None
-    ) -> tuple[Array | None, Array | None, Array]:
+    def __call__(self, images: Array | None, tokens: Array | None) -> tuple[Any, Any, Array]:
         """(z_img, z_txt, both of unit length, the scale of their dot products)."""
         z_img = None if images is None else normalise(self.image_tower(images))
         z_txt = None if tokens is None else normalise(self.text_tower(tokens)[0])

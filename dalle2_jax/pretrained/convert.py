@@ -58,7 +58,8 @@ def convert(
         found |= {f"{name}/{tensor}": read for tensor, read in tensors.items()}
     where = f"{source}: {stage.name}"
     converted = names.to_ours(stage.rules, found, lambda name: found[name]())
-    expected = traverse_util.flatten_dict(load.expected_params(entries, stage.name, where), sep=".")
+    shapes: Any = load.expected_params(entries, stage.name, where)
+    expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep=".")
     missing = sorted(expected.keys() - set(converted.names))
     unknown = sorted([*converted.unknown, *(set(converted.names) - expected.keys())])
     if missing or unknown:
@@ -67,8 +68,8 @@ def convert(
         )
     flat = {name: converted.tensor(name) for name in expected}
     if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:
-        shapes = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
-        raise UserError(f"{where} is another network: {shapes}")
+        told = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
+        raise UserError(f"{where} is another network: {told}")
     return traverse_util.unflatten_dict(flat, sep="."), _storage(flat)
 
 
