@@ -227,7 +227,8 @@ class DALLE2:
                 "encode_image gives it, or import a model that has one"
             )
         n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
-        rows = len(np.asarray(z_img)) if np.ndim(z_img) == 2 else 1  # pyright: ignore[reportArgumentType]
+        given_z: Any = z_img
+        rows = len(given_z) if hasattr(given_z, "__len__") else 1
         captions = self.captions([None] * rows if prompts is None else list(prompts))
         count = len(captions.given)
         total = count * n
