@@ -228,7 +228,7 @@ class DALLE2:
             )
         n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
         given_z: Any = z_img
-        rows = len(given_z) if hasattr(given_z, "__len__") else 1
+        rows = max(len(given_z), 1) if np.iterable(given_z) else 1
         captions = self.captions([None] * rows if prompts is None else list(prompts))
         count = len(captions.given)
         total = count * n
@@ -275,7 +275,11 @@ class DALLE2:
         for stage, array in (noise or {}).items():
             if stage not in samplers:
                 raise UserError(f"noise: no stage {stage!r}{near_miss(str(stage), samplers)}")
-            sampler, array = samplers[stage], np.asarray(array, np.float32)
+            sampler = samplers[stage]
+            try:
+                array = np.asarray(array, np.float32)
+            except (TypeError, ValueError):
+                raise UserError(f"noise[{stage!r}] must be an array of numbers") from None
             shape = (sampler.settings.num_steps + 1, total * sampler.rows, *sampler.shape)
             if array.shape != shape:
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(array.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dalle2_jax.pretrained.names import (
+    CONV,
     CONVOLUTION,
     DENSE,
     MATRIX,
@@ -11,7 +12,6 @@ from dalle2_jax.pretrained.names import (
     SKIP,
     Layout,
     Rule,
-    axes,
     beside,
     feature_major,
     module,
@@ -121,11 +121,7 @@ CLIP_TEXT = [
 # CLIPVisionModelWithProjection
 CLIP_IMAGE = [
     ("vision_model.embeddings.class_embedding", "image_tower.cls", beside(2)),
-    (
-        "vision_model.embeddings.patch_embedding.weight",
-        "image_tower.patch.kernel",
-        axes(2, 3, 1, 0),
-    ),
+    ("vision_model.embeddings.patch_embedding.weight", "image_tower.patch.kernel", CONV),
     ("vision_model.embeddings.position_embedding.weight", "image_tower.positions", SAME),
     ("vision_model.embeddings.position_ids", (), SAME),
     *module("vision_model.pre_layrnorm", "image_tower.norm_in", NORM),
@@ -133,5 +129,3 @@ CLIP_IMAGE = [
     *module("vision_model.post_layernorm", "image_tower.norm", NORM),
     ("visual_projection.weight", "image_tower.projection.kernel", MATRIX),
 ]
-# CLIPModel
-CLIP = [*CLIP_TEXT, *CLIP_IMAGE, ("logit_scale", "logit_scale", SAME)]

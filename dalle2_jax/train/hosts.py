@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags, logging
 
 from dalle2_jax.errors import UserError
@@ -160,6 +159,8 @@ def compile_together(step: Any, *args: Any) -> None:
     """
     if jax.process_count() == 1:
         return
+    import orbax.checkpoint as ocp  # late: a mistake in the flags is told at once
+
     step.lower(*args).compile()
     everyone = set(range(jax.process_count()))  # without them Orbax meets in a collective, too
     name = f"compiled_{next(_meetings)}"
