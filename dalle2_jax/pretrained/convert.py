@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from dalle2_jax import model_folder
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import names, sources, unclip
+from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
 
 
@@ -26,7 +26,7 @@ def import_model(source: Path, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} is there already: give another folder, or remove it")
-    stages = list(unclip.stages(source))
+    stages = recognise.stages(source)
     entries = {stage.name: dict(stage.entry) for stage in stages}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -35,7 +35,7 @@ def import_model(source: Path, out: Path) -> None:
             params, dtype = convert(source, stage, entries)
             if stage.name in ("prior", "decoder"):
                 entries[stage.name]["clip"] = model_folder.stage_hash(partial, "clip")
-            logging.info("%s: %s", stage.name, ", ".join(stage.components))
+            logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
             entry = entries[stage.name]
             model_folder.write_stage(partial, stage.name, entry, params, dtype)
         partial.rename(out)
@@ -46,15 +46,15 @@ def import_model(source: Path, out: Path) -> None:
 
 
 def convert(
-    source: Path, stage: unclip.Stage, entries: Mapping[str, Any]
+    source: Path, stage: sources.Stage, entries: Mapping[str, Any]
 ) -> tuple[dict[str, Any], model_folder.StorageDtype]:
     """The parameters of one of the source's stages, nested, and the type that they are stored in.
 
     UserError as in `import_model`.
     """
     found: sources.Tensors = {}
-    for name in stage.components:
-        tensors = sources.component(source / name)
+    for name, path in stage.parts.items():
+        tensors = sources.network(path)
         found |= {f"{name}/{tensor}": read for tensor, read in tensors.items()}
     where = f"{source}: {stage.name}"
     converted = names.to_ours(stage.rules, found, lambda name: found[name]())

@@ -1,20 +1,32 @@
-"""Tensors and settings of other programs' folders, read one at a time."""
+"""What other programs' models consist of; their tensors and settings, read one at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.pretrained.names import Rule
 
 Tensors = dict[str, Callable[[], np.ndarray]]
 """{name: what reads the tensor}; nothing is read before."""
+
+
+class Stage(NamedTuple):
+    """One of our stages in a source: its entry in config.json, the folders or files of its tensors,
+    each by a name of its own, and the rules for these, called NAME/TENSOR."""
+
+    name: str
+    entry: Mapping[str, Any]
+    parts: Mapping[str, Path]
+    rules: Sequence[Rule]
+
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
@@ -34,9 +46,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def component(folder: Path) -> Tensors:
-    """The tensors of one network's folder, whole or in several files; safetensors go before
+def network(path: Path) -> Tensors:
+    """The tensors of one network: of a file, or of a folder's files, of which safetensors go before
     pickles. UserError: there is none, or a file is missing or damaged."""
+    return component(path) if path.is_dir() else tensors(path)
+
+
+def component(folder: Path) -> Tensors:
+    """`network` of a folder."""
     for suffix in ("safetensors", "bin"):
         for name in WEIGHTS:
             whole, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"

@@ -6,34 +6,21 @@ UnCLIPPipeline or UnCLIPImageVariationPipeline is read alike, at any size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import diffusers
-from dalle2_jax.pretrained.names import Rule, within
-from dalle2_jax.pretrained.sources import expect, need, read_json
+from dalle2_jax.pretrained.names import within
+from dalle2_jax.pretrained.sources import Stage, expect, need, read_json
 
 PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 
 
-class Stage(NamedTuple):
-    """One of our stages: its entry in config.json, the folders that its tensors lie in, and the
-    rules for these, named FOLDER/TENSOR."""
-
-    name: str
-    entry: Mapping[str, Any]
-    components: Sequence[str]
-    rules: Sequence[Rule]
-
-
 def stages(folder: Path) -> Iterator[Stage]:
-    """What the pipeline in `folder` consists of, CLIP first. UserError: it is none of these."""
-    index = folder / "model_index.json"
-    kind = read_json(index).get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"{index}: {kind} is not read here, but {' and '.join(PIPELINES)}")
+    """What the pipeline in `folder` consists of, CLIP first. UserError: it is another network."""
+    kind = read_json(folder / "model_index.json")["_class_name"]
     yield _clip(folder, kind)
     if kind == "UnCLIPPipeline":
         yield _prior(folder)
@@ -54,15 +41,15 @@ def _clip(folder: Path, kind: str) -> Stage:
         "text": {**text.sizes, "context_length": context_length, "vocab_size": vocab_size},
         "image": None,
     }
-    components, rules = ["text_encoder"], within("text_encoder/", "", diffusers.CLIP_TEXT)
+    parts, rules = ["text_encoder"], within("text_encoder/", "", diffusers.CLIP_TEXT)
     if kind == "UnCLIPImageVariationPipeline":
         image = clip_tower(folder / "image_encoder")
         if (image.dim, image.activation) != (text.dim, text.activation):
             raise UserError(f"{image.where} and {text.where} are not of one CLIP")
         model["image"] = image_section(image, folder / "feature_extractor")
-        components += ["image_encoder"]
+        parts += ["image_encoder"]
         rules += within("image_encoder/", "", diffusers.CLIP_IMAGE)
-    return Stage("clip", {"model": model}, components, rules)
+    return Stage("clip", {"model": model}, _inside(folder, parts), rules)
 
 
 class Tower(NamedTuple):
@@ -152,7 +139,7 @@ def _prior(folder: Path) -> Stage:
         "candidates": 1,
         **_schedule(folder / "prior_scheduler", steps=25, cfg_scale=4.0),
     }
-    return Stage("prior", entry, ["prior"], within("prior/", "", diffusers.PRIOR))
+    return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
 
 
 def _decoder(folder: Path) -> Stage:
@@ -189,7 +176,7 @@ def _decoder(folder: Path) -> Stage:
     }
     rules = within("decoder/", "", diffusers.UNET)
     rules += within("text_proj/", "", diffusers.text_projection(model["extra_tokens"]))
-    return Stage("decoder", entry, ["decoder", "text_proj"], rules)
+    return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
 
 
 def _upsampler(folder: Path) -> Stage:
@@ -211,7 +198,11 @@ def _upsampler(folder: Path) -> Stage:
     }
     rules = within("super_res_first/", "first.", diffusers.UNET)
     rules += within("super_res_last/", "last.", diffusers.UNET)
-    return Stage(f"upsampler_{size}", entry, names, rules)
+    return Stage(f"upsampler_{size}", entry, _inside(folder, names), rules)
+
+
+def _inside(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    return {name: folder / name for name in names}
 
 
 def _unet(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,8 +228,7 @@ def _unet(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
     down, up, blocks, widths = need(
         where, told, "down_block_types", "up_block_types", "layers_per_block", "block_out_channels"
     )
-    mirrored = [name.replace("Up", "Down").replace("sample", "sample") for name in reversed(up)]
-    if list(down) != [name.replace("Downsample", "Downsample") for name in mirrored]:
+    if list(down) != [name.replace("Up", "Down") for name in reversed(up)]:
         raise UserError(f"{where}: up_block_types do not mirror down_block_types")
     if unknown := set(down) - set(simple):
         raise UserError(f"{where}: a block {sorted(unknown)[0]!r} is not read here")
