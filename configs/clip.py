@@ -12,6 +12,8 @@ b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M paramete
        400M pairs. For a v5e-64: 83 chip-days, 1.3 days
 b16    its ViT-B/16, 150M. For a v5e-64: 230 chip-days, 3.6 days
 l14    its ViT-L/14, 428M. For a v5e-256: 990 chip-days, 3.9 days
+karlo  the same as Karlo reads it: embeddings keep their length, no temperature is learned. Its
+       weights come by import (dalle2_jax.pretrained); this tells their shapes
 
 Times are estimates by FLOPs (analytic, 3 x forward) at 40 % of the chip's bfloat16 peak, not
 measured.
@@ -37,7 +39,9 @@ def get_config(variant="paper"):
         return paper(heads=(16, 16) if variant == "paper" else (10, 8))
     if variant in ORIGINAL:
         return original(*ORIGINAL[variant])
-    names = ", ".join(["paper", "tpu", "tiny", "judge", *ORIGINAL])
+    if variant == "karlo":
+        return karlo()
+    names = ", ".join(["paper", "tpu", "tiny", "judge", *ORIGINAL, "karlo"])
     raise ValueError(f"clip has no variant {variant!r}: {names}")
 
 
@@ -126,6 +130,19 @@ def original(image, text, dim, learning_rate):
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )
+
+
+def karlo():
+    config = original(*ORIGINAL["l14"])
+    config.model.update(dict(unit_length=False, learned_temperature=False))
+    config.model.image.update(
+        dict(
+            mean=(0.48145466, 0.4578275, 0.40821073),
+            std=(0.26862954, 0.26130258, 0.27577711),
+            resize="bicubic",
+        )
+    )
+    return config
 
 
 def tiny(variant):

@@ -5,6 +5,8 @@ python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_fr
 paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 chip-days, a week
        (by FLOPs at 40 % of the chip's peak, CLIP included, not measured)
 tpu    the same: 512 channels and heads of 64 suit the TPU already
+karlo  the decoder of kakaobrain/karlo-v1-alpha, 893M, drawn with as there; its training here is
+       fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
 tiny   5.6M parameters at 32 px; 2 CPU cores, three and a half hours; loss 0.026
 """
 
@@ -18,7 +20,9 @@ def get_config(variant="paper"):
         return tiny()
     if variant in ("paper", "tpu"):
         return paper()
-    raise ValueError(f"decoder has no variant {variant!r}: paper, tpu, tiny")
+    if variant == "karlo":
+        return karlo()
+    raise ValueError(f"decoder has no variant {variant!r}: paper, tpu, karlo, tiny")
 
 
 def paper():
@@ -64,6 +68,55 @@ def paper():
             num_steps=800_000,
             ema_decay=0.9999,
             preview_every=10_000,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def karlo():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="decoder",
+                image_size=64,
+                drop_z_img=0.1,
+                drop_caption=0.5,
+                sampling=dict(
+                    steps=25,
+                    solver="ddpm",
+                    cfg_scale=8.0,
+                    clip=("static", 1.0),
+                    spacing="even",
+                    variance="small",
+                ),
+            ),
+            model=dict(
+                unet=dict(
+                    channels=320,
+                    channel_mults=(1, 2, 3, 4),
+                    num_blocks=3,
+                    attention_levels=(1, 2, 3),  # 32, 16 and 8 px
+                    head_channels=64,
+                ),
+                text=None,  # CLIP's text tower serves
+                dim=768,
+                context_length=77,
+                learned_variance=True,
+                learned_null=False,
+                text_projection=1536,
+                z_txt_in_time=True,
+                unit_length=False,
+                dtype="bfloat16",
+            ),
+            diffusion=dict(
+                schedule="cosine", num_timesteps=1000, prediction="eps", learned_variance=True
+            ),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
+            optimizer=dict(learning_rate=1e-5, b2=0.999, eps=1e-8),
+            batch_size=512,
+            num_steps=10_000,
+            ema_decay=0.999,
+            preview_every=1000,
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )

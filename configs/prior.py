@@ -9,6 +9,8 @@ paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Ta
        that has 77.
        The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same with 16 heads of 128 channels, which fill the TPU's lanes, for 32 of 64
+karlo  the prior of kakaobrain/karlo-v1-alpha, 1.02B, drawn with as there; its training here is
+       fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
 tiny   1.4M parameters; 2 CPU cores, an hour and a half; loss 0.015
 """
 
@@ -22,7 +24,9 @@ def get_config(variant="paper"):
         return tiny()
     if variant in ("paper", "tpu"):
         return paper(heads=32 if variant == "paper" else 16)
-    raise ValueError(f"prior has no variant {variant!r}: paper, tpu, tiny")
+    if variant == "karlo":
+        return karlo()
+    raise ValueError(f"prior has no variant {variant!r}: paper, tpu, karlo, tiny")
 
 
 def paper(heads):
@@ -50,6 +54,46 @@ def paper(heads):
             num_steps=600_000,
             ema_decay=0.9999,
             preview_every=10_000,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def karlo():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="prior",
+                embedding_scale=1.0,  # standardised instead
+                drop_caption=0.1,
+                candidates=1,
+                sampling=dict(
+                    steps=25,
+                    solver="ddpm",
+                    cfg_scale=4.0,
+                    clip=("static", 5.0),
+                    spacing="even",
+                    variance="small",
+                ),
+            ),
+            model=dict(
+                dim=768,
+                context_length=77,
+                width=2048,
+                depth=20,
+                heads=32,
+                learned_null=False,
+                standardised=True,
+                remat="dots",
+                dtype="bfloat16",
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
+            optimizer=dict(learning_rate=1e-5, b2=0.96, eps=1e-6, weight_decay=6.0e-2),
+            batch_size=1024,
+            num_steps=10_000,
+            ema_decay=0.999,
+            preview_every=1000,
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )

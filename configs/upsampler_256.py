@@ -6,6 +6,8 @@ paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps. The small 
        drawn from next to none up to the paper's sigma of 0.6. For a v5e-64: 230 chip-days, four
        days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 384 channels for 320: a multiple of the TPU's 128 lanes
+karlo  the upsampler of kakaobrain/karlo-v1-alpha, two networks of 692M, drawn with as there; its
+       training here is fine-tuning of the first: --config.init_from=KARLO_FOLDER
 tiny   32 -> 128 px, 1.8M parameters, trained on 64 px crops; 2 CPU cores, half an hour; loss 0.012
 """
 
@@ -19,7 +21,9 @@ def get_config(variant="paper"):
         return tiny()
     if variant in ("paper", "tpu"):
         return paper(channels=320 if variant == "paper" else 384)
-    raise ValueError(f"upsampler_256 has no variant {variant!r}: paper, tpu, tiny")
+    if variant == "karlo":
+        return karlo()
+    raise ValueError(f"upsampler_256 has no variant {variant!r}: paper, tpu, karlo, tiny")
 
 
 def paper(channels):
@@ -49,6 +53,40 @@ def paper(channels):
             num_steps=1_000_000,
             ema_decay=0.9999,
             preview_every=10_000,
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+        )
+    )
+
+
+def karlo():
+    return ConfigDict(
+        dict(
+            task=dict(
+                name="upsampler",
+                low_size=64,
+                image_size=256,
+                crop_fraction=0.25,
+                blur_sigma=0.6,
+                separate_last_step=True,
+                # Karlo's last step was taught to look sharp, by a loss that is not here.
+                learns=("first",),
+                sampling=dict(
+                    steps=7, solver="ddpm", clip=("static", 1.0), spacing="even", variance="small"
+                ),
+            ),
+            model=dict(
+                unet=dict(
+                    channels=320, channel_mults=(1, 2, 3, 4), num_blocks=3, scale_shift=False
+                ),
+                dtype="bfloat16",
+            ),
+            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="eps"),
+            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
+            optimizer=dict(learning_rate=1e-5, b2=0.999, eps=1e-8),
+            batch_size=512,
+            num_steps=10_000,
+            ema_decay=0.999,
+            preview_every=1000,
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )

@@ -56,16 +56,17 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
     q [b, n, heads, d]; k, v [b, m, heads, d]; `mask` bool, [1 or b, 1, 1 or n, m], True where a
     query may look. Returns [b, n, heads, d] in v's dtype. A query that may look nowhere
-    averages over all keys.
+    averages over all keys, but under the kernel, which takes masks of keys [1 or b, 1, 1, m] that
+    leave one to be seen.
 
-    With a mask a TPU takes the einsum at any length: what masks here is short.
+    With a mask of queries a TPU takes the einsum at any length: what needs one here is short.
     """
     if q.shape[1] < LONG or _traced == "einsum":
         return attention_by_einsum(q, k, v, mask)
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
     # what any of the platforms would keep.
     einsum = jax.checkpoint(attention_by_einsum)
-    fits = mask is None and q.shape[-1] <= MOST_CHANNELS
+    fits = (mask is None or mask.shape[2] == 1) and q.shape[-1] <= MOST_CHANNELS
     kernel = flash_attention if _traced == "kernel" and fits else einsum
 
     def choose(q: Array, k: Array, v: Array, *mask: Array) -> Array:

@@ -20,16 +20,19 @@ _LANES = 128
 _MOST_Q, _MOST_KV = 512, 1536  # of a block: what the 16 MiB of VMEM hold in the backward pass
 
 
-def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
-    """q [b, n, heads, d], k, v [b, m, heads, d] -> [b, n, heads, d] in v's dtype, no mask.
+def flash_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, *, interpret: bool = False
+) -> Array:
+    """q [b, n, heads, d], k, v [b, m, heads, d] -> [b, n, heads, d] in v's dtype.
 
+    `mask` bool [1 or b, 1, 1, m] is False at keys that no query looks at, and shows one at least.
     For this device's arrays alone: the compiler cannot split a kernel. `interpret` runs it
     anywhere, slowly.
     """
     # Late: it takes long, and what draws small pictures needs none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    _, n, heads, d = q.shape
+    b, n, heads, d = q.shape
     m = k.shape[1]
     (block_q, rows), (block_kv, keys) = _blocks(n, _MOST_Q), _blocks(m, _MOST_KV)
     one_block = block_kv == keys
@@ -47,20 +50,25 @@ def flash_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) ->
         k_layout=last,
         v_layout=last,
     )
-    mask = splash.MultiHeadMask([splash.FullMask((rows, keys))] * heads)
+    full = splash.MultiHeadMask([splash.FullMask((rows, keys))] * heads)
     kernel = splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
-    # Keys that fill up the last block are of a segment that no query is in.
-    segments = splash.SegmentIds(
-        jnp.zeros(rows, jnp.int32), (jnp.arange(keys) >= m).astype(jnp.int32)
+        full, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
         for x, length in ((q / math.sqrt(d), rows), (k, keys), (v, keys))
     )
-    segmented = None if keys == m else segments
-    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segmented)
+
+    def segments(seen: Array) -> splash.SegmentIds:
+        """Keys that are not `seen` [m], or fill up the last block, are of one without a query."""
+        unseen = ~jnp.pad(seen, (0, keys - m))
+        return splash.SegmentIds(jnp.zeros(rows, jnp.int32), unseen.astype(jnp.int32))
+
+    if mask is not None:
+        given, axis = jax.vmap(segments)(jnp.broadcast_to(mask[:, 0, 0], (b, m))), 0
+    else:
+        given, axis = None if keys == m else segments(jnp.ones(m, bool)), None
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, axis))(q, k, v, given)
     return out[:, :, :n].swapaxes(1, 2).astype(v.dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.layers import LayerNorm, TimestepMLP
@@ -18,7 +19,7 @@ class DiffusionPrior(nn.Module):
     Padding is masked from attention. A caption whose `txt_mask` is empty is "no caption": with
     `learned_null` its z_txt is replaced by a learned vector; without, no caption is the empty one's
     encoding. With `standardised` x_0 is z_img by the mean and deviation of each coordinate, which
-    lie among the parameters.
+    lie among the parameters and are not learned: a fresh network has 0 and 1.
     """
 
     dim: int
@@ -72,14 +73,26 @@ class DiffusionPrior(nn.Module):
             self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
         )(x, mask)
         x = LayerNorm(name="norm")(x[:, -1])
-        if self.standardised:  # for `to_z_img`
+        if self.standardised:  # for the two methods below
             self.param("mean", nn.initializers.zeros, (self.dim,), jnp.float32)
             self.param("std", nn.initializers.ones, (self.dim,), jnp.float32)
         return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)
+
+    def to_x_0(self, z_img: Array) -> Array:
+        """z_img float32 [b, dim] -> x_0 [b, dim], what is noised and learned."""
+        if not self.standardised:
+            return z_img
+        mean, std = jax.lax.stop_gradient(self._statistics())
+        return (z_img - mean) / std
 
     def to_z_img(self, x_0: Array) -> Array:
         """x_0 float32 [b, dim] as it is drawn -> z_img [b, dim], but for its length."""
         if not self.standardised:
             return x_0
-        mean, std = (self.get_variable("params", name) for name in ("mean", "std"))
-        return x_0 * std[None] + mean[None]
+        mean, std = self._statistics()
+        return x_0 * std + mean
+
+    def _statistics(self) -> tuple[Array, Array]:
+        """(mean, deviation) [1, dim]"""
+        mean, std = (self.get_variable("params", name)[None] for name in ("mean", "std"))
+        return mean, std

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets.clip import TextEncoding, text_mask
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler, empty_of, no_caption
+from dalle2_jax.sampling.stage import Progress, StageSampler, no_caption
 from dalle2_jax.types import Array, Params
 
 
@@ -25,39 +25,41 @@ class DecoderSampler(StageSampler):
     def condition(
         self,
         z_img: Array,
-        text: TextEncoding,
+        text: TextEncoding | None,
         tokens: Array,
         given: Array | None = None,
         empty: TextEncoding | None = None,
     ) -> dict[str, Any]:
         """What the network is told of z_img [b, dim] and b captions.
 
-        These are CLIP's encoding and, for a text encoder of the network's own, tokens [b, n].
+        These are CLIP's encoding or, for a text encoder of the network's own, tokens [b, n].
         `given` [b] is False where there is no caption but the empty one, and `empty` the encoding
-        of b empty ones, for a network that learned no null.
+        of b empty ones, which guides a network that learned no null.
         """
         network = self.network
         cond = {"z_img": z_img, "z_mask": jnp.ones(z_img.shape[:1], bool)}
         if network.text is None:
+            assert text is not None
             cond |= {"txt_enc": text.txt_enc, "txt_mask": text.txt_mask}
         else:
             cond |= {
                 "tokens": tokens,
                 "txt_mask": text_mask(tokens, network.text["vocab_size"] - 1),
             }
-        if network.z_txt_in_time:
+        if network.z_txt_in_time and text is not None:
             cond |= {"z_txt": text.z_txt}
-        if not network.learned_null:
-            return cond | {"empty": empty_of(empty)}
-        if given is not None:
+        if network.learned_null and given is not None:
             cond["txt_mask"] &= given[:, None]
-        return cond
+        if network.learned_null or empty is None:
+            return cond
+        return cond | {"empty": empty._asdict()}
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Any]) -> Array:
         return forward(self.network, params, x_t, t, cond, False)
 
     def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**cond, **no_caption(cond), "z_mask": jnp.zeros_like(cond["z_mask"])}
+        caption = no_caption(cond, self.network.learned_null)
+        return {**cond, **caption, "z_mask": jnp.zeros_like(cond["z_mask"])}
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets.clip import TextEncoding, normalise
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler, empty_of, no_caption
+from dalle2_jax.sampling.stage import Progress, StageSampler, no_caption
 from dalle2_jax.types import Array, Params
 
 
@@ -23,17 +23,19 @@ class PriorSampler(StageSampler):
     unit_length: bool = True  # of z_img, as its CLIP has it
 
     def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
-        """What the network is told of b captions; `empty`, the encoding of b empty ones, serves a
+        """What the network is told of b captions; `empty`, the encoding of b empty ones, guides a
         network that learned no null."""
         cond: dict[str, Any] = text._asdict()
-        return cond if self.network.learned_null else cond | {"empty": empty_of(empty)}
+        if self.network.learned_null or empty is None:
+            return cond
+        return cond | {"empty": empty._asdict()}
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Any]) -> Array:
         args = (cond["z_txt"], cond["txt_enc"], cond["txt_mask"])
         return forward(self.network, params, x_t, t, *args)
 
     def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**cond, **no_caption(cond)}
+        return {**cond, **no_caption(cond, self.network.learned_null)}
 
     @property
     def rows(self) -> int:

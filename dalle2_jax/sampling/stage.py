@@ -17,7 +17,6 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
 from dalle2_jax.diffusion.solvers import check_name, make_solver
 from dalle2_jax.errors import UserError
-from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.types import Array, Params, PyTree, Solver
 
 Progress = Callable[[int, int], None]
@@ -158,17 +157,13 @@ class StageSampler:
         return state[0]
 
 
-def empty_of(empty: TextEncoding | None) -> dict[str, Array]:
-    assert empty is not None, "a network without a learned null is told the empty caption"
-    return empty._asdict()
-
-
-def no_caption(cond: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What "no caption" puts in the place of `cond`'s: cond["empty"], the empty caption's encoding
-    (z_txt, txt_enc, txt_mask), else a mask that shows nothing, the learned null."""
-    if "empty" in cond:
-        return {name: value for name, value in cond["empty"].items() if name in cond}
-    return {"txt_mask": jnp.zeros_like(cond["txt_mask"])}
+def no_caption(cond: Mapping[str, Any], learned_null: bool) -> Mapping[str, Any]:
+    """What "no caption" puts in the place of `cond`'s: a mask that shows nothing, the learned null,
+    or without one cond["empty"], the empty caption's encoding (z_txt, txt_enc, txt_mask)."""
+    if learned_null:
+        return {"txt_mask": jnp.zeros_like(cond["txt_mask"])}
+    assert "empty" in cond, "a network without a learned null is told the empty caption"
+    return {name: value for name, value in cond["empty"].items() if name in cond}
 
 
 def steps_a_call(steps: int) -> int:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.nets.clip import normalise, text_mask
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import check_range, construct
@@ -55,33 +56,29 @@ class DecoderTask:
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}
 
-    @property
-    def vocab_size(self) -> int:
-        return (self.network.text or self.clip.network.text)["vocab_size"]
-
-    def condition(self, frozen: Params, batch: Batch) -> dict[str, Array]:
-        """What `nets.decoder.Decoder` is told of a batch, nothing dropped."""
-        pictures, tokens = images.to_float(batch["image"]), batch["tokens"]
-        cond = {
-            "z_img": self.clip.encode_image(frozen["clip"], pictures),
-            "z_mask": jnp.ones(tokens.shape[:1], bool),
-            "txt_mask": text_mask(tokens, self.vocab_size - 1),
-        }
+    def condition(
+        self, frozen: Params, batch: Batch, keep_txt: Array | None = None, guided: bool = False
+    ) -> dict[str, Any]:
+        """What `nets.decoder.Decoder` is told of a batch, its captions left out where `keep_txt`
+        [b] is False; or, `guided`, the sampler."""
+        clip, tokens = frozen["clip"], batch["tokens"]
+        z_img = self.clip.encode_image(clip, images.to_float(batch["image"]))
+        text, empty, learned = None, None, self.network.learned_null
         if self.network.text is None:
-            return cond | {"txt_enc": self.clip.encode_text(frozen["clip"], tokens).txt_enc}
-        return cond | {"tokens": tokens}
+            text = self.clip.encode_text(clip, tokens, None if learned else keep_txt)
+        if guided and not learned:
+            empty = self.clip.encode_text(clip, tokens, jnp.zeros(z_img.shape[:1], bool))
+        return self.sampler.condition(z_img, text, tokens, keep_txt, empty)
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         key_z, key_txt, key_loss, key_dropout, key_noise = jax.random.split(key, 5)
-        cond = self.condition(frozen, batch)
+        b = batch["tokens"].shape[0]
+        keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
+        cond = self.condition(frozen, batch, keep_txt if train else None)
         if train:
-            b = batch["tokens"].shape[0]
-            keep_z = jax.random.uniform(key_z, (b,)) >= self.drop_z_img
-            keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
-            cond["z_mask"] &= keep_z
-            cond["txt_mask"] &= keep_txt[:, None]
+            cond["z_mask"] &= jax.random.uniform(key_z, (b,)) >= self.drop_z_img
             if self.noise_z_img:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
 
@@ -98,7 +95,7 @@ class DecoderTask:
         """Each true picture beside the one drawn from its z_img and caption."""
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
-        drawn = self.sampler(params, self.condition(frozen, batch), keys)
+        drawn = self.sampler(params, self.condition(frozen, batch, guided=True), keys)
         true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         return {"decoder": previews.side_by_side(true, drawn)}
 
@@ -107,14 +104,15 @@ class DecoderTask:
 
 
 def disturb(key: Array, z: Array, most: float) -> Array:
-    """Unit vectors [b, dim] moved by noise of a length drawn from [0, most], and unit again.
+    """z [b, dim] moved by noise of up to `most` of its length, and of that length again.
 
     A prior errs, the more the less it knows what is asked; a decoder that has seen true z_img alone
     follows its errors and heeds the caption little (conditioning augmentation, 2106.15282).
     """
     key_length, key_direction = jax.random.split(key)
-    length = jax.random.uniform(key_length, (z.shape[0], 1), maxval=most)
-    return normalise(z + length * jax.random.normal(key_direction, z.shape) / z.shape[1] ** 0.5)
+    share = jax.random.uniform(key_length, (z.shape[0], 1), maxval=most)
+    noise = jax.random.normal(key_direction, z.shape) / z.shape[1] ** 0.5
+    return jnp.linalg.norm(z, axis=1, keepdims=True) * normalise(normalise(z) + share * noise)
 
 
 SECTIONS = {"task": DecoderTask, "model": Decoder, "diffusion": Process}
@@ -127,7 +125,18 @@ def from_config(config: Any) -> DecoderTask:
         check_captions(config, network.text, "config.model.text")
         activation = network.text.get("activation", "gelu")
         check_transformer("config.model.text", network.text, activation)
+        if network.z_txt_in_time or not network.learned_null:
+            raise UserError(
+                "config.model.text is a text encoder of the decoder's own, but z_txt_in_time and a "
+                "null that is not learned (learned_null) are of CLIP's: set text to None"
+            )
     process = construct(Process, config.diffusion, "config.diffusion")
+    clip = FrozenCLIP.load(config, reads_captions=network.text is None)
+    if network.unit_length != clip.network.unit_length:
+        raise UserError(
+            f"config.model.unit_length={network.unit_length}, but the CLIP of {clip.folder} has "
+            f"{clip.network.unit_length}: set --config.model.unit_length={clip.network.unit_length}"
+        )
     size = {"image_size": config.task.get("image_size", 1)}  # `construct` tells where it lacks
     task = construct(
         DecoderTask,
@@ -135,7 +144,7 @@ def from_config(config: Any) -> DecoderTask:
         "config.task",
         network=network,
         process=process,
-        clip=FrozenCLIP.load(config, reads_captions=network.text is None),
+        clip=clip,
         sampler=make_sampler(DecoderSampler, config, network, process, **size),
         entry={},
     )

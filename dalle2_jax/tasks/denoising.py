@@ -21,7 +21,7 @@ Sampler = TypeVar("Sampler", bound=StageSampler)
 
 
 def make_sampler(
-    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **sizes: int
+    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **options: int
 ) -> Sampler:
     """How previews, and later the exported model, are drawn: with `config.task.sampling`.
 
@@ -31,19 +31,23 @@ def make_sampler(
     settings = construct(Settings, config.task.get("sampling") or {}, where)
     try:
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
-        return cls(network, process, settings, **sizes)
+        return cls(network, process, settings, **options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def denoising_loss(process: Process, apply: Apply, x_0: Array, key: Array) -> tuple[Array, Metrics]:
-    """Mean loss at random t of x_0 [b, ...], and the metrics `mse` (and `vb`).
+def denoising_loss(
+    process: Process, apply: Apply, x_0: Array, key: Array, times: range | None = None
+) -> tuple[Array, Metrics]:
+    """Mean loss at random t, of all or of `times`, of x_0 [b, ...]; and the metrics `mse` (and
+    `vb`).
 
     The t of a batch are stratified: each is uniform, together they cover time evenly, so that
     the loss varies less from batch to batch.
     """
     key_t, key_noise = jax.random.split(key)
-    t = sample_t(key_t, x_0.shape[0], process.num_timesteps, stratified=True)
+    times = range(process.num_timesteps) if times is None else times
+    t = times.start + sample_t(key_t, x_0.shape[0], len(times), stratified=True)
     noise = jax.random.normal(key_noise, x_0.shape)
     losses = process.losses(apply, x_0, t, noise)
     metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dalle2_jax import images, model_folder
 from dalle2_jax.data.config import DataConfig
@@ -105,6 +106,11 @@ class FrozenCLIP:
             folder = model_folder.resolve(config.clip_from)
             network, weights = load.clip_network(folder), model_folder.stage_hash(folder, "clip")
         text, whose = network.text, f"the CLIP of {folder}"
+        if network.image is None:
+            raise UserError(
+                f"config.clip_from={config.clip_from} has no image tower, which tells z_img of the "
+                "pictures to learn from: name a model that has one (Karlo's image variations)"
+            )
         _check_equal("config.model", config.model, {"dim": network.dim}, whose)
         check_pictures(config, network.image["image_size"], whose)
         if reads_captions:
@@ -126,9 +132,16 @@ class FrozenCLIP:
         return load.clip(Path(self.folder))[1]
 
     def encode_image(self, params: Params, pictures: Array) -> Array:
-        """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim], unit length."""
-        pictures = images.resize(pictures, self.image_size, "area")
+        """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
+        method = self.network.image.get("resize", "area")
+        pictures = jnp.clip(images.resize(pictures, self.image_size, method), -1, 1)
         return forward(self.network, params, pictures, method="encode_image")
 
-    def encode_text(self, params: Params, tokens: Array) -> TextEncoding:
+    def encode_text(self, params: Params, tokens: Array, keep: Array | None = None) -> TextEncoding:
+        """The encodings of tokens [b, n]; of the empty caption where `keep` [b] is False, which is
+        no caption for a network that learned no null (sampling.stage.no_caption)."""
+        if keep is not None:
+            text = self.network.text
+            empty = Tokenizer(text["context_length"], text["vocab_size"])([""])
+            tokens = jnp.where(keep[:, None], tokens, empty)
         return forward(self.network, params, tokens, method="encode_text")

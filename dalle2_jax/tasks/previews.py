@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax import images
+from dalle2_jax.nets.clip import normalise
 from dalle2_jax.types import Array, Batch
 
 _NEAREST = 4
@@ -25,7 +26,7 @@ def nearest(pictures: Array, z_img: Array, z: Array) -> Array:
     """For each row what was asked and what was found: the true picture, then the nearest ones.
 
     pictures [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
-    them. Where the second column equals the first, z says what it should.
+    them. Only directions count. Where the second column equals the first, z says what it should.
     """
-    order = jnp.argsort(-z @ z_img.T, axis=1)[:, :_NEAREST]  # r k
+    order = jnp.argsort(-z @ normalise(z_img).T, axis=1)[:, :_NEAREST]  # r k
     return side_by_side(pictures[: len(z)], *(pictures[column] for column in order.T))

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.nets.clip import TextEncoding
+from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.options import check_range, construct
@@ -26,6 +27,7 @@ from dalle2_jax.types import Array, Batch, Metrics, Params
 class PriorTask:
     """x_0 is z_img * embedding_scale, which brings a coordinate to a deviation of about 0.54,
     as pixels in [-1, 1] have it: 17.2 at 1,024 dimensions (section 2.2), 0.54 sqrt(dim) at others.
+    A network whose x_0 is standardised does without, as `embedding_scale` 1 says.
     """
 
     network: DiffusionPrior
@@ -35,12 +37,20 @@ class PriorTask:
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
+    candidates: int = PriorSampler.candidates  # drawn for a picture
     stage: str = dataclasses.field(default="prior", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
         check_range("config.task", 0, 1, drop_caption=self.drop_caption)
         check_range("config.task", 1e-6, embedding_scale=self.embedding_scale)
+        check_range("config.task", 1, candidates=self.candidates)
+        keeps_length = self.network.standardised or not self.clip.network.unit_length
+        if keeps_length and self.embedding_scale != 1:
+            raise UserError(
+                f"config.task.embedding_scale={self.embedding_scale} must be 1 where z_img is "
+                "standardised or has no unit length: what is drawn is not scaled back"
+            )
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
@@ -53,15 +63,23 @@ class PriorTask:
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
         z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
-        text: TextEncoding = self.clip.encode_text(frozen["clip"], batch["tokens"])
         key_drop, key_loss = jax.random.split(key)
         keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
-        txt_mask = text.txt_mask & keep[:, None] if train else text.txt_mask
+        cond = self.condition(frozen, batch["tokens"], keep if train else jnp.ones_like(keep))
 
         def apply(x_t: Array, t: Array) -> Array:
-            return forward(self.network, params, x_t, t, text.z_txt, text.txt_enc, txt_mask)
+            return self.sampler.apply(params, x_t, t, cond)
 
-        return denoising_loss(self.process, apply, z_img * self.embedding_scale, key_loss)
+        x_0 = forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
+        return denoising_loss(self.process, apply, x_0, key_loss)
+
+    def condition(self, frozen: Params, tokens: Array, keep: Array) -> Mapping[str, Array]:
+        """What the network is told of b captions, and of none where `keep` [b] is False."""
+        learned = self.network.learned_null
+        text = self.clip.encode_text(frozen["clip"], tokens, None if learned else keep)
+        if learned:
+            text = text._replace(txt_mask=text.txt_mask & keep[:, None])
+        return self.sampler.condition(text)
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
@@ -69,9 +87,11 @@ class PriorTask:
         """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
         pictures = images.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], pictures)
-        text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
-        keys = jax.random.split(key, text.z_txt.shape[0])
-        z = self.sampler(params, self.sampler.condition(text), keys)
+        tokens = batch["tokens"][:rows]
+        text = self.clip.encode_text(frozen["clip"], tokens)
+        empty = self.clip.encode_text(frozen["clip"], tokens, jnp.zeros(len(tokens), bool))
+        keys = jax.random.split(key, len(tokens))
+        z = self.sampler(params, self.sampler.condition(text, empty), keys)
         return {"prior": previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
@@ -86,15 +106,18 @@ def from_config(config: Any) -> PriorTask:
     network = construct(DiffusionPrior, config.model, "config.model")
     check_transformer("config.model", config.model, network.activation)
     process = construct(Process, config.diffusion, "config.diffusion")
+    clip = FrozenCLIP.load(config)
+    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
     task = construct(
         PriorTask,
         options,
         "config.task",
         network=network,
         process=process,
-        clip=FrozenCLIP.load(config),
-        sampler=make_sampler(PriorSampler, config, network, process),
+        clip=clip,
+        sampler=make_sampler(PriorSampler, config, network, process, **drawn),
         entry={},
     )
-    entry = stage_entry(config, embedding_scale=task.embedding_scale, clip=task.clip.hash)
+    kept = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}
+    entry = stage_entry(config, **kept, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
@@ -21,11 +22,18 @@ from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
 from dalle2_jax.tasks.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
+PARTS = ("first", "last")
+
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
     """The small picture is corrupted in training, so that the decoder's faults do not matter:
-    by a gaussian blur and, in this project's tiny cascade, by noise as well."""
+    by a gaussian blur and, in this project's tiny cascade, by noise as well.
+
+    With `separate_last_step` there are two networks, {"first", "last"}: each learns from every
+    batch, "last" at the one t of the sampler's last step and "first" at all others. Only those
+    named by `learns` do; the other stays as it is.
+    """
 
     network: Upsampler
     process: Process
@@ -36,6 +44,8 @@ class UpsamplerTask:
     crop_fraction: float = 0.25
     blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
     noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
+    separate_last_step: bool = False
+    learns: tuple[str, ...] = PARTS
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
@@ -55,8 +65,21 @@ class UpsamplerTask:
                 "which is one pixel of the small picture"
             )
 
+        if not self.learns or not set(self.learns) <= set(PARTS):
+            raise UserError(f"config.task.learns={self.learns} must be of {PARTS}, one or both")
+        if self.separate_last_step and self.sampler.settings.num_steps < 2:
+            raise UserError(
+                "config.task.sampling.steps=1 leaves no step to the first network of "
+                "separate_last_step"
+            )
+
     def init(self, key: Array) -> Params:
-        return self.network.init(key, *self.network.init_inputs())["params"]
+        def network(key: Array) -> Params:
+            return self.network.init(key, *self.network.init_inputs())["params"]
+
+        if not self.separate_last_step:
+            return network(key)
+        return {part: network(k) for part, k in zip(PARTS, jax.random.split(key), strict=True)}
 
     @property
     def stage(self) -> str:
@@ -86,11 +109,26 @@ class UpsamplerTask:
         low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
         low_res = images.resize(low, self.crop_size, "bicubic")
 
-        def apply(x_t: Array, t: Array) -> Array:
-            rngs = {"dropout": key_dropout}
-            return forward(self.network, params, x_t, t, low_res, train, rngs=rngs)
+        def loss_of(network: Params, times: range | None) -> tuple[Array, Metrics]:
+            def apply(x_t: Array, t: Array) -> Array:
+                rngs = {"dropout": key_dropout}
+                return forward(self.network, network, x_t, t, low_res, train, rngs=rngs)
 
-        return denoising_loss(self.process, apply, x_0, key_loss)
+            return denoising_loss(self.process, apply, x_0, key_loss, times)
+
+        if not self.separate_last_step:
+            return loss_of(params, None)
+        # The networks share no parameter, so the gradient of the sum is each one's own.
+        found = {part: loss_of(params[part], self.times[part]) for part in self.learns}
+        metrics = {f"{part}_{k}": v for part, (_, told) in found.items() for k, v in told.items()}
+        total = jnp.stack([loss for loss, _ in found.values()]).sum()
+        return total, metrics
+
+    @property
+    def times(self) -> dict[str, range]:
+        """The t that each of the two networks serves."""
+        last = int(self.sampler.settings.schedule(self.process).timesteps[0])
+        return {"first": range(last + 1, self.process.num_timesteps), "last": range(last, last + 1)}
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
@@ -114,16 +152,25 @@ def from_config(config: Any) -> UpsamplerTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     process = construct(Process, config.diffusion, "config.diffusion")
     network = construct(Upsampler, config.model, "config.model")
-    size = {"image_size": config.task.get("image_size", 1)}  # `construct` tells where it lacks
+    drawn = {
+        "image_size": config.task.get("image_size", 1),  # `construct` tells where it lacks
+        "separate_last_step": config.task.separate_last_step,
+    }
     task = construct(
         UpsamplerTask,
         options,
         "config.task",
         network=network,
         process=process,
-        sampler=make_sampler(UpsamplerSampler, config, network, process, **size),
+        sampler=make_sampler(UpsamplerSampler, config, network, process, **drawn),
         entry={},
     )
     check_pictures(config, task.image_size, "config.task")
-    entry = stage_entry(config, image_size=task.image_size, low_size=task.low_size)
+    if task.separate_last_step and set(task.learns) != set(PARTS) and config.optimizer.weight_decay:
+        raise UserError(
+            f"config.optimizer.weight_decay={config.optimizer.weight_decay} would wear away the "
+            f"network that config.task.learns={task.learns} leaves as it is: set it to 0"
+        )
+    sizes = {"image_size": task.image_size, "low_size": task.low_size}
+    entry = stage_entry(config, **sizes, separate_last_step=task.separate_last_step)
     return dataclasses.replace(task, entry=entry)

@@ -111,6 +111,8 @@ def ema_update(
     """
     n = jnp.asarray(opt.num_updates(step), jnp.float32)
     rate = jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.float32(decay)
-    rate = jnp.where(step % opt.accumulate == 0, rate, 1.0)
-    average: Any = optax.incremental_update(params, ema_params, 1 - rate)
-    return average
+    updated = step % opt.accumulate == 0
+    # So that rounding moves no parameter that stays where it is (a prior's statistics).
+    return jax.tree.map(
+        lambda old, new: jnp.where(updated, new + rate * (old - new), old), ema_params, params
+    )
