@@ -45,6 +45,8 @@ TRAINED = {
     "prior:tpu": (64, 1.2),
     "clip:tpu": (64, 1.0),
 }
+# fine-tuned with the batch of their configs
+FINE_TUNED = ("decoder:karlo", "prior:karlo", "upsampler_256:karlo")
 # with all of the compiler's search, ten times as long: what it tells beyond the table
 SEARCHED = ("decoder:paper", "prior:paper", "clip:paper")
 SAMPLED = ("v5e:1x1", "v5e:2x4", "v6e:1x1")
@@ -95,10 +97,14 @@ def commands() -> list[str]:
         f"python sample.py --weights=configs/{variant} --topology={topology} "
         f"--batch_size={chips(topology)}"
         for topology in SAMPLED
-        for variant in ("paper", "tpu")
+        for variant in ("paper", "tpu", "karlo")
+    ]
+    tuned = [
+        f"python train.py --config=configs/{name.replace(':', '.py:')} --topology=v5e:4x4"
+        for name in FINE_TUNED
     ]
     natural = len(TRAINED)  # all networks on the first slice, then sampling, then the rest
-    return found[:natural] + sampled + found[natural:] + searched
+    return found[:natural] + sampled + tuned + found[natural:] + searched
 
 
 def run(command: str) -> dict:

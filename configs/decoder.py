@@ -113,7 +113,7 @@ def karlo():
             ),
             data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
             optimizer=dict(learning_rate=1e-5, b2=0.999, eps=1e-8),
-            batch_size=512,
+            batch_size=256,
             num_steps=10_000,
             ema_decay=0.999,
             preview_every=1000,

@@ -62,6 +62,34 @@ CONFIGS = {
     ),
 }
 
+KARLO = {  # what makes of these networks those that Karlo's are, as changes of `config`
+    "clip": dict(model__unit_length=False, model__learned_temperature=False),
+    "prior": dict(
+        model__learned_null=False,
+        model__standardised=True,
+        task__embedding_scale=1.0,
+        task__candidates=1,
+        task__sampling__cfg_scale=2.0,
+        diffusion__num_timesteps=30,
+    ),
+    "decoder": dict(
+        model__learned_null=False,
+        model__learned_variance=True,
+        model__text_projection=12,
+        model__z_txt_in_time=True,
+        model__unit_length=False,
+        diffusion__learned_variance=True,
+        diffusion__num_timesteps=30,
+        diffusion__prediction="eps",
+    ),
+    "upsampler": dict(
+        model__unet__scale_shift=False,
+        task__separate_last_step=True,
+        diffusion__num_timesteps=30,
+        diffusion__prediction="eps",
+    ),
+}
+
 
 def config(stage: str, clip_from: str = "", **changes) -> ConfigDict:
     """A stage's complete config; `changes` as {"model__unet__dropout": 0.5}."""

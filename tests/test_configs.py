@@ -13,10 +13,10 @@ from dalle2_jax import build, model_folder, sharding
 from dalle2_jax.errors import UserError
 
 VARIANTS = {
-    "clip": ("paper", "tpu", "tiny", "judge", "b32", "b16", "l14"),
-    "prior": ("paper", "tpu", "tiny"),
-    "decoder": ("paper", "tpu", "tiny"),
-    "upsampler_256": ("paper", "tpu", "tiny"),
+    "clip": ("paper", "tpu", "tiny", "judge", "b32", "b16", "l14", "karlo"),
+    "prior": ("paper", "tpu", "karlo", "tiny"),
+    "decoder": ("paper", "tpu", "karlo", "tiny"),
+    "upsampler_256": ("paper", "tpu", "karlo", "tiny"),
     "upsampler_1024": ("paper", "tpu"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
@@ -33,13 +33,13 @@ def get(name: str, variant: str = "paper", **changes):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """size -> a model folder whose CLIP is known by its config alone."""
+    """variant -> a model folder whose CLIP is known by its config alone."""
     folders = {}
-    for size, variant in (("paper", "paper"), ("tpu", "tpu"), ("tiny", "tiny")):
-        folder = tmp_path_factory.mktemp(size)
+    for variant in ("paper", "tpu", "karlo", "tiny"):
+        folder = tmp_path_factory.mktemp(variant)
         entry, params = build.task(build.complete(get("clip", variant))).export({"x": jnp.zeros(1)})
         model_folder.write_stage(folder, "clip", entry, params)
-        folders[size] = str(folder)
+        folders[variant] = str(folder)
     return folders
 
 

@@ -98,13 +98,14 @@ def test_short_attention_is_one_einsum_on_every_platform(n):
     assert ("platform_index" in program) == (n >= LONG)
 
 
-def test_kernels_are_for_the_tpu_without_a_mask_and_can_be_left_out():
+def test_kernels_are_for_the_tpu_without_a_mask_of_queries_and_can_be_left_out():
     args = inputs(1, LONG, 3, 1, 8)
 
     def kernels(*args):
         return str(jax.make_jaxpr(lambda *x: attention(*x))(*args)).count("pallas_call")
 
     assert kernels(*args) == 1
+    assert kernels(*args, random_mask(1, 3, 3)[:, :, :1]) == 1
     assert kernels(*args, causal_mask(LONG)[:, :, :, :3]) == 0
     assert kernels(*inputs(1, LONG, 3, 1, 256)) == 0
     with without_kernels():
@@ -115,10 +116,12 @@ def test_kernels_are_for_the_tpu_without_a_mask_and_can_be_left_out():
     assert kernels(*args) == 1
 
 
+@pytest.mark.parametrize("masks", [0, 1, 2])
 @pytest.mark.parametrize(("n", "m", "d"), [(128, 128, 64), (200, 130, 16), (520, 1540, 8)], ids=str)
-def test_the_kernel_equals_the_einsum(n, m, d):
+def test_the_kernel_equals_the_einsum(n, m, d, masks):
     """Interpreted. The last has several blocks of queries and of keys."""
-    args = inputs(1, n, m, 2, d)
+    args = inputs(max(masks, 1), n, m, 2, d)
+    args += [random_mask(masks, 3, m)[:, :, :1]] if masks else []
     kernel = functools.partial(flash_attention, interpret=True)
     with jax.numpy_rank_promotion("allow"):  # JAX's own code
         got = with_gradients(kernel, *args)
@@ -176,8 +179,9 @@ def test_within_a_shard_attention_does_not_split_again():
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_kernel_saves_memory_on_tpu(gradient):
+def test_the_kernel_saves_memory_on_tpu(gradient, masked):
     """The paper's decoder at 32 px: 1,024 pixels that look at themselves and 260 tokens."""
     mesh = sharding.make_mesh({"data": 2, "tensor": 2}, tpu_devices("v5e:2x2"))
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
@@ -185,14 +189,17 @@ def test_the_kernel_saves_memory_on_tpu(gradient):
         jax.ShapeDtypeStruct((16, n, 32, 64), jnp.bfloat16, sharding=place) for n in (1024, 1284)
     )  # 8 examples of 16 heads a chip
 
-    def run(q, k, v):
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    mask = [jax.ShapeDtypeStruct((16, 1, 1, 1284), bool, sharding=rows)] * masked
+
+    def run(q, k, v, *mask):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out, backward = jax.vjp(attention, q, k, v)
+            out, backward = jax.vjp(lambda *x: attention(*x, *mask), q, k, v)
         return backward(out) if gradient else out
 
     def compiled():
         fast = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
-        return jax.jit(lambda *x: run(*x)).lower(q, k, k).compile(compiler_options=fast)
+        return jax.jit(lambda *x: run(*x)).lower(q, k, k, *mask).compile(compiler_options=fast)
 
     with_kernel = compiled()
     with without_kernels():

@@ -30,6 +30,8 @@ def keys(rows=slice(None)):
 class Nothing(nn.Module):
     """A network in name only."""
 
+    learned_null: bool = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(StageSampler):

@@ -129,6 +129,13 @@ def test_moving_average_moves_with_updates_only():
     np.testing.assert_allclose(average([8, 8, 8, 8], 0.5, False, 2), [0, 4, 4, 6])
 
 
+def test_moving_average_of_what_stays_is_the_same_bit_for_bit():
+    """As a prior's statistics, which are no weights."""
+    opt, still = optimizer(), {"w": jnp.asarray(np.random.default_rng(0).normal(size=999), "f4")}
+    ema = jax.jit(lambda e, n: ema_update(e, still, 0.7, False, n, opt))(still, jnp.int32(1))
+    np.testing.assert_array_equal(ema["w"], still["w"])
+
+
 def test_accumulate_must_be_positive():
     with pytest.raises(UserError, match="accumulate=0"):
         optimizer(accumulate=0)

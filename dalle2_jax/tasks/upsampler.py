@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -109,7 +109,11 @@ class UpsamplerTask:
         low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
         low_res = images.resize(low, self.crop_size, "bicubic")
 
-        def loss_of(network: Params, times: range | None) -> tuple[Array, Metrics]:
+        def loss_of(
+            network: Params, keys: Sequence[Array], times: range | None = None
+        ) -> tuple[Array, Metrics]:
+            key_loss, key_dropout = keys
+
             def apply(x_t: Array, t: Array) -> Array:
                 rngs = {"dropout": key_dropout}
                 return forward(self.network, network, x_t, t, low_res, train, rngs=rngs)
@@ -117,11 +121,14 @@ class UpsamplerTask:
             return denoising_loss(self.process, apply, x_0, key_loss, times)
 
         if not self.separate_last_step:
-            return loss_of(params, None)
+            return loss_of(params, (key_loss, key_dropout))
         # The networks share no parameter, so the gradient of the sum is each one's own.
-        found = {part: loss_of(params[part], self.times[part]) for part in self.learns}
-        metrics = {f"{part}_{k}": v for part, (_, told) in found.items() for k, v in told.items()}
-        total = jnp.stack([loss for loss, _ in found.values()]).sum()
+        total, metrics = jnp.float32(0), {}
+        keys = (jax.random.split(key, len(self.learns)) for key in (key_loss, key_dropout))
+        for part, *own in zip(self.learns, *keys, strict=True):
+            loss, told = loss_of(params[part], own, self.times[part])
+            total += loss
+            metrics |= {f"{part}_{name}": value for name, value in told.items()}
         return total, metrics
 
     @property
