@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import model_folder
+from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
@@ -24,25 +25,35 @@ def import_model(source: Path, out: Path) -> None:
     once. Raises UserError where that is not so, with what is left on either side, and for what is
     missing or damaged.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already: give another folder, or remove it")
     stages = recognise.stages(source)
     entries = {stage.name: dict(stage.entry) for stage in stages}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(out) as folder:
         for stage in stages:
             params, dtype = convert(source, stage, entries)
             if stage.name in ("prior", "decoder"):
-                entries[stage.name]["clip"] = model_folder.stage_hash(partial, "clip")
+                entries[stage.name]["clip"] = model_folder.stage_hash(folder, "clip")
             logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
-            entry = entries[stage.name]
-            model_folder.write_stage(partial, stage.name, entry, params, dtype)
-        partial.rename(out)
+            model_folder.write_stage(folder, stage.name, entries[stage.name], params, dtype)
+        licence.keep(recognise.licence_of(source), folder)
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` if the block ends well, and goes if not.
+
+    UserError where it cannot be written, or there is something of that name.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already: give another folder, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as above:
+            folder = Path(above) / out.name
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def convert(

@@ -22,7 +22,7 @@ import numpy as np
 from dalle2_jax.errors import UserError
 
 Read = Callable[[str], np.ndarray]
-"""A source's tensor by its name, read when it is asked for."""
+"""A tensor by its name, read when it is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +142,28 @@ class Converted:
     tensor: Read
 
 
-def to_theirs(rules: Sequence[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of all `params`, ours by name. UserError: one has no place there."""
-    left = set(params)
+def to_theirs(
+    rules: Sequence[Rule], names: Iterable[str], read: Read
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, tensor) of all tensors of ours. UserError: one has no place there."""
+    names = sorted(names)
+    left = set(names)
     for rule in rules:
         theirs, _, layout = rule
         parts = _parts(rule)
         if not parts:
             continue
-        for name in sorted(params):
+        for name in names:
             match = _pattern(parts[0]).fullmatch(name)
             if not match:
                 continue
             places = {place: int(number) for place, number in match.groupdict().items()}
             used = [part.format(**places) for part in parts]
             left -= set(used)
-            whole = np.concatenate([np.asarray(params[part]) for part in used], axis=-1)
+            whole = np.concatenate([np.asarray(read(part)) for part in used], axis=-1)
             for place in _from_the_end(theirs):
                 before = parts[0].partition(f"{{{place}}}")[0].format(**places)
-                places[place] = _count(before, params) - 1 - places[place]
+                places[place] = _count(before, names) - 1 - places[place]
             stacked = _stacked(rule)
             for layer, tensor in enumerate(whole if stacked else [whole]):
                 told = {**places, stacked: layer} if stacked else places

@@ -1,12 +1,19 @@
-"""Whose model a folder or file is."""
+"""Whose model a folder or file is, and under what licence."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from dalle2_jax import licence
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds another program's model; it may be one that nothing here reads."""
+    return (folder / "model_index.json").is_file()
 
 
 def stages(source: Path) -> list[Stage]:
@@ -21,3 +28,23 @@ def stages(source: Path) -> list[Stage]:
     if kind in unclip.PIPELINES:
         return list(unclip.stages(source))
     raise UserError(f"{index}: {kind} is not read here, but {' and '.join(unclip.PIPELINES)}")
+
+
+def licence_of(source: Path) -> str:
+    """The text of the licence that the source's weights come under; nothing where it is not told.
+
+    A file goes before the model card, and this before the name of who published the model.
+    """
+    folder = source if source.is_dir() else source.parent
+    for path in sorted(folder.glob("LICEN[SC]E*")):
+        return path.read_text(encoding="utf-8", errors="replace")
+    card = folder / "README.md"
+    told = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---\n", told, re.DOTALL)
+    named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
+    index = folder / "model_index.json"
+    origin = str(read_json(index).get("_name_or_path")) if index.is_file() else ""
+    karlo = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
+    if named[1] == "creativeml-openrail-m" if named else karlo:
+        return licence.OPENRAIL_M.read_text(encoding="utf-8")
+    return f"{named[1]}, as the model card of {origin or folder.name} says\n" if named else ""

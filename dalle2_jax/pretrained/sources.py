@@ -28,6 +28,7 @@ class Stage(NamedTuple):
     rules: Sequence[Rule]
 
 
+SUFFIXES = ("safetensors", "bin")  # the first goes before the second, which is a pickle
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
@@ -54,7 +55,7 @@ def network(path: Path) -> Tensors:
 
 def component(folder: Path) -> Tensors:
     """`network` of a folder."""
-    for suffix in ("safetensors", "bin"):
+    for suffix in SUFFIXES:
         for name in WEIGHTS:
             whole, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"
             if whole.is_file():
