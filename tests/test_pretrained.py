@@ -248,7 +248,7 @@ def test_out_that_is_there_or_cannot_be(theirs, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is there already: give another"):
         import_model(theirs, tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write .*file/below"):
+    with pytest.raises(UserError, match=r"cannot write .*file/below"):
         import_model(theirs, tmp_path / "file" / "below")
 
 

@@ -43,7 +43,7 @@ def licence_of(source: Path) -> str:
     header = re.match(r"---\n(.*?)\n---\n", told, re.DOTALL)
     named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
     index = folder / "model_index.json"
-    origin = str(read_json(index).get("_name_or_path")) if index.is_file() else ""
+    origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""
     karlo = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
     if named[1] == "creativeml-openrail-m" if named else karlo:
         return licence.OPENRAIL_M.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,18 +125,64 @@ def _pickled(path: Path) -> Tensors:
     return {name: reader(tensor) for name, tensor in found.items()}
 
 
-def expect(where: str, settings: Mapping[str, Any], **wanted: Any) -> None:
-    """UserError unless `settings` say what is `wanted`, one value or several; none will do, too."""
-    for key, value in wanted.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if key in settings and settings[key] not in values:
-            known = " or ".join(repr(v) for v in values)
-            raise UserError(f"{where}: {key} is {settings[key]!r}, but this reads {known} alone")
+class Config:
+    """Settings of another program's network, each checked as it is asked for.
+
+    `default` is what its program takes where a setting is not told; None: it must be told.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
+        """UserError: the file is missing or damaged. `values` stand in its place, as a part of
+        it."""
+        self.path = path
+        self.values = read_json(path) if values is None else values
+
+    def error(self, told: str) -> UserError:
+        return UserError(f"{self.path}: {told}")
+
+    def expect(self, **wanted: Any) -> None:
+        """UserError unless each setting is what is `wanted`, one value or several, or not told."""
+        for key, value in wanted.items():
+            values = value if isinstance(value, tuple) else (value,)
+            if key in self.values and self.values[key] not in values:
+                known = " or ".join(repr(v) for v in values)
+                raise self.error(f"{key} is {self.values[key]!r}, but this reads {known} alone")
+
+    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(f"{key} is missing")
+        if not fits(value):
+            raise self.error(f"{key} is {value!r}, not {what}")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        return self._get(key, default, _is_whole, "a whole number from 1")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return self._get(key, default, _is_number, "a number")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._get(key, default, lambda value: isinstance(value, str), "a text")
+
+    def wholes(self, key: str) -> list[int]:
+        return self._get(key, None, _all(_is_whole), "a list of whole numbers from 1")
+
+    def numbers(self, key: str, default: Sequence[float] | None = None) -> list[float]:
+        return list(self._get(key, default, _all(_is_number), "a list of numbers"))
+
+    def texts(self, key: str) -> list[str]:
+        return self._get(key, None, _all(lambda v: isinstance(v, str)), "a list of texts")
 
 
-def need(where: str, settings: Mapping[str, Any], *keys: str) -> Sequence[Any]:
-    """The values of `keys`. UserError: one is missing."""
-    for key in keys:
-        if settings.get(key) is None:
-            raise UserError(f"{where}: {key} is missing")
-    return [settings[key] for key in keys]
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
