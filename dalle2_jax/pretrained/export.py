@@ -117,7 +117,7 @@ def _files(entries: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     components = {
         "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-        "text_proj": ("unclip", "UnCLIPTextProjModel"),
+        "text_proj": ("unclip", "UnCLIPTextProjModel"),  # as Karlo's own folder says
         "decoder": ("diffusers", "UNet2DConditionModel"),
         "decoder_scheduler": ("diffusers", "UnCLIPScheduler"),
         "super_res_first": ("diffusers", "UNet2DModel"),
