@@ -71,6 +71,11 @@ def test_there_and_back_is_the_same_bit_for_bit(tmp_path, dtype, variations):
     assert_same_bits(tmp_path / "theirs", tmp_path / "theirs again")
 
 
+def test_it_is_stored_in_the_type_that_is_asked_for(theirs, tmp_path):
+    import_model(theirs, tmp_path / "ours", "bfloat16")
+    assert {tensor.dtype.name for tensor in tensors_of(tmp_path / "ours").values()} == {"bfloat16"}
+
+
 def test_every_network_has_files_of_its_own_there(theirs):
     index = json.loads((theirs / "model_index.json").read_text())
     assert {name for name in index if name[0] != "_"} == {p.name for p in theirs.iterdir()} - {

@@ -2,7 +2,8 @@
 
 SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline
 (Karlo) or UnCLIPImageVariationPipeline. What comes out is a model folder for sample.py --weights,
-which also takes SOURCE itself and keeps what it makes of it in the user's cache.
+which also takes SOURCE itself and keeps what it makes of it in the user's cache. --dtype=bfloat16
+stores it in half the space of float32: TPUs compute in it anyway.
 
 python -m dalle2_jax.pretrained export FOLDER --out PIPELINE is the way back, for a model folder of
 such networks.
@@ -22,6 +23,9 @@ from absl import flags
 from dalle2_jax.errors import UserError
 
 OUT = flags.DEFINE_string("out", None, "The folder to write; it must not be there yet.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "To import as; by default as it is there."
+)
 
 
 def main(verb: str, source: str) -> None:
@@ -29,12 +33,14 @@ def main(verb: str, source: str) -> None:
         raise UserError(f"{verb!r} is unknown: write import SOURCE or export FOLDER")
     if not OUT.value:
         raise UserError("--out is missing: name the folder to write")
+    if DTYPE.value and verb == "export":
+        raise UserError("--dtype is for import: what is exported keeps its type")
     out = Path(OUT.value).expanduser()
     from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
     from dalle2_jax.pretrained import convert, export, find
 
     if verb == "import":
-        convert.import_model(find.source(source), out)
+        convert.import_model(find.source(source), out, DTYPE.value)
         licence.show_once(out)
     else:
         export.export_model(model_folder.resolve(source), out)

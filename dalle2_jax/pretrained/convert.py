@@ -18,22 +18,24 @@ from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
 
 
-def import_model(source: Path, out: Path) -> None:
-    """Writes the pipeline in the folder `source` as a model folder, which appears whole or not.
+def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | None = None) -> None:
+    """Writes the model in `source` as a model folder, which appears whole or not.
 
-    Every tensor of the source goes to one place and every parameter is filled; a stage is in memory
-    once. Raises UserError where that is not so, with what is left on either side, and for what is
-    missing or damaged.
+    Tensors are stored as `dtype`; None: in the narrowest that loses nothing of a stage. Every
+    tensor of the source goes to one place and every parameter is filled; a stage is in memory once.
+    Raises UserError where that is not so, with what is left on either side, and for what is missing
+    or damaged.
     """
     stages = recognise.stages(source)
     entries = {stage.name: dict(stage.entry) for stage in stages}
     with appearing(out) as folder:
         for stage in stages:
-            params, dtype = convert(source, stage, entries)
+            params, narrowest = convert(source, stage, entries)
             if stage.name in ("prior", "decoder"):
                 entries[stage.name]["clip"] = model_folder.stage_hash(folder, "clip")
             logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
-            model_folder.write_stage(folder, stage.name, entries[stage.name], params, dtype)
+            entry = entries[stage.name]
+            model_folder.write_stage(folder, stage.name, entry, params, dtype or narrowest)
         licence.keep(recognise.licence_of(source), folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dalle2_jax import licence
+from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
@@ -22,6 +22,9 @@ def stages(source: Path) -> list[Stage]:
     Raises UserError where nothing here reads it, or its settings are of a network that is not ours.
     """
     index = source / "model_index.json"
+    if (source / model_folder.CONFIG_NAME).is_file() and not index.is_file():
+        model_folder.read_config(source)
+        raise UserError(f"{source} is a model folder already: there is nothing to import")
     if not index.is_file():
         raise UserError(f"{source} is no model that is read here: {index.name} is missing")
     kind = read_json(index).get("_class_name")
