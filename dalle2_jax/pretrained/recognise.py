@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import unclip
+from dalle2_jax.pretrained import kandinsky, karlo, unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
+
+PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
 
 
 def stages(source: Path) -> list[Stage]:
@@ -15,9 +17,13 @@ def stages(source: Path) -> list[Stage]:
     Raises UserError where nothing here reads it, or its settings are of a network that is not ours.
     """
     index = source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{source} is no model that is read here: {index.name} is missing")
-    kind = read_json(index).get("_class_name")
-    if kind in unclip.PIPELINES:
-        return list(unclip.stages(source))
-    raise UserError(f"{index}: {kind} is not read here, but {' and '.join(unclip.PIPELINES)}")
+    if index.is_file():
+        kind = read_json(index).get("_class_name")
+        if kind in PIPELINES:
+            return list(PIPELINES[kind].stages(source))
+        raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
+    if karlo.is_here(source):
+        return list(karlo.stages(source))
+    raise UserError(
+        f"{source} is no model that is read here: neither {index.name} nor {karlo.PRIOR} is there"
+    )

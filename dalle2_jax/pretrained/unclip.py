@@ -21,14 +21,17 @@ PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 def stages(folder: Path) -> Iterator[Stage]:
     """What the pipeline in `folder` consists of, CLIP first. UserError: it is another network."""
     kind = read_json(folder / "model_index.json")["_class_name"]
-    yield _clip(folder, kind)
+    pictures = kind == "UnCLIPImageVariationPipeline"
+    yield clip_stage(folder, "feature_extractor" if pictures else None)
     if kind == "UnCLIPPipeline":
-        yield _prior(folder)
+        yield prior_stage(folder, "prior_scheduler")
     yield _decoder(folder)
     yield _upsampler(folder)
 
 
-def _clip(folder: Path, kind: str) -> Stage:
+def clip_stage(folder: Path, processor: str | None) -> Stage:
+    """CLIP's text tower in a pipeline's folder; its image tower too, where `processor` names the
+    folder that says how its pictures are prepared. UserError: it is another network."""
     text = clip_tower(folder / "text_encoder")
     (context_length, vocab_size) = need(
         text.where, text.settings, "max_position_embeddings", "vocab_size"
@@ -42,11 +45,11 @@ def _clip(folder: Path, kind: str) -> Stage:
         "image": None,
     }
     parts, rules = ["text_encoder"], within("text_encoder/", "", diffusers.CLIP_TEXT)
-    if kind == "UnCLIPImageVariationPipeline":
+    if processor:
         image = clip_tower(folder / "image_encoder")
         if (image.dim, image.activation) != (text.dim, text.activation):
             raise UserError(f"{image.where} and {text.where} are not of one CLIP")
-        model["image"] = image_section(image, folder / "feature_extractor")
+        model["image"] = image_section(image, folder / processor)
         parts += ["image_encoder"]
         rules += within("image_encoder/", "", diffusers.CLIP_IMAGE)
     return Stage("clip", {"model": model}, _inside(folder, parts), rules)
@@ -99,7 +102,9 @@ def image_section(tower: Tower, extractor: Path) -> dict[str, Any]:
     }
 
 
-def _prior(folder: Path) -> Stage:
+def prior_stage(folder: Path, scheduler: str) -> Stage:
+    """The prior in a pipeline's folder, drawn as the folder `scheduler` says. UserError: it is
+    another network."""
     where, told = str(folder / "prior" / "config.json"), read_json(folder / "prior" / "config.json")
     expect(
         where,
@@ -125,21 +130,24 @@ def _prior(folder: Path) -> Stage:
         "num_layers",
         "num_embeddings",
     )
-    entry = {
-        "model": {
-            "dim": dim,
-            "context_length": length,
-            "width": heads * channels,
-            "depth": depth,
-            "heads": heads,
-            "learned_null": False,
-            "standardised": True,
-            "activation": "gelu",
-        },
-        "candidates": 1,
-        **_schedule(folder / "prior_scheduler", steps=25, cfg_scale=4.0),
-    }
+    entry = prior_entry(dim, length, heads * channels, depth, heads)
+    entry |= _schedule(folder / scheduler, steps=25, cfg_scale=4.0)
     return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
+
+
+def prior_entry(dim: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
+    """The prior's entry, but for how it is drawn."""
+    model = {
+        "dim": dim,
+        "context_length": length,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "learned_null": False,
+        "standardised": True,
+        "activation": "gelu",
+    }
+    return {"model": model, "candidates": 1}
 
 
 def _decoder(folder: Path) -> Stage:
@@ -155,28 +163,35 @@ def _decoder(folder: Path) -> Stage:
         addition_embed_type=None,
         encoder_hid_dim_type=None,
     )
+    extra_tokens = text.get("clip_extra_context_tokens", 4)
+    dim, width = need(where, text, "clip_embeddings_dim", "cross_attention_dim")
+    tower = read_json(folder / "text_encoder" / "config.json")
+    length = tower.get("max_position_embeddings", 77)
+    size = need(where, told, "sample_size")[0]
+    entry = decoder_entry(dim, length, _unet(where, told), extra_tokens, width, size)
+    entry |= _schedule(folder / "decoder_scheduler", steps=25, cfg_scale=8.0)
+    rules = within("decoder/", "", diffusers.UNET)
+    rules += within("text_proj/", "", diffusers.text_projection(extra_tokens))
+    return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
+
+
+def decoder_entry(
+    dim: int, length: int, unet: Mapping[str, Any], extra_tokens: int, text_width: int, size: int
+) -> dict[str, Any]:
+    """The decoder's entry, but for how it is drawn."""
     model = {
-        "dim": need(where, text, "clip_embeddings_dim")[0],
-        "context_length": read_json(folder / "text_encoder" / "config.json").get(
-            "max_position_embeddings", 77
-        ),
-        "unet": _unet(where, told),
+        "dim": dim,
+        "context_length": length,
+        "unet": unet,
         "text": None,
-        "extra_tokens": text.get("clip_extra_context_tokens", 4),
+        "extra_tokens": extra_tokens,
         "learned_variance": True,
         "learned_null": False,
-        "text_projection": need(where, text, "cross_attention_dim")[0],
+        "text_projection": text_width,
         "z_txt_in_time": True,
         "unit_length": False,
     }
-    entry = {
-        "model": model,
-        "image_size": need(where, told, "sample_size")[0],
-        **_schedule(folder / "decoder_scheduler", steps=25, cfg_scale=8.0),
-    }
-    rules = within("decoder/", "", diffusers.UNET)
-    rules += within("text_proj/", "", diffusers.text_projection(model["extra_tokens"]))
-    return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
+    return {"model": model, "image_size": size}
 
 
 def _upsampler(folder: Path) -> Stage:
@@ -189,16 +204,22 @@ def _upsampler(folder: Path) -> Stage:
     if unet != _unet(str(folder / names[1] / "config.json"), last):
         raise UserError(f"{where}: the two networks of the upsampler are not of one size")
     size = need(where, first, "sample_size")[0]
-    entry = {
-        "model": {"unet": unet, "learned_variance": False},
-        "image_size": size,
-        "low_size": read_json(folder / "decoder" / "config.json")["sample_size"],
-        "separate_last_step": True,
-        **_schedule(folder / "super_res_scheduler", steps=7, cfg_scale=1.0),
-    }
+    low_size = read_json(folder / "decoder" / "config.json")["sample_size"]
+    entry = upsampler_entry(unet, size, low_size)
+    entry |= _schedule(folder / "super_res_scheduler", steps=7, cfg_scale=1.0)
     rules = within("super_res_first/", "first.", diffusers.UNET)
     rules += within("super_res_last/", "last.", diffusers.UNET)
     return Stage(f"upsampler_{size}", entry, _inside(folder, names), rules)
+
+
+def upsampler_entry(unet: Mapping[str, Any], size: int, low_size: int) -> dict[str, Any]:
+    """The upsampler's entry, but for how it is drawn."""
+    return {
+        "model": {"unet": unet, "learned_variance": False},
+        "image_size": size,
+        "low_size": low_size,
+        "separate_last_step": True,
+    }
 
 
 def _inside(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -258,19 +279,38 @@ def _schedule(folder: Path, steps: int, cfg_scale: float) -> dict[str, Any]:
         prediction_type=("epsilon", "sample"),
     )
     predictions = {"epsilon": "eps", "sample": "x_0"}
-    bound = told.get("clip_sample_range", 1.0)
+    return schedule(
+        predictions[told.get("prediction_type", "epsilon")],
+        told.get("variance_type") == "learned_range",
+        steps,
+        cfg_scale,
+        told.get("clip_sample_range", 1.0) if told.get("clip_sample", True) else None,
+        told.get("num_train_timesteps", 1000),
+    )
+
+
+def schedule(
+    prediction: str,
+    learned_variance: bool,
+    steps: int,
+    cfg_scale: float,
+    bound: float | None,
+    num_timesteps: int = 1000,
+) -> dict[str, Any]:
+    """A stage's diffusion and sampling, as Karlo's own code and diffusers' UnCLIPScheduler have it;
+    x_0 is kept within the `bound`."""
     return {
         "diffusion": {
             "schedule": "cosine",
-            "num_timesteps": told.get("num_train_timesteps", 1000),
-            "prediction": predictions[told.get("prediction_type", "epsilon")],
-            "learned_variance": told.get("variance_type") == "learned_range",
+            "num_timesteps": num_timesteps,
+            "prediction": prediction,
+            "learned_variance": learned_variance,
         },
         "sampling": {
             "steps": steps,
             "solver": "ddpm",
             "cfg_scale": cfg_scale,
-            "clip": ["static", bound] if told.get("clip_sample", True) else None,
+            "clip": None if bound is None else ["static", bound],
             "spacing": "even",
             "variance": "small",
         },
