@@ -1,6 +1,9 @@
 """Imports a public model: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
 
-SOURCE is a folder that diffusers has saved: UnCLIPPipeline (Karlo) or UnCLIPImageVariationPipeline.
+SOURCE is a folder that diffusers has saved: UnCLIPPipeline or UnCLIPImageVariationPipeline (Karlo),
+or KandinskyV22PriorPipeline (a CLIP and a prior, to train a decoder on). Or it is a folder of Karlo's
+own checkpoints (prior*.ckpt, decoder*.ckpt, improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's
+text_encoder beside them as transformers saves it.
 What comes out is a model folder for sample.py --weights. Exit status: 0 done, 2 a mistake in the
 input, 130 stopped by Ctrl-C.
 """
@@ -24,7 +27,7 @@ def main(_: str, source: str) -> None:
         raise UserError("--out is missing: name the model folder to write")
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{source} is no folder: give one that diffusers has saved")
+        raise UserError(f"{source} is no folder: give the folder of a public model")
     from dalle2_jax.pretrained.convert import import_model  # late: mistakes are told at once
 
     import_model(folder, Path(OUT.value).expanduser())

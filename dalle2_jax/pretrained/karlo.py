@@ -39,7 +39,8 @@ def stages(folder: Path) -> Iterator[Stage]:
 
 
 def clip_stage(folder: Path) -> Stage:
-    """The CLIP beside the checkpoints, in transformers' layout. UserError: there is none."""
+    """The CLIP beside the checkpoints, in transformers' layout: of their own ViT-L-14.pt, which
+    holds a program, nothing is read. UserError: there is none."""
     if not (folder / "text_encoder").is_dir():
         raise UserError(
             f"{folder}/text_encoder is missing: put transformers' CLIPTextModelWithProjection of "

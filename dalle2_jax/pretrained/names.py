@@ -153,10 +153,12 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
             try:
                 whole = rule[2].ours(given)
                 pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+                fits = pieces[-1].shape == pieces[0].shape
             except (ValueError, IndexError):
-                raise UserError(
-                    f"{name} is of another network: {given.shape} fits nothing"
-                ) from None
+                fits = False
+            if not fits:
+                told = f"its shape {given.shape} is not what stands there"
+                raise UserError(f"{name} is of another network: {told}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
         return np.stack(pieces) if stacked else np.ascontiguousarray(pieces[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,11 +108,14 @@ def _pickled(path: Path) -> Tensors:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; before, it cannot be mapped
         found = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError as error:
-        told = "it is damaged, or holds more than weights, which is not run here: copy it again, or"
-        raise UserError(f"{path}: {told} save its state_dict alone where you trust it") from error
     except Exception as error:  # pickles fail in as many ways as there are
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            told = (
+                f"holds more than weights ({refused[1]}), which is not loaded: save its state_dict"
+            )
+            raise UserError(f"{path} {told} alone, where you trust it") from error
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        told = told.partition(". ")[0]
         raise UserError(f"{path} is damaged or cut short ({told}): copy it again") from error
     while isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
