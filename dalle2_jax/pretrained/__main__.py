@@ -1,9 +1,10 @@
 """Imports a public model: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
 
 SOURCE is a folder that diffusers has saved: UnCLIPPipeline or UnCLIPImageVariationPipeline (Karlo),
-or KandinskyV22PriorPipeline (a CLIP and a prior, to train a decoder on). Or it is a folder of Karlo's
-own checkpoints (prior*.ckpt, decoder*.ckpt, improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's
-text_encoder beside them as transformers saves it.
+or KandinskyV22PriorPipeline (a CLIP and a prior, to train a decoder on). Or it is a folder of
+Karlo's own checkpoints (prior*.ckpt, decoder*.ckpt, improved-sr*.ckpt, ViT-L-14_stats.th), with
+CLIP's text_encoder beside them as transformers saves it.
+
 What comes out is a model folder for sample.py --weights. Exit status: 0 done, 2 a mistake in the
 input, 130 stopped by Ctrl-C.
 """
