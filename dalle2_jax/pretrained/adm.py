@@ -6,7 +6,7 @@ each head's lie side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle2_jax.pretrained.names import (
@@ -16,7 +16,6 @@ from dalle2_jax.pretrained.names import (
     POINTWISE,
     SAME,
     SKIP,
-    Layout,
     Rule,
     feature_major,
     fused,
@@ -74,40 +73,41 @@ def unet_section(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 def unet(section: Mapping[str, Any]) -> list[Rule]:
     """The rules of a U-Net with such settings (`nets.unet.UNet`), and of its time's embedding."""
-    levels, blocks = len(section["channel_mults"]), section["num_blocks"]
-    attention = section["attention_levels"]
     rules = [
         *module("time_embed.0", "time.fc1", DENSE),
         *module("time_embed.2", "time.fc2", DENSE),
         *module("input_blocks.0.0", "unet.conv_in", CONVOLUTION),
-        *within("middle_block.0.", "unet.middle_block0.", RESBLOCK),
-        *within(f"middle_block.{2 if attention else 1}.", "unet.middle_block1.", RESBLOCK),
         *module("out.0", "unet.norm_out", NORM),
         *module("out.2", "unet.conv_out", CONVOLUTION),
     ]
-    if attention:
-        rules += within("middle_block.1.", "unet.middle_attention.", ATTENTION)
-
-    def add(number: str, ours: str, level: int, i: int) -> None:
-        nonlocal rules
-        rules += within(f"{number}.0.", f"unet.{ours}{level}_block{i}.", RESBLOCK)
-        if level in attention:
-            rules += within(f"{number}.1.", f"unet.{ours}{level}_attention{i}.", ATTENTION)
-
-    for level in range(levels):
-        entrance = 1 + level * (blocks + 1)
-        for i in range(blocks):
-            add(f"input_blocks.{entrance + i}", "down", level, i)
-        if level < levels - 1:
-            halve = f"input_blocks.{entrance + blocks}.0."
-            rules += within(halve, f"unet.down{level}_halve.", RESBLOCK)
-        exit_ = (levels - 1 - level) * (blocks + 1)
-        for i in range(blocks + 1):
-            add(f"output_blocks.{exit_ + i}", "up", level, i)
-        if level > 0:
-            double = f"output_blocks.{exit_ + blocks}.{2 if level in attention else 1}."
-            rules += within(double, f"unet.up{level}_double.", RESBLOCK)
+    for theirs, ours in _blocks(section):
+        kind = ATTENTION if "attention" in ours else RESBLOCK
+        rules += within(f"{theirs}.", f"unet.{ours}.", kind)
     return rules
+
+
+def _blocks(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(their number of a block, our name)"""
+    levels, blocks = len(section["channel_mults"]), section["num_blocks"]
+    attention = section["attention_levels"]
+    if attention:
+        yield "middle_block.1", "middle_attention"
+    yield "middle_block.0", "middle_block0"
+    yield f"middle_block.{2 if attention else 1}", "middle_block1"
+    for level in range(levels):
+        down = 1 + level * (blocks + 1)
+        up = (levels - 1 - level) * (blocks + 1)
+        places = [(f"input_blocks.{down + i}", "down", i) for i in range(blocks)]
+        places += [(f"output_blocks.{up + i}", "up", i) for i in range(blocks + 1)]
+        for number, way, i in places:
+            yield f"{number}.0", f"{way}{level}_block{i}"
+            if level in attention:
+                yield f"{number}.1", f"{way}{level}_attention{i}"
+        if level < levels - 1:
+            yield f"input_blocks.{down + blocks}.0", f"down{level}_halve"
+        if level > 0:
+            last = 2 if level in attention else 1
+            yield f"output_blocks.{up + blocks}.{last}", f"up{level}_double"
 
 
 def conditions(extra_tokens: int) -> list[Rule]:
@@ -122,7 +122,6 @@ def conditions(extra_tokens: int) -> list[Rule]:
     ]
 
 
-_QKV: Layout = head_major(3, HEAD_CHANNELS)
 # Karlo's prior
 PRIOR = [
     ("positional_embedding", "positions", without(1)),
@@ -137,7 +136,7 @@ PRIOR = [
         "transformer.blocks.",
         [
             *module("ln_1", "norm1", NORM),
-            *fused("attn.c_qkv", ["q", "k", "v"], DENSE, _QKV),
+            *fused("attn.c_qkv", ["q", "k", "v"], DENSE, head_major(3, HEAD_CHANNELS)),
             *module("attn.c_proj", "out", DENSE),
             *module("ln_2", "norm2", NORM),
             *module("mlp.c_fc", "fc1", DENSE),
