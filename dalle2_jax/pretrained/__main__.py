@@ -1,9 +1,14 @@
 """Public weights: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
 
-SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline
-(Karlo) or UnCLIPImageVariationPipeline. What comes out is a model folder for sample.py --weights,
-which also takes SOURCE itself and keeps what it makes of it in the user's cache. --dtype=bfloat16
-stores it in half the space of float32: TPUs compute in it anyway.
+SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline or
+UnCLIPImageVariationPipeline (Karlo), or KandinskyV22PriorPipeline (a CLIP and a prior, to train a
+decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt, decoder*.ckpt,
+improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's text_encoder beside them as transformers saves
+it.
+
+What comes out is a model folder for sample.py --weights, which also takes SOURCE itself and keeps
+what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
+TPUs compute in it anyway.
 
 python -m dalle2_jax.pretrained export FOLDER --out PIPELINE is the way back, for a model folder of
 such networks.
@@ -14,6 +19,7 @@ Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from dalle2_jax import commands  # first: it tells where no library is installed
 
@@ -35,12 +41,12 @@ def main(verb: str, source: str) -> None:
         raise UserError("--out is missing: name the folder to write")
     if DTYPE.value and verb == "export":
         raise UserError("--dtype is for import: what is exported keeps its type")
-    out = Path(OUT.value).expanduser()
+    out, dtype = Path(OUT.value).expanduser(), cast(Any, DTYPE.value)
     from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
     from dalle2_jax.pretrained import convert, export, find
 
     if verb == "import":
-        convert.import_model(find.source(source), out, DTYPE.value)
+        convert.import_model(find.source(source), out, dtype)
         licence.show_once(out)
     else:
         export.export_model(model_folder.resolve(source), out)

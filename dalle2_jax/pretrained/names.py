@@ -67,10 +67,25 @@ def feature_major(count: int) -> Layout:
     return Layout(lambda x: swap(x, count), lambda x: swap(x, len(x) // count))
 
 
+def head_major(count: int, channels: int) -> Layout:
+    """Rows [heads count channels, ...], of which neighbours are one head's `count` parts (q, k, v),
+    as rows in which a part's heads are neighbours."""
+
+    def swap(x: np.ndarray, n: int) -> np.ndarray:
+        return x.reshape(-1, n, channels, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    return Layout(lambda x: swap(x, count), lambda x: swap(x, len(x) // (count * channels)))
+
+
+def pointwise(spatial: int) -> Layout:
+    """A convolution's kernel [out, in, 1, ...] of so many spatial axes -> [in, out]."""
+    ones = (1,) * spatial
+    return Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(x.T.shape + ones))
+
+
 SAME = Layout(lambda x: x, lambda x: x)
 MATRIX = axes(1, 0)  # [out, in] -> [in, out]
 CONV = axes(2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
-POINTWISE = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 
 Rule = tuple[str, str | Sequence[str], Layout]
 Module = Mapping[str, tuple[str, Layout]]
@@ -79,12 +94,21 @@ Module = Mapping[str, tuple[str, Layout]]
 DENSE: Module = {"weight": ("kernel", MATRIX), "bias": ("bias", SAME)}
 CONVOLUTION: Module = {"weight": ("kernel", CONV), "bias": ("bias", SAME)}
 NORM: Module = {"weight": ("norm.scale", SAME), "bias": ("norm.bias", SAME)}
-SKIP: Module = {"weight": ("kernel", POINTWISE), "bias": ("bias", SAME)}
+SKIP: Module = {"weight": ("kernel", pointwise(2)), "bias": ("bias", SAME)}
+POINTWISE: Module = {"weight": ("kernel", pointwise(1)), "bias": ("bias", SAME)}
 
 
 def module(theirs: str, ours: str, kind: Module) -> list[Rule]:
     """The rules of one module's tensors."""
     return [(f"{theirs}.{a}", f"{ours}.{b}", layout) for a, (b, layout) in kind.items()]
+
+
+def fused(theirs: str, ours: Sequence[str], kind: Module, order: Layout = SAME) -> list[Rule]:
+    """The rules of one module that is several of ours; `order` brings its rows into theirs."""
+    return [
+        (f"{theirs}.{a}", [f"{part}.{b}" for part in ours], then(order, layout))
+        for a, (b, layout) in kind.items()
+    ]
 
 
 def within(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
@@ -125,8 +149,16 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
     def tensor(ours: str) -> np.ndarray:
         pieces = []
         for _, (name, part, rule) in sorted(sources[ours].items()):
-            whole = rule[2].ours(read(name))
-            pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+            given = read(name)
+            try:
+                whole = rule[2].ours(given)
+                pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+                fits = pieces[-1].shape == pieces[0].shape
+            except (ValueError, IndexError):
+                fits = False
+            if not fits:
+                told = f"its shape {given.shape} is not what stands there"
+                raise UserError(f"{name} is of another network: {told}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
         return np.stack(pieces) if stacked else np.ascontiguousarray(pieces[0])
 

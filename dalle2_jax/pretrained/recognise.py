@@ -7,13 +7,15 @@ from pathlib import Path
 
 from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import unclip
+from dalle2_jax.pretrained import kandinsky, karlo, unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
+
+PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
 
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds another program's model; it may be one that nothing here reads."""
-    return (folder / "model_index.json").is_file()
+    return (folder / "model_index.json").is_file() or karlo.is_here(folder)
 
 
 def stages(source: Path) -> list[Stage]:
@@ -22,15 +24,19 @@ def stages(source: Path) -> list[Stage]:
     Raises UserError where nothing here reads it, or its settings are of a network that is not ours.
     """
     index = source / "model_index.json"
-    if (source / model_folder.CONFIG_NAME).is_file() and not index.is_file():
+    if index.is_file():
+        kind = read_json(index).get("_class_name")
+        if kind in PIPELINES:
+            return list(PIPELINES[kind].stages(source))
+        raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
+    if karlo.is_here(source):
+        return list(karlo.stages(source))
+    if (source / model_folder.CONFIG_NAME).is_file():
         model_folder.read_config(source)
         raise UserError(f"{source} is a model folder already: there is nothing to import")
-    if not index.is_file():
-        raise UserError(f"{source} is no model that is read here: {index.name} is missing")
-    kind = read_json(index).get("_class_name")
-    if kind in unclip.PIPELINES:
-        return list(unclip.stages(source))
-    raise UserError(f"{index}: {kind} is not read here, but {' and '.join(unclip.PIPELINES)}")
+    raise UserError(
+        f"{source} is no model that is read here: neither {index.name} nor {karlo.PRIOR} is there"
+    )
 
 
 def licence_of(source: Path) -> str:
@@ -47,7 +53,8 @@ def licence_of(source: Path) -> str:
     named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
     index = folder / "model_index.json"
     origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""
-    karlo = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
-    if named[1] == "creativeml-openrail-m" if named else karlo:
+    by_name = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
+    openrail = named[1] == "creativeml-openrail-m" if named else by_name or karlo.is_here(folder)
+    if openrail:
         return licence.OPENRAIL_M.read_text(encoding="utf-8")
     return f"{named[1]}, as the model card of {origin or folder.name} says\n" if named else ""

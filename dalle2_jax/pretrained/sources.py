@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,8 @@ def component(folder: Path) -> Tensors:
 
 
 def tensors(path: Path) -> Tensors:
-    """The tensors of a file of safetensors, or of torch's, of which no code is run."""
+    """The tensors of a file of safetensors, or of torch's, of which no code is run; those of a list
+    are called by their places."""
     if not path.is_file():
         raise UserError(f"{path} is missing: copy the whole model again")
     return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
@@ -105,12 +107,22 @@ def _pickled(path: Path) -> Tensors:
             "safetensors"
         ) from None
     try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # torch's format since 1.6; before, it cannot be mapped
+        found = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # pickles fail in as many ways as there are
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            told = (
+                f"holds more than weights ({refused[1]}), which is not loaded: save its state_dict"
+            )
+            raise UserError(f"{path} {told} alone, where you trust it") from error
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged, or holds more than weights ({told})") from error
+        told = told.partition(". ")[0]
+        raise UserError(f"{path} is damaged or cut short ({told}): copy it again") from error
     while isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
+    if isinstance(found, list | tuple):
+        found = {str(place): tensor for place, tensor in enumerate(found)}
     if not isinstance(found, Mapping) or not all(torch.is_tensor(x) for x in found.values()):
         raise UserError(f"{path} holds no tensors by name")
 

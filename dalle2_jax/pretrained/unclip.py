@@ -20,9 +20,10 @@ PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 def stages(folder: Path) -> Iterator[Stage]:
     """What the pipeline in `folder` consists of, CLIP first. UserError: it is another network."""
     kind = read_json(folder / "model_index.json")["_class_name"]
-    yield _clip(folder, with_images=kind == "UnCLIPImageVariationPipeline")
+    pictures = kind == "UnCLIPImageVariationPipeline"
+    yield clip_stage(folder, "feature_extractor" if pictures else None)
     if kind == "UnCLIPPipeline":
-        yield _prior(folder)
+        yield prior_stage(folder, "prior_scheduler")
     yield _decoder(folder)
     yield _upsampler(folder)
 
@@ -35,7 +36,9 @@ def _inside(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def _clip(folder: Path, with_images: bool) -> Stage:
+def clip_stage(folder: Path, processor: str | None) -> Stage:
+    """CLIP's text tower in a pipeline's folder; its image tower too, where `processor` names the
+    folder that says how its pictures are prepared. UserError: it is another network."""
     text = _config(folder, "text_encoder")
     model = {
         "dim": text.whole("projection_dim"),
@@ -46,11 +49,11 @@ def _clip(folder: Path, with_images: bool) -> Stage:
         "image": None,
     }
     parts, rules = ["text_encoder"], within("text_encoder/", "", diffusers.CLIP_TEXT)
-    if with_images:
+    if processor:
         image = _config(folder, "image_encoder")
         image.expect(projection_dim=model["dim"], hidden_act=model["activation"])
-        processor = Config(folder / "feature_extractor" / "preprocessor_config.json")
-        model["image"] = image_tower(image, processor)
+        prepared = Config(folder / processor / "preprocessor_config.json")
+        model["image"] = image_tower(image, prepared)
         parts += ["image_encoder"]
         rules += within("image_encoder/", "", diffusers.CLIP_IMAGE)
     return Stage("clip", {"model": model}, _inside(folder, parts), rules)
@@ -91,7 +94,9 @@ def image_tower(told: Config, processor: Config) -> dict[str, Any]:
     }
 
 
-def _prior(folder: Path) -> Stage:
+def prior_stage(folder: Path, scheduler: str) -> Stage:
+    """The prior in a pipeline's folder, drawn as the folder `scheduler` says. UserError: it is
+    another network."""
     told = _config(folder, "prior")
     heads, channels = told.whole("num_attention_heads"), told.whole("attention_head_dim")
     told.expect(
@@ -104,21 +109,25 @@ def _prior(folder: Path) -> Stage:
         added_emb_type="prd",
         time_embed_dim=(None, heads * channels),
     )
-    entry = {
-        "model": {
-            "dim": told.whole("embedding_dim"),
-            "context_length": told.whole("num_embeddings"),
-            "width": heads * channels,
-            "depth": told.whole("num_layers"),
-            "heads": heads,
-            "learned_null": False,
-            "standardised": True,
-            "activation": "gelu",
-        },
-        "candidates": 1,
-        **_schedule(folder / "prior_scheduler", steps=25, cfg_scale=4.0),
-    }
+    dim, length = told.whole("embedding_dim"), told.whole("num_embeddings")
+    entry = prior_entry(dim, length, heads * channels, told.whole("num_layers"), heads)
+    entry |= _schedule(folder / scheduler, steps=25, cfg_scale=4.0)
     return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
+
+
+def prior_entry(dim: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
+    """The prior's entry, but for how it is drawn."""
+    model = {
+        "dim": dim,
+        "context_length": length,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "learned_null": False,
+        "standardised": True,
+        "activation": "gelu",
+    }
+    return {"model": model, "candidates": 1}
 
 
 def _decoder(folder: Path) -> Stage:
@@ -131,27 +140,38 @@ def _decoder(folder: Path) -> Stage:
         addition_embed_type=None,
         encoder_hid_dim_type=None,
     )
-    clip = _config(folder, "text_encoder")
+    extra_tokens = text.whole("clip_extra_context_tokens", 4)
+    entry = decoder_entry(
+        text.whole("clip_embeddings_dim"),
+        _config(folder, "text_encoder").whole("max_position_embeddings", 77),
+        _unet(told),
+        extra_tokens,
+        text.whole("cross_attention_dim"),
+        told.whole("sample_size"),
+    )
+    entry |= _schedule(folder / "decoder_scheduler", steps=25, cfg_scale=8.0)
+    rules = within("decoder/", "", diffusers.UNET)
+    rules += within("text_proj/", "", diffusers.text_projection(extra_tokens))
+    return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
+
+
+def decoder_entry(
+    dim: int, length: int, unet: Mapping[str, Any], extra_tokens: int, width: int, size: int
+) -> dict[str, Any]:
+    """The decoder's entry, but for how it is drawn."""
     model = {
-        "dim": text.whole("clip_embeddings_dim"),
-        "context_length": clip.whole("max_position_embeddings", 77),
-        "unet": _unet(told),
+        "dim": dim,
+        "context_length": length,
+        "unet": unet,
         "text": None,
-        "extra_tokens": text.whole("clip_extra_context_tokens", 4),
+        "extra_tokens": extra_tokens,
         "learned_variance": True,
         "learned_null": False,
-        "text_projection": text.whole("cross_attention_dim"),
+        "text_projection": width,
         "z_txt_in_time": True,
         "unit_length": False,
     }
-    entry = {
-        "model": model,
-        "image_size": told.whole("sample_size"),
-        **_schedule(folder / "decoder_scheduler", steps=25, cfg_scale=8.0),
-    }
-    rules = within("decoder/", "", diffusers.UNET)
-    rules += within("text_proj/", "", diffusers.text_projection(model["extra_tokens"]))
-    return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
+    return {"model": model, "image_size": size}
 
 
 def _upsampler(folder: Path) -> Stage:
@@ -162,17 +182,23 @@ def _upsampler(folder: Path) -> Stage:
     if unet != _unet(last):
         raise last.error("the two networks of the upsampler are not of one size")
     size = first.whole("sample_size")
-    entry = {
-        "model": {"unet": unet, "learned_variance": False},
-        "image_size": size,
-        "low_size": _config(folder, "decoder").whole("sample_size"),
-        "separate_last_step": True,
-        **_schedule(folder / "super_res_scheduler", steps=7, cfg_scale=1.0),
-    }
+    low_size = _config(folder, "decoder").whole("sample_size")
+    entry = upsampler_entry(unet, size, low_size)
+    entry |= _schedule(folder / "super_res_scheduler", steps=7, cfg_scale=1.0)
     rules = within("super_res_first/", "first.", diffusers.UNET)
     rules += within("super_res_last/", "last.", diffusers.UNET)
     parts = _inside(folder, ("super_res_first", "super_res_last"))
     return Stage(f"upsampler_{size}", entry, parts, rules)
+
+
+def upsampler_entry(unet: Mapping[str, Any], size: int, low_size: int) -> dict[str, Any]:
+    """The upsampler's entry, but for how it is drawn."""
+    return {
+        "model": {"unet": unet, "learned_variance": False},
+        "image_size": size,
+        "low_size": low_size,
+        "separate_last_step": True,
+    }
 
 
 def _unet(told: Config) -> dict[str, Any]:
@@ -222,18 +248,38 @@ def _schedule(folder: Path, steps: int, cfg_scale: float) -> dict[str, Any]:
     )
     predictions = {"epsilon": "eps", "sample": "x_0"}
     bound = told.number("clip_sample_range", 1.0)
+    return schedule(
+        predictions[told.text("prediction_type", "epsilon")],
+        told.text("variance_type", "fixed_small_log") == "learned_range",
+        steps,
+        cfg_scale,
+        bound if told.values.get("clip_sample", True) else None,
+        told.whole("num_train_timesteps", 1000),
+    )
+
+
+def schedule(
+    prediction: str,
+    learned_variance: bool,
+    steps: int,
+    cfg_scale: float,
+    bound: float | None,
+    num_timesteps: int = 1000,
+) -> dict[str, Any]:
+    """A stage's diffusion and sampling, as Karlo's own code and diffusers' UnCLIPScheduler have it;
+    x_0 is kept within the `bound`."""
     return {
         "diffusion": {
             "schedule": "cosine",
-            "num_timesteps": told.whole("num_train_timesteps", 1000),
-            "prediction": predictions[told.text("prediction_type", "epsilon")],
-            "learned_variance": told.text("variance_type", "fixed_small_log") == "learned_range",
+            "num_timesteps": num_timesteps,
+            "prediction": prediction,
+            "learned_variance": learned_variance,
         },
         "sampling": {
             "steps": steps,
             "solver": "ddpm",
             "cfg_scale": cfg_scale,
-            "clip": ["static", bound] if told.values.get("clip_sample", True) else None,
+            "clip": None if bound is None else ["static", bound],
             "spacing": "even",
             "variance": "small",
         },
