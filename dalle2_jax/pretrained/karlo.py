@@ -6,17 +6,18 @@ karlo/sampler/template.py (its "fast" setting) of that repository say.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import adm, unclip
+from dalle2_jax.pretrained.clip import openai_stage
 from dalle2_jax.pretrained.names import SAME, within
-from dalle2_jax.pretrained.sources import Stage, network
+from dalle2_jax.pretrained.sources import Stage, network, sizes_of
 
 PRIOR, DECODER, UPSAMPLER = "prior*.ckpt", "decoder*.ckpt", "improved-sr*.ckpt"
+CLIP = "ViT-L-14.pt"
 STATISTICS = "*stats.th"  # mean and standard deviation of z_img
 IMAGE_SIZE, UPSAMPLED_SIZE = 64, 256
 
@@ -39,14 +40,11 @@ def stages(folder: Path) -> Iterator[Stage]:
 
 
 def clip_stage(folder: Path) -> Stage:
-    """The CLIP beside the checkpoints, in transformers' layout: of their own ViT-L-14.pt, which
-    holds a program, nothing is read. UserError: there is none."""
-    if not (folder / "text_encoder").is_dir():
-        raise UserError(
-            f"{folder}/text_encoder is missing: put transformers' CLIPTextModelWithProjection of "
-            "openai/clip-vit-large-patch14 there"
-        )
-    return unclip.clip_stage(folder, None)
+    """The CLIP beside the checkpoints: OpenAI's file, or its text tower as transformers saves it.
+    UserError: there is neither."""
+    if (folder / "text_encoder").is_dir():
+        return unclip.clip_stage(folder, None)
+    return openai_stage(_one(folder, CLIP), unit_length=False)
 
 
 def _one(folder: Path, pattern: str) -> Path:
@@ -60,7 +58,7 @@ def _one(folder: Path, pattern: str) -> Path:
 
 def _prior(path: Path, statistics: Path) -> Stage:
     shapes = _shapes(path, "model.")
-    with _told(path):
+    with sizes_of(path):
         length, width = shapes["positional_embedding"][1:]
         depth = len([name for name in shapes if name.endswith(".ln_1.weight")])
         dim, heads = shapes["out_proj.weight"][0], width // adm.HEAD_CHANNELS
@@ -73,7 +71,7 @@ def _prior(path: Path, statistics: Path) -> Stage:
 
 def _decoder(path: Path, context_length: int) -> Stage:
     shapes = _shapes(path, "model.")
-    with _told(path):
+    with sizes_of(path):
         unet = adm.unet_section(shapes)
         width, dim = shapes["text_seq_proj.0.weight"][0], shapes["clip_emb.weight"][1]
         extra_tokens = shapes["clip_tok_proj.weight"][0] // width
@@ -89,7 +87,7 @@ def _upsampler(path: Path) -> Stage:
     parts = {"model_first_steps.": "first.", "model_last_step.": "last."}
     rules, unets = [], []
     for theirs, ours in parts.items():
-        with _told(path):
+        with sizes_of(path):
             unets.append(adm.unet_section(_shapes(path, theirs)))
         rules += within(f"upsampler/{theirs}", ours, adm.unet(unets[-1]))
     if unets[0] != unets[1]:
@@ -103,14 +101,3 @@ def _shapes(path: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors below a name."""
     read: dict[str, Any] = {k: v for k, v in network(path).items() if k.startswith(prefix)}
     return {name.removeprefix(prefix): tensor().shape for name, tensor in read.items()}
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What sizes cannot be read from is another network."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{path} is another network: {error} is missing") from error
-    except (ValueError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{path} is another network ({error})") from error

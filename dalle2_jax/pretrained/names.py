@@ -152,7 +152,8 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
             given = read(name)
             try:
                 whole = rule[2].ours(given)
-                pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+                parts = len(_parts(rule))
+                pieces.append(np.split(whole, parts, axis=-1)[part] if parts > 1 else whole)
                 fits = pieces[-1].shape == pieces[0].shape
             except (ValueError, IndexError):
                 fits = False
@@ -160,7 +161,7 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
                 told = f"its shape {given.shape} is not what stands there"
                 raise UserError(f"{name} is of another network: {told}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
-        return np.stack(pieces) if stacked else np.ascontiguousarray(pieces[0])
+        return np.stack(pieces) if stacked else np.asarray(pieces[0], order="C")
 
     return Converted(list(sources), unknown, tensor)
 
@@ -192,14 +193,15 @@ def to_theirs(
             places = {place: int(number) for place, number in match.groupdict().items()}
             used = [part.format(**places) for part in parts]
             left -= set(used)
-            whole = np.concatenate([np.asarray(read(part)) for part in used], axis=-1)
+            pieces = [np.asarray(read(part)) for part in used]
+            whole = np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
             for place in _from_the_end(theirs):
                 before = parts[0].partition(f"{{{place}}}")[0].format(**places)
                 places[place] = _count(before, names) - 1 - places[place]
             stacked = _stacked(rule)
             for layer, tensor in enumerate(whole if stacked else [whole]):
                 told = {**places, stacked: layer} if stacked else places
-                yield _plain(theirs).format(**told), np.ascontiguousarray(layout.theirs(tensor))
+                yield _plain(theirs).format(**told), np.asarray(layout.theirs(tensor), order="C")
     if left:
         raise UserError(f"{len(left)} tensors have no place there: {', '.join(sorted(left)[:5])}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import kandinsky, karlo, unclip
+from dalle2_jax.pretrained import clip, kandinsky, karlo, unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
 
 PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
@@ -15,7 +15,8 @@ PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.P
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds another program's model; it may be one that nothing here reads."""
-    return (folder / "model_index.json").is_file() or karlo.is_here(folder)
+    pipeline = (folder / "model_index.json").is_file()
+    return pipeline or karlo.is_here(folder) or clip.is_here(folder)
 
 
 def stages(source: Path) -> list[Stage]:
@@ -31,12 +32,15 @@ def stages(source: Path) -> list[Stage]:
         raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
     if karlo.is_here(source):
         return list(karlo.stages(source))
+    if clip.is_here(source):
+        return list(clip.stages(source))
     if (source / model_folder.CONFIG_NAME).is_file():
         model_folder.read_config(source)
         raise UserError(f"{source} is a model folder already: there is nothing to import")
-    raise UserError(
-        f"{source} is no model that is read here: neither {index.name} nor {karlo.PRIOR} is there"
-    )
+    told = "a pickle or a file of another program"
+    if source.is_dir():
+        told = f"none of {index.name}, {karlo.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
+    raise UserError(f"{source} is no model that is read here: {told}")
 
 
 def licence_of(source: Path) -> str:

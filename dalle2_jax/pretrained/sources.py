@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.pretrained import torchscript
 from dalle2_jax.pretrained.names import Rule
 
 Tensors = dict[str, Callable[[], np.ndarray]]
@@ -31,7 +33,13 @@ class Stage(NamedTuple):
 
 
 SUFFIXES = ("safetensors", "bin")  # the first goes before the second, which is a pickle
-WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+WEIGHTS = (
+    "diffusion_pytorch_model",
+    "model",
+    "pytorch_model",
+    "open_clip_model",
+    "open_clip_pytorch_model",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,7 +82,9 @@ def tensors(path: Path) -> Tensors:
     are called by their places."""
     if not path.is_file():
         raise UserError(f"{path} is missing: copy the whole model again")
-    return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    return torchscript.tensors(path) if torchscript.is_archive(path) else _pickled(path)
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -135,6 +145,17 @@ def _pickled(path: Path) -> Tensors:
         return read
 
     return {name: reader(tensor) for name, tensor in found.items()}
+
+
+@contextlib.contextmanager
+def sizes_of(path: Path) -> Iterator[None]:
+    """What sizes cannot be read from, in the block, is told as another network in `path`."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} is another network: {error} is missing") from error
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path} is another network ({error})") from error
 
 
 class Config:

@@ -83,7 +83,12 @@ def image_tower(told: Config, processor: Config) -> dict[str, Any]:
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     if crop != size:
         raise processor.error(f"pictures of {crop} px for a tower of {size} px")
-    processor.expect(resample=3, do_center_crop=True, do_normalize=True)
+    processor.expect(
+        resample=3,
+        do_center_crop=True,
+        do_normalize=True,
+        size=(size, {"shortest_edge": size}),
+    )
     return {
         **tower(told),
         "image_size": size,
