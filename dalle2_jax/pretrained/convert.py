@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -30,12 +31,12 @@ def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | Non
     entries = {stage.name: dict(stage.entry) for stage in stages}
     with appearing(out) as folder:
         for stage in stages:
-            params, narrowest = convert(source, stage, entries)
+            params, stored = convert(source, stage, entries, dtype)
             if stage.name in ("prior", "decoder"):
                 entries[stage.name]["clip"] = model_folder.stage_hash(folder, "clip")
             logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
             entry = entries[stage.name]
-            model_folder.write_stage(folder, stage.name, entry, params, dtype or narrowest)
+            model_folder.write_stage(folder, stage.name, entry, params, stored)
         licence.keep(recognise.licence_of(source), folder)
 
 
@@ -59,11 +60,14 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def convert(
-    source: Path, stage: sources.Stage, entries: Mapping[str, Any]
+    source: Path,
+    stage: sources.Stage,
+    entries: Mapping[str, Any],
+    dtype: model_folder.StorageDtype | None = None,
 ) -> tuple[dict[str, Any], model_folder.StorageDtype]:
     """The parameters of one of the source's stages, nested, and the type that they are stored in.
 
-    UserError as in `import_model`.
+    `dtype` and UserError as in `import_model`.
     """
     found: sources.Tensors = {}
     for name, path in stage.parts.items():
@@ -79,7 +83,11 @@ def convert(
         raise UserError(
             f"{where} is another network{_some(unknown, 'unknown')}{_some(missing, 'missing')}"
         )
-    flat = {name: converted.tensor(name) for name in expected}
+    flat = {}
+    for name in expected:
+        tensor = converted.tensor(name)
+        with np.errstate(over="ignore"):  # it is told, by name, where the stage is written
+            flat[name] = tensor.astype(jnp.dtype(dtype), copy=False) if dtype else tensor
     if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:
         told = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
         raise UserError(f"{where} is another network: {told}")

@@ -89,15 +89,16 @@ def tensors(path: Path) -> Tensors:
 
 def _safetensors(path: Path) -> Tensors:
     try:
-        file = safe_open(path, framework="np")
-        names = list(file.keys())
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            try:
-                return file.get_tensor(name)
+            try:  # opened anew: of a file that stays open, all that was read stays in memory
+                with safe_open(path, framework="np") as file:
+                    return file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path}: {name} cannot be read ({error}): copy it again"

@@ -47,8 +47,8 @@ def tensors(path: Path) -> dict[str, Callable[[], np.ndarray]]:
         with archive.open(f"{root}/data.pkl") as file:
             module = _Unpickler(file, archive, root).load()
         return dict(_named(module, ""))
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: {error}") from error
+    except UserError:
+        raise
     except Exception as error:  # damaged pickles fail in as many ways as there are
         told = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(f"{path} is damaged or cut short ({told[0]}): copy it again") from error
@@ -92,7 +92,8 @@ class _Unpickler(pickle.Unpickler):
             return dict
         if module == "torch.jit._pickle":  # lists of one type
             return lambda value, *_: value
-        raise pickle.UnpicklingError(f"it holds more than weights ({module}.{name})")
+        told = f"holds more than weights ({module}.{name}), which is not loaded"
+        raise UserError(f"{self.archive.filename} {told}")
 
     def persistent_load(self, pid: Any) -> Any:
         _, dtype, key, *_ = pid
