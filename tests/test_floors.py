@@ -44,6 +44,7 @@ ARROWS = {
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
     ("fsdp", "sharding"),
+    ("pictures", "data"),
     ("tasks", "sampling"),
     ("dalle2", "pretrained"),
     ("evals", "dalle2"),
