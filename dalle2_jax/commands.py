@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 
 
@@ -143,9 +144,5 @@ def keep_compiled_programs() -> None:
     """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
     import jax  # late: before it Ctrl-C and a mistake are told at once
 
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in a container
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache / "dalle2_jax" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(remote.cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

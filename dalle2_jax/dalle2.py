@@ -22,6 +22,7 @@ from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
 from dalle2_jax.pictures import middle_square
+from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
@@ -71,7 +72,8 @@ class DALLE2:
         """Loads a model.
 
         Args:
-            weights: "tiny" (inside the package), a model folder, or a hub id.
+            weights: "tiny" (inside the package), a model folder, or a hub id; also Karlo as
+                diffusers saves it, which is imported into the user's cache, once.
             dtype: what the networks compute in; None is bfloat16 on a TPU, else float32.
             offload: whether weights wait in the host's memory until their stage runs, which costs
                 their way to the device in every batch; None where they would take more than half
@@ -82,7 +84,7 @@ class DALLE2:
         """
         if not isinstance(weights, str | os.PathLike):
             raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
-        folder = model_folder.resolve(weights)
+        folder = find.model(weights)
         for stage in ("clip", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
         dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
@@ -227,8 +229,7 @@ class DALLE2:
                 "encode_image gives it, or import a model that has one"
             )
         n, batch_size = _whole("n", n, 1, 2**32), _whole("batch_size", batch_size, 1)
-        given_z: Any = z_img
-        rows = max(len(given_z), 1) if np.iterable(given_z) else 1
+        rows = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
         captions = self.captions([None] * rows if prompts is None else list(prompts))
         count = len(captions.given)
         total = count * n

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dalle2_jax import remote
+from dalle2_jax import licence, remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import remove_stale, replacing
 from dalle2_jax.version import __version__
@@ -46,11 +46,16 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Raises UserError, in one line, for a name that is none of them or a hub out of reach.
     """
+    return here(name) or download(os.fspath(name))
+
+
+def here(name: str | os.PathLike[str]) -> Path | None:
+    """As `resolve`, but None for a hub id of what is not on this machine."""
     text = os.fspath(name)
     if text in packaged_names():
         return PACKAGED / text
     if remote.is_remote(text):
-        return remote.local_copy(remote.to_path(text), (CONFIG_NAME, "*.safetensors"))
+        return remote.local_copy(remote.to_path(text), (CONFIG_NAME, licence.NAME, "*.safetensors"))
     try:
         path = Path(name).expanduser()
         if text and path.is_dir():
@@ -65,7 +70,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
             f"no model {text!r}: give a folder that holds {CONFIG_NAME}, a packaged model "
             f"({known}) or a hub id 'owner/name'"
         )
-    return _download(text)
+    return None
 
 
 def packaged_names() -> list[str]:
@@ -73,7 +78,13 @@ def packaged_names() -> list[str]:
     return sorted(p.parent.name for p in PACKAGED.glob(f"*/{CONFIG_NAME}"))
 
 
-def _download(hub_id: str) -> Path:
+def download(
+    hub_id: str, patterns: Sequence[str] = (CONFIG_NAME, "*.safetensors", "*.md", licence.NAME)
+) -> Path:
+    """The folder on this machine of the hub's model, with the files that fit one of `patterns`.
+
+    Raises UserError, in one line, for a model that is not there and a hub out of reach.
+    """
     try:
         import huggingface_hub
     except ImportError:
@@ -81,11 +92,7 @@ def _download(hub_id: str) -> Path:
             f"no folder {hub_id!r} here; to look for it on the hub: pip install huggingface_hub"
         ) from None
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=[CONFIG_NAME, "*.safetensors", "*.md"]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client lets through errors of many libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -99,13 +106,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        what = f"has no {CONFIG_NAME}" if path.parent.is_dir() else "does not exist"
-        raise UserError(f"model folder {folder} {what}") from None
+        if not path.parent.is_dir():
+            raise UserError(f"model folder {folder} does not exist") from None
+        if (path.parent / "model_index.json").exists():
+            raise UserError(f"{folder} is a model of diffusers: {_import(folder)}") from None
+        raise UserError(f"model folder {folder} has no {CONFIG_NAME}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {remote.reason(error)}") from error
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
+        if isinstance(config, dict) and "model_type" in config:
+            raise UserError(f"{folder} is a model of transformers: {_import(folder)}")
         raise UserError(f"{path} is not a model folder's config: it has no 'stages'")
     if not all(isinstance(entry, dict) for entry in config["stages"].values()):
         raise UserError(f"{path} is not a model folder's config: a stage is not an object")
@@ -118,6 +130,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"this is {__version__}, which reads up to {FORMAT}: upgrade dalle2-jax"
         )
     return config
+
+
+def _import(folder: object) -> str:
+    return f"first, python -m dalle2_jax.pretrained import {folder} --out FOLDER, and give that"
 
 
 def read_stage(folder: str | os.PathLike[str], stage: str) -> dict[str, Any]:
@@ -278,7 +294,7 @@ def _to_storage(name: str, tensor: Any, dtype: Any) -> np.ndarray:
     array = np.asarray(jax.device_get(tensor))
     if jnp.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):  # told below, by name
-            array = array.astype(dtype)
+            array = array.astype(dtype, copy=False)
         if not np.isfinite(array).all():
             raise UserError(
                 f"tensor {name} is not finite in {np.dtype(dtype).name}: "

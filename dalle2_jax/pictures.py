@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dalle2_jax import remote
+from dalle2_jax.data.decode import DamagedImage, decode
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
 
@@ -87,6 +88,22 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise UserError(f"{path} does not say how it was drawn: it has no {CHUNK!r} text")
     return metadata
+
+
+def read(path: str | Path) -> np.ndarray:
+    """A picture file of any mode as uint8 [h, w, 3]: upright, over white, 16 bits brought to 8.
+
+    So it is that training reads pictures, see `data.decode`. Raises UserError for a file that is
+    missing, damaged, no picture, or too large.
+    """
+    path = remote.to_path(path)
+    try:
+        with remote.told("cannot read", path):
+            return decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except DamagedImage as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def middle_square(picture: np.ndarray, size: int) -> np.ndarray:

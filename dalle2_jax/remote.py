@@ -105,9 +105,9 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
     """
     fs, root = cast(Any, folder).fs, cast(Any, folder).path.rstrip("/")
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    copy = _cache() / "dalle2_jax" / "gs" / name / (folder.name or "bucket")
+    copy = cache() / "gs" / name / (folder.name or "bucket")
     copy.mkdir(parents=True, exist_ok=True)
-    with told("cannot read", folder), _only_process(copy):
+    with told("cannot read", folder), only_process(copy):
         there = {}
         for path, info in fs.find(root, maxdepth=1 if patterns else None, detail=True).items():
             name = path.removeprefix(root).lstrip("/")
@@ -133,11 +133,13 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
     return copy
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The folder of this machine that holds what can be made again; it may not be there yet."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as in a container
-        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+        above = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return above / "dalle2_jax"
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -153,7 +155,8 @@ def _write_index(path: Path, have: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
+def only_process(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time writes in the folder above `folder`."""
     with open(folder.parent / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the others wait, and find all there
         yield

@@ -1,4 +1,4 @@
-"""docs/tpu.md cannot rot in silence: its scripts parse, its settings and its links exist."""
+"""The documents cannot rot in silence: their scripts parse, their settings and links exist."""
 
 import re
 import subprocess
@@ -9,8 +9,12 @@ import pytest
 from dalle2_jax import build
 
 DOCS = Path(__file__).parent.parent / "docs"
-TEXT = (DOCS / "tpu.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("tpu.md", "weights.md")}
+BLOCKS = [
+    block
+    for text in PAGES.values()
+    for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind in ("", "bash")])
@@ -21,15 +25,17 @@ def test_shell_commands_parse(block):
 
 def test_settings_exist():
     config = build.ConfigParser("config").parse(f"{DOCS.parent}/configs/decoder.py:tiny")
-    named = set(re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)*)", TEXT)) - {"json"}
+    found = re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)*)", "".join(PAGES.values()))
+    named = set(found) - {"json"}
     assert {"workdir", "data.path", "clip_from"} - named == {"workdir"}
     build.check_overrides([f"--config.{name}=" for name in named], config)
 
 
-def test_links_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    headings = re.findall(r"^#+ (.*)$", PAGES[page], re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         if target.startswith("#"):
             assert target[1:] in anchors, target
         elif "://" not in target:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dalle2_jax"
 
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
-    {"errors", "files", "options", "remote", "shards", "types", "version"},
+    {"errors", "files", "licence", "options", "remote", "shards", "types", "version"},
     {
         "commands",
         "data",
@@ -38,10 +38,15 @@ ARROWS = {
     ("options", "errors"),
     ("remote", "errors"),
     ("files", "remote"),
+    ("licence", "errors"),
+    ("licence", "files"),
+    ("licence", "remote"),
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
     ("fsdp", "sharding"),
+    ("pictures", "data"),
     ("tasks", "sampling"),
+    ("dalle2", "pretrained"),
     ("evals", "dalle2"),
     ("fit", "build"),
 }

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_karlo
+
+from dalle2_jax.pretrained.export import export_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "dalle2_jax_tpu.ipynb"
@@ -64,7 +67,9 @@ for number, source in enumerate(json.load(open(sys.argv[1]))):
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path):
     (tmp_path / "cells.json").write_text(json.dumps(cells("code")))
+    export_model(small_karlo.write(tmp_path / "ours"), tmp_path / "karlo")
     environment = {name: str(value) for name, value in SHORT.items()}
+    environment |= {"KARLO": str(tmp_path / "karlo")}
     environment |= {"WORK": str(tmp_path / "work"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device: quick to compile
     done = subprocess.run(
@@ -79,6 +84,7 @@ def test_every_cell_runs(tmp_path):
     assert len(shown) == len(cells("code"))
     text = "\n".join(shown)
     assert "at step 3, stopped by the end" in text and "at step 5, stopped by the end" in text
-    drawn = next(line for line in shown if line.startswith("cell 3:"))
-    assert "(" in drawn and drawn.endswith("False")  # a picture's size, without TensorFlow
+    for cell in ("cell 3:", "cell 4:"):  # tiny's and Karlo's pictures
+        drawn = next(line for line in shown if line.startswith(cell))
+        assert "(" in drawn and drawn.endswith("False")  # a picture's size, without TensorFlow
     assert (tmp_path / "work" / "model" / "decoder.safetensors").exists()

@@ -148,3 +148,17 @@ def test_slug():
     assert pictures.slug("A flat emoji: Café / ../x") == "a-flat-emoji-cafe-x"
     assert pictures.slug("😀") == "picture"
     assert len(pictures.slug("a" * 500)) == 48
+
+
+def test_a_picture_of_any_mode_is_read_as_training_reads_it(tmp_path):
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    Image.fromarray(drawn, "RGBA").save(tmp_path / "alpha.png")
+    alpha = drawn[..., 3:] / 255
+    over_white = drawn[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(pictures.read(tmp_path / "alpha.png") - over_white).max() <= 1
+    (tmp_path / "cut.png").write_bytes((tmp_path / "alpha.png").read_bytes()[:60])
+    with pytest.raises(UserError, match=r"cut\.png: not a readable picture"):
+        pictures.read(tmp_path / "cut.png")
+    with pytest.raises(UserError, match=r"cannot read .*none\.png: No such file"):
+        pictures.read(tmp_path / "none.png")

@@ -34,6 +34,10 @@ def ours(given) -> dict[str, np.ndarray]:
     return {name: found.tensor(name) for name in found.names}
 
 
+def theirs_of(rules, params) -> dict[str, np.ndarray]:
+    return dict(names.to_theirs(rules, params, params.__getitem__))
+
+
 def test_layers_are_stacked_in_order_and_ups_are_counted_from_the_end():
     given = theirs()
     found = ours(given)
@@ -50,7 +54,7 @@ def test_layers_are_stacked_in_order_and_ups_are_counted_from_the_end():
 
 def test_there_and_back_is_the_same_bit_for_bit():
     given = theirs()
-    back = dict(names.to_theirs(RULES, ours(given)))
+    back = theirs_of(RULES, ours(given))
     assert sorted(back) == sorted(given)
     for name, tensor in given.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -67,7 +71,7 @@ def test_what_no_rule_knows_is_told_and_what_is_known_and_dropped_is_not():
     given = theirs() | {"ids": np.zeros(3), "blocks.0.fc.scale": np.zeros(1)}
     assert names.to_ours(RULES, given, given.__getitem__).unknown == ["blocks.0.fc.scale"]
     with pytest.raises(UserError, match="1 tensors have no place there: other"):
-        list(names.to_theirs(RULES, {"other": np.zeros(1)}))
+        theirs_of(RULES, {"other": np.zeros(1)})
 
 
 def test_a_layer_that_is_missing_is_told():
@@ -87,7 +91,7 @@ def test_every_parameter_of_a_network_has_one_name_there(name):
     inputs = network.init_inputs(8) if name == "prior" else network.init_inputs()
     params = network.init(jax.random.key(0), *inputs)["params"]
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep=".").items()}
-    there = list(names.to_theirs(getattr(diffusers, rules), flat))
+    there = list(names.to_theirs(getattr(diffusers, rules), flat, flat.__getitem__))
     assert len(dict(there)) == len(there)
     again = names.to_ours(getattr(diffusers, rules), dict(there), dict(there).__getitem__)
     assert sorted(again.names) == sorted(flat) and not again.unknown

@@ -8,7 +8,7 @@ import pytest
 import small_cascade
 from toy_task import losses
 
-from dalle2_jax import build, model_folder
+from dalle2_jax import build, licence, model_folder
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import loop
@@ -46,6 +46,19 @@ def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path, com
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     drawn = DALLE2.from_pretrained(str(whole)).generate("a red apple", n=2)
     assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
+
+
+def test_the_licence_of_what_a_stage_comes_from_stays_with_it(tmp_path):
+    small_cascade.write(tmp_path / "clip", ["clip"])
+    small_cascade.write(tmp_path / "start", ["clip", "prior"])
+    licence.keep("Not for harm.\n", tmp_path / "start")
+    licence.keep("Name the makers.\n", tmp_path / "clip")
+    begun = config("prior", tmp_path / "clip", 2, init_from=str(tmp_path / "start"))
+    with begun.unlocked():
+        begun.export_to = str(tmp_path / "model")
+    train(begun, tmp_path / "w")
+    told = licence.read(tmp_path / "model")
+    assert "Not for harm." in told and "Name the makers." in told
 
 
 def test_weights_are_not_taken_for_those_of_another_clip_or_model(tmp_path):

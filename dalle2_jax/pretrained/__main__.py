@@ -1,13 +1,25 @@
-"""Imports a public model: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
+"""Public weights: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
 
-SOURCE is a folder that diffusers has saved: UnCLIPPipeline (Karlo) or UnCLIPImageVariationPipeline.
-What comes out is a model folder for sample.py --weights. Exit status: 0 done, 2 a mistake in the
-input, 130 stopped by Ctrl-C.
+SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline or
+UnCLIPImageVariationPipeline (Karlo), or KandinskyV22PriorPipeline (a CLIP and a prior, to train a
+decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt, decoder*.ckpt,
+improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's text_encoder beside them as transformers saves
+it.
+
+What comes out is a model folder for sample.py --weights, which also takes SOURCE itself and keeps
+what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
+TPUs compute in it anyway.
+
+python -m dalle2_jax.pretrained export FOLDER --out PIPELINE is the way back, for a model folder of
+such networks.
+
+Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from dalle2_jax import commands  # first: it tells where no library is installed
 
@@ -16,20 +28,30 @@ from absl import flags
 
 from dalle2_jax.errors import UserError
 
-OUT = flags.DEFINE_string("out", None, "The model folder to write; it must not be there yet.")
+OUT = flags.DEFINE_string("out", None, "The folder to write; it must not be there yet.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "To import as; by default as it is there."
+)
 
 
-def main(_: str, source: str) -> None:
+def main(verb: str, source: str) -> None:
+    if verb not in ("import", "export"):
+        raise UserError(f"{verb!r} is unknown: write import SOURCE or export FOLDER")
     if not OUT.value:
-        raise UserError("--out is missing: name the model folder to write")
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{source} is no folder: give one that diffusers has saved")
-    from dalle2_jax.pretrained.convert import import_model  # late: mistakes are told at once
+        raise UserError("--out is missing: name the folder to write")
+    if DTYPE.value and verb == "export":
+        raise UserError("--dtype is for import: what is exported keeps its type")
+    out, dtype = Path(OUT.value).expanduser(), cast(Any, DTYPE.value)
+    from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
+    from dalle2_jax.pretrained import convert, export, find
 
-    import_model(folder, Path(OUT.value).expanduser())
+    if verb == "import":
+        convert.import_model(find.source(source), out, dtype)
+        licence.show_once(out)
+    else:
+        export.export_model(model_folder.resolve(source), out)
     print(OUT.value)
 
 
 if __name__ == "__main__":
-    commands.run(main, words=("import", "SOURCE"))
+    commands.run(main, words=("VERB", "SOURCE"))

@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import model_folder
+from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
 
 
-def import_model(source: Path, out: Path) -> None:
-    """Writes the pipeline in the folder `source` as a model folder, which appears whole or not.
+def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | None = None) -> None:
+    """Writes the model in `source` as a model folder, which appears whole or not.
 
-    Every tensor of the source goes to one place and every parameter is filled; a stage is in memory
-    once. Raises UserError where that is not so, with what is left on either side, and for what is
-    missing or damaged.
+    Tensors are stored as `dtype`; None: in the narrowest that loses nothing of a stage. Every
+    tensor of the source goes to one place and every parameter is filled; a stage is in memory once.
+    Raises UserError where that is not so, with what is left on either side, and for what is missing
+    or damaged.
+    """
+    stages = recognise.stages(source)
+    entries = {stage.name: dict(stage.entry) for stage in stages}
+    with appearing(out) as folder:
+        for stage in stages:
+            params, stored = convert(source, stage, entries, dtype)
+            if stage.name in ("prior", "decoder"):
+                entries[stage.name]["clip"] = model_folder.stage_hash(folder, "clip")
+            logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
+            entry = entries[stage.name]
+            model_folder.write_stage(folder, stage.name, entry, params, stored)
+        licence.keep(recognise.licence_of(source), folder)
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` if the block ends well, and goes if not.
+
+    UserError where it cannot be written, or there is something of that name.
     """
     if out.exists():
         raise UserError(f"{out} is there already: give another folder, or remove it")
-    stages = recognise.stages(source)
-    entries = {stage.name: dict(stage.entry) for stage in stages}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        for stage in stages:
-            params, dtype = convert(source, stage, entries)
-            if stage.name in ("prior", "decoder"):
-                entries[stage.name]["clip"] = model_folder.stage_hash(partial, "clip")
-            logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
-            entry = entries[stage.name]
-            model_folder.write_stage(partial, stage.name, entry, params, dtype)
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as above:
+            folder = Path(above) / out.name
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def convert(
-    source: Path, stage: sources.Stage, entries: Mapping[str, Any]
+    source: Path,
+    stage: sources.Stage,
+    entries: Mapping[str, Any],
+    dtype: model_folder.StorageDtype | None = None,
 ) -> tuple[dict[str, Any], model_folder.StorageDtype]:
     """The parameters of one of the source's stages, nested, and the type that they are stored in.
 
-    UserError as in `import_model`.
+    `dtype` and UserError as in `import_model`.
     """
     found: sources.Tensors = {}
     for name, path in stage.parts.items():
@@ -66,7 +83,11 @@ def convert(
         raise UserError(
             f"{where} is another network{_some(unknown, 'unknown')}{_some(missing, 'missing')}"
         )
-    flat = {name: converted.tensor(name) for name in expected}
+    flat = {}
+    for name in expected:
+        tensor = converted.tensor(name)
+        with np.errstate(over="ignore"):  # it is told, by name, where the stage is written
+            flat[name] = tensor.astype(jnp.dtype(dtype), copy=False) if dtype else tensor
     if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:
         told = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
         raise UserError(f"{where} is another network: {told}")

@@ -10,12 +10,11 @@ from dalle2_jax.pretrained.names import (
     NORM,
     SAME,
     SKIP,
-    Layout,
     Rule,
     beside,
     feature_major,
+    fused,
     module,
-    then,
     within,
     without,
 )
@@ -58,13 +57,13 @@ UNET = [
 def text_projection(extra_tokens: int) -> list[Rule]:
     """UnCLIPTextProjModel: how the decoder is told z_img and the caption. Its extra tokens lie
     feature by feature."""
-    tokens: Layout = feature_major(extra_tokens)
     return [
         ("learned_classifier_free_guidance_embeddings", "null_z_img", SAME),
         *module("embedding_proj", "emb_txt", DENSE),
         *module("clip_image_embeddings_project_to_time_embeddings", "emb_z_img", DENSE),
-        ("clip_extra_context_tokens_proj.weight", "tokens_z_img.kernel", then(tokens, MATRIX)),
-        ("clip_extra_context_tokens_proj.bias", "tokens_z_img.bias", tokens),
+        *fused(
+            "clip_extra_context_tokens_proj", ["tokens_z_img"], DENSE, feature_major(extra_tokens)
+        ),
         *module("encoder_hidden_states_proj", "txt", DENSE),
         *module("text_encoder_hidden_states_norm", "norm_txt", NORM),
     ]

@@ -22,7 +22,7 @@ import numpy as np
 from dalle2_jax.errors import UserError
 
 Read = Callable[[str], np.ndarray]
-"""A source's tensor by its name, read when it is asked for."""
+"""A tensor by its name, read when it is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,25 @@ def feature_major(count: int) -> Layout:
     return Layout(lambda x: swap(x, count), lambda x: swap(x, len(x) // count))
 
 
+def head_major(count: int, channels: int) -> Layout:
+    """Rows [heads count channels, ...], of which neighbours are one head's `count` parts (q, k, v),
+    as rows in which a part's heads are neighbours."""
+
+    def swap(x: np.ndarray, n: int) -> np.ndarray:
+        return x.reshape(-1, n, channels, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    return Layout(lambda x: swap(x, count), lambda x: swap(x, len(x) // (count * channels)))
+
+
+def pointwise(spatial: int) -> Layout:
+    """A convolution's kernel [out, in, 1, ...] of so many spatial axes -> [in, out]."""
+    ones = (1,) * spatial
+    return Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(x.T.shape + ones))
+
+
 SAME = Layout(lambda x: x, lambda x: x)
 MATRIX = axes(1, 0)  # [out, in] -> [in, out]
 CONV = axes(2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
-POINTWISE = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 
 Rule = tuple[str, str | Sequence[str], Layout]
 Module = Mapping[str, tuple[str, Layout]]
@@ -79,12 +94,21 @@ Module = Mapping[str, tuple[str, Layout]]
 DENSE: Module = {"weight": ("kernel", MATRIX), "bias": ("bias", SAME)}
 CONVOLUTION: Module = {"weight": ("kernel", CONV), "bias": ("bias", SAME)}
 NORM: Module = {"weight": ("norm.scale", SAME), "bias": ("norm.bias", SAME)}
-SKIP: Module = {"weight": ("kernel", POINTWISE), "bias": ("bias", SAME)}
+SKIP: Module = {"weight": ("kernel", pointwise(2)), "bias": ("bias", SAME)}
+POINTWISE: Module = {"weight": ("kernel", pointwise(1)), "bias": ("bias", SAME)}
 
 
 def module(theirs: str, ours: str, kind: Module) -> list[Rule]:
     """The rules of one module's tensors."""
     return [(f"{theirs}.{a}", f"{ours}.{b}", layout) for a, (b, layout) in kind.items()]
+
+
+def fused(theirs: str, ours: Sequence[str], kind: Module, order: Layout = SAME) -> list[Rule]:
+    """The rules of one module that is several of ours; `order` brings its rows into theirs."""
+    return [
+        (f"{theirs}.{a}", [f"{part}.{b}" for part in ours], then(order, layout))
+        for a, (b, layout) in kind.items()
+    ]
 
 
 def within(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
@@ -125,10 +149,19 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
     def tensor(ours: str) -> np.ndarray:
         pieces = []
         for _, (name, part, rule) in sorted(sources[ours].items()):
-            whole = rule[2].ours(read(name))
-            pieces.append(np.split(whole, len(_parts(rule)), axis=-1)[part])
+            given = read(name)
+            try:
+                whole = rule[2].ours(given)
+                parts = len(_parts(rule))
+                pieces.append(np.split(whole, parts, axis=-1)[part] if parts > 1 else whole)
+                fits = pieces[-1].shape == pieces[0].shape
+            except (ValueError, IndexError):
+                fits = False
+            if not fits:
+                told = f"its shape {given.shape} is not what stands there"
+                raise UserError(f"{name} is of another network: {told}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
-        return np.stack(pieces) if stacked else np.ascontiguousarray(pieces[0])
+        return np.stack(pieces) if stacked else np.asarray(pieces[0], order="C")
 
     return Converted(list(sources), unknown, tensor)
 
@@ -142,29 +175,33 @@ class Converted:
     tensor: Read
 
 
-def to_theirs(rules: Sequence[Rule], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of all `params`, ours by name. UserError: one has no place there."""
-    left = set(params)
+def to_theirs(
+    rules: Sequence[Rule], names: Iterable[str], read: Read
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, tensor) of all tensors of ours. UserError: one has no place there."""
+    names = sorted(names)
+    left = set(names)
     for rule in rules:
         theirs, _, layout = rule
         parts = _parts(rule)
         if not parts:
             continue
-        for name in sorted(params):
+        for name in names:
             match = _pattern(parts[0]).fullmatch(name)
             if not match:
                 continue
             places = {place: int(number) for place, number in match.groupdict().items()}
             used = [part.format(**places) for part in parts]
             left -= set(used)
-            whole = np.concatenate([np.asarray(params[part]) for part in used], axis=-1)
+            pieces = [np.asarray(read(part)) for part in used]
+            whole = np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
             for place in _from_the_end(theirs):
                 before = parts[0].partition(f"{{{place}}}")[0].format(**places)
-                places[place] = _count(before, params) - 1 - places[place]
+                places[place] = _count(before, names) - 1 - places[place]
             stacked = _stacked(rule)
             for layer, tensor in enumerate(whole if stacked else [whole]):
                 told = {**places, stacked: layer} if stacked else places
-                yield _plain(theirs).format(**told), np.ascontiguousarray(layout.theirs(tensor))
+                yield _plain(theirs).format(**told), np.asarray(layout.theirs(tensor), order="C")
     if left:
         raise UserError(f"{len(left)} tensors have no place there: {', '.join(sorted(left)[:5])}")
 

@@ -1,12 +1,22 @@
-"""Whose model a folder or file is."""
+"""Whose model a folder or file is, and under what licence."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import unclip
+from dalle2_jax.pretrained import clip, kandinsky, karlo, unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
+
+PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds another program's model; it may be one that nothing here reads."""
+    pipeline = (folder / "model_index.json").is_file()
+    return pipeline or karlo.is_here(folder) or clip.is_here(folder)
 
 
 def stages(source: Path) -> list[Stage]:
@@ -15,9 +25,40 @@ def stages(source: Path) -> list[Stage]:
     Raises UserError where nothing here reads it, or its settings are of a network that is not ours.
     """
     index = source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{source} is no model that is read here: {index.name} is missing")
-    kind = read_json(index).get("_class_name")
-    if kind in unclip.PIPELINES:
-        return list(unclip.stages(source))
-    raise UserError(f"{index}: {kind} is not read here, but {' and '.join(unclip.PIPELINES)}")
+    if index.is_file():
+        kind = read_json(index).get("_class_name")
+        if kind in PIPELINES:
+            return list(PIPELINES[kind].stages(source))
+        raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
+    if karlo.is_here(source):
+        return list(karlo.stages(source))
+    if clip.is_here(source):
+        return list(clip.stages(source))
+    if (source / model_folder.CONFIG_NAME).is_file():
+        model_folder.read_config(source)
+        raise UserError(f"{source} is a model folder already: there is nothing to import")
+    told = "a pickle or a file of another program"
+    if source.is_dir():
+        told = f"none of {index.name}, {karlo.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
+    raise UserError(f"{source} is no model that is read here: {told}")
+
+
+def licence_of(source: Path) -> str:
+    """The text of the licence that the source's weights come under; nothing where it is not told.
+
+    A file goes before the model card, and this before the name of who published the model.
+    """
+    folder = source if source.is_dir() else source.parent
+    for path in sorted(folder.glob("LICEN[SC]E*")):
+        return path.read_text(encoding="utf-8", errors="replace")
+    card = folder / "README.md"
+    told = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---\n", told, re.DOTALL)
+    named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
+    index = folder / "model_index.json"
+    origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""
+    by_name = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
+    openrail = named[1] == "creativeml-openrail-m" if named else by_name or karlo.is_here(folder)
+    if openrail:
+        return licence.OPENRAIL_M.read_text(encoding="utf-8")
+    return f"{named[1]}, as the model card of {origin or folder.name} says\n" if named else ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.pretrained import torchscript
 from dalle2_jax.pretrained.names import Rule
 
 Tensors = dict[str, Callable[[], np.ndarray]]
@@ -28,7 +32,14 @@ class Stage(NamedTuple):
     rules: Sequence[Rule]
 
 
-WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+SUFFIXES = ("safetensors", "bin")  # the first goes before the second, which is a pickle
+WEIGHTS = (
+    "diffusion_pytorch_model",
+    "model",
+    "pytorch_model",
+    "open_clip_model",
+    "open_clip_pytorch_model",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def network(path: Path) -> Tensors:
 
 def component(folder: Path) -> Tensors:
     """`network` of a folder."""
-    for suffix in ("safetensors", "bin"):
+    for suffix in SUFFIXES:
         for name in WEIGHTS:
             whole, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"
             if whole.is_file():
@@ -67,23 +78,27 @@ def component(folder: Path) -> Tensors:
 
 
 def tensors(path: Path) -> Tensors:
-    """The tensors of a file of safetensors, or of torch's, of which no code is run."""
+    """The tensors of a file of safetensors, or of torch's, of which no code is run; those of a list
+    are called by their places."""
     if not path.is_file():
         raise UserError(f"{path} is missing: copy the whole model again")
-    return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    return torchscript.tensors(path) if torchscript.is_archive(path) else _pickled(path)
 
 
 def _safetensors(path: Path) -> Tensors:
     try:
-        file = safe_open(path, framework="np")
-        names = list(file.keys())
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            try:
-                return file.get_tensor(name)
+            try:  # opened anew: of a file that stays open, all that was read stays in memory
+                with safe_open(path, framework="np") as file:
+                    return file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path}: {name} cannot be read ({error}): copy it again"
@@ -103,12 +118,22 @@ def _pickled(path: Path) -> Tensors:
             "safetensors"
         ) from None
     try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"  # torch's format since 1.6; before, it cannot be mapped
+        found = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # pickles fail in as many ways as there are
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            told = (
+                f"holds more than weights ({refused[1]}), which is not loaded: save its state_dict"
+            )
+            raise UserError(f"{path} {told} alone, where you trust it") from error
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged, or holds more than weights ({told})") from error
+        told = told.partition(". ")[0]
+        raise UserError(f"{path} is damaged or cut short ({told}): copy it again") from error
     while isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
+    if isinstance(found, list | tuple):
+        found = {str(place): tensor for place, tensor in enumerate(found)}
     if not isinstance(found, Mapping) or not all(torch.is_tensor(x) for x in found.values()):
         raise UserError(f"{path} holds no tensors by name")
 
@@ -123,18 +148,75 @@ def _pickled(path: Path) -> Tensors:
     return {name: reader(tensor) for name, tensor in found.items()}
 
 
-def expect(where: str, settings: Mapping[str, Any], **wanted: Any) -> None:
-    """UserError unless `settings` say what is `wanted`, one value or several; none will do, too."""
-    for key, value in wanted.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if key in settings and settings[key] not in values:
-            known = " or ".join(repr(v) for v in values)
-            raise UserError(f"{where}: {key} is {settings[key]!r}, but this reads {known} alone")
+@contextlib.contextmanager
+def sizes_of(path: Path) -> Iterator[None]:
+    """What sizes cannot be read from, in the block, is told as another network in `path`."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} is another network: {error} is missing") from error
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path} is another network ({error})") from error
 
 
-def need(where: str, settings: Mapping[str, Any], *keys: str) -> Sequence[Any]:
-    """The values of `keys`. UserError: one is missing."""
-    for key in keys:
-        if settings.get(key) is None:
-            raise UserError(f"{where}: {key} is missing")
-    return [settings[key] for key in keys]
+class Config:
+    """Settings of another program's network, each checked as it is asked for.
+
+    `default` is what its program takes where a setting is not told; None: it must be told.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
+        """UserError: the file is missing or damaged. `values` stand in its place, as a part of
+        it."""
+        self.path = path
+        self.values = read_json(path) if values is None else values
+
+    def error(self, told: str) -> UserError:
+        return UserError(f"{self.path}: {told}")
+
+    def expect(self, **wanted: Any) -> None:
+        """UserError unless each setting is what is `wanted`, one value or several, or not told."""
+        for key, value in wanted.items():
+            values = value if isinstance(value, tuple) else (value,)
+            if key in self.values and self.values[key] not in values:
+                known = " or ".join(repr(v) for v in values)
+                raise self.error(f"{key} is {self.values[key]!r}, but this reads {known} alone")
+
+    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(f"{key} is missing")
+        if not fits(value):
+            raise self.error(f"{key} is {value!r}, not {what}")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        return self._get(key, default, _is_whole, "a whole number from 1")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return self._get(key, default, _is_number, "a number")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._get(key, default, lambda value: isinstance(value, str), "a text")
+
+    def wholes(self, key: str) -> list[int]:
+        return self._get(key, None, _all(_is_whole), "a list of whole numbers from 1")
+
+    def numbers(self, key: str, default: Sequence[float] | None = None) -> list[float]:
+        return list(self._get(key, default, _all(_is_number), "a list of numbers"))
+
+    def texts(self, key: str) -> list[str]:
+        return self._get(key, None, _all(lambda v: isinstance(v, str)), "a list of texts")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and bool(value) and all(map(fits, value))

@@ -160,16 +160,17 @@ def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
         raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
 
 
+def network_of(stage: str) -> type[nn.Module]:
+    """The class of a stage's network."""
+    named: dict[str, type[nn.Module]] = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}
+    return named.get(stage, Upsampler)
+
+
 def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Params:
     """Shapes of the parameters that the stage's network has, by the entries of a `config.json` (at
     `where`). UserError: no network can be built so."""
-    networks: dict[str, type[nn.Module]] = {
-        "clip": CLIP,
-        "prior": DiffusionPrior,
-        "decoder": Decoder,
-    }
     entry = entries[stage]
-    network = _network(networks.get(stage, Upsampler), entry["model"], where, "float32")
+    network = _network(network_of(stage), entry["model"], where, "float32")
     try:
         inputs: tuple[Any, ...] = ()
         if stage in ("prior", "decoder"):

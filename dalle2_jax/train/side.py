@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dalle2_jax import model_folder
+from dalle2_jax import licence, model_folder, remote
 from dalle2_jax.data.config import DataConfig
+from dalle2_jax.errors import UserError
 from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
@@ -43,6 +45,8 @@ class SideWork:
         self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
         self._preview = make_preview(task, config.sharding_rules, mesh, config.preview_size)
         self._folder = folder
+        if jax.process_index() == 0:
+            _keep_licences(config, folder)
 
     @functools.cached_property
     def _batches(self) -> list[Mapping[str, np.ndarray]]:
@@ -101,6 +105,18 @@ class SideWork:
             dtype = self._config.export_dtype
             model_folder.write_stage(self._folder, self._task.stage, entry, tensors, dtype)
             logging.info("wrote stage %s to %s", self._task.stage, self._folder)
+
+
+def _keep_licences(config: Any, folder: Path) -> None:
+    """Of the weights that this training goes on from or stands on: what it makes is derived from
+    them."""
+    for name in (config.init_from, config.get("clip_from", "")):
+        text = ""
+        with contextlib.suppress(UserError):  # gone since the first step, when it was kept
+            text = licence.read(model_folder.resolve(name)) if name else ""
+        if text:
+            remote.make_folder(folder)
+            licence.keep(text, folder)
 
 
 def _gather(params: Params) -> Params:

@@ -44,7 +44,7 @@ def shaken(module: Any) -> Any:
     return module.eval()
 
 
-def text_encoder() -> Any:
+def text_encoder(**changed: Any) -> Any:
     return shaken(
         transformers.CLIPTextModelWithProjection(
             transformers.CLIPTextConfig(
@@ -57,12 +57,13 @@ def text_encoder() -> Any:
                 bos_token_id=FULL_VOCAB_SIZE - 2,
                 eos_token_id=FULL_VOCAB_SIZE - 1,
                 max_position_embeddings=CONTEXT,
+                **changed,
             )
         )
     )
 
 
-def image_encoder() -> Any:
+def image_encoder(**changed: Any) -> Any:
     return shaken(
         transformers.CLIPVisionModelWithProjection(
             transformers.CLIPVisionConfig(
@@ -73,6 +74,7 @@ def image_encoder() -> Any:
                 num_attention_heads=4,
                 image_size=32,
                 patch_size=8,
+                **changed,
             )
         )
     )

@@ -1,0 +1,62 @@
+"""The licence of weights: it stays with them wherever they go, and is shown once."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+from dalle2_jax import remote
+from dalle2_jax.errors import UserError
+from dalle2_jax.files import replacing
+
+NAME = "LICENSE.txt"
+OPENRAIL_M = Path(__file__).parent / "assets" / "creativeml_openrail_m.txt"
+_BETWEEN = "\n" + "=" * 100 + "\n\n"
+
+
+def read(folder: Path) -> str:
+    """What a model folder holds of licences; nothing where it says nothing."""
+    path = folder / NAME
+    try:
+        with remote.told("cannot read", path):
+            return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def keep(text: str, folder: Path) -> None:
+    """Writes a licence into a model folder, after those that stand there.
+
+    Raises UserError for a folder that cannot be written.
+    """
+    before = read(folder)
+    if not text or text in before:
+        return
+    path = folder / NAME
+    try:
+        with remote.told("cannot write", path), replacing(path) as temporary:
+            temporary.write_text(before + _BETWEEN + text if before else text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def show_once(folder: Path) -> None:
+    """Tells the user on stderr under what licence a model folder's weights are, and for what they
+    may not be used; not again for the same licence."""
+    text = read(folder)
+    if not text:
+        return
+    shown = remote.cache() / "licences" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if shown.exists():
+        return
+    title = next(line for line in text.splitlines() if line.strip() and "(c)" not in line.lower())
+    told = f"The weights in {folder} come under this licence, which stays with all that is made"
+    told += f" from them: {title.strip()}. Its text is there in {NAME}."
+    _, attached, restrictions = text.partition("\nAttachment A")
+    print(told + (restrictions.rstrip() if attached else ""), file=sys.stderr)
+    try:
+        shown.parent.mkdir(parents=True, exist_ok=True)
+        shown.touch()
+    except OSError:  # it is shown again, then
+        return

@@ -1,0 +1,94 @@
+"""Models by name: where another program's lies, and our model folder for any of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from absl import logging
+
+from dalle2_jax import licence, model_folder, remote
+from dalle2_jax.errors import UserError
+from dalle2_jax.pretrained import recognise
+from dalle2_jax.pretrained.convert import import_model
+from dalle2_jax.pretrained.sources import SUFFIXES, WEIGHTS
+from dalle2_jax.version import __version__
+
+_SETTINGS = ("*.json", "*.txt", "*.md", "LICENSE*")
+
+
+def model(name: str | os.PathLike[str]) -> Path:
+    """The model folder of a name, as `model_folder.resolve` finds it.
+
+    Another program's model (`recognise.stages`) is imported into this machine's cache, the first
+    time. The licence that a folder tells of is shown, once. Raises UserError for what is no model,
+    or damaged, a hub out of reach, and a disk that is full.
+    """
+    found = model_folder.here(name) if not _foreign_bucket(name) else None
+    if found is None or recognise.is_foreign(found):
+        found = _imported(source(name), Path(name).name)
+    licence.show_once(found)
+    return found
+
+
+def source(name: str | os.PathLike[str]) -> Path:
+    """The folder or file of a model, on this machine, another program's or ours.
+
+    Raises UserError as `model` does.
+    """
+    text = os.fspath(name)
+    if _foreign_bucket(name):
+        return remote.local_copy(remote.to_path(text))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if found := model_folder.here(name):
+        return found
+    folder = model_folder.download(text, _SETTINGS)
+    if not recognise.is_foreign(folder):
+        return model_folder.download(text)
+    # Only of the networks that are read, and of these in one format.
+    parts = [part for stage in recognise.stages(folder) for part in stage.parts.values()]
+    for part in dict.fromkeys(parts):
+        for suffix in SUFFIXES:
+            stems = [part / f"{name}{shard}.{suffix}" for name in WEIGHTS for shard in ("", "-*")]
+            model_folder.download(text, [str(stem.relative_to(folder)) for stem in stems])
+            if any(part.glob(f"*.{suffix}")):
+                break
+    return folder
+
+
+def _foreign_bucket(name: str | os.PathLike[str]) -> bool:
+    text = os.fspath(name)
+    if not remote.is_remote(text):
+        return False
+    with remote.told("cannot read", text):
+        return recognise.is_foreign(remote.to_path(text))
+
+
+def _imported(found: Path, name: str) -> Path:
+    if not recognise.is_foreign(found):
+        return found
+    stages = recognise.stages(found)
+    entries = {stage.name: stage.entry for stage in stages}
+    if "decoder" not in entries:
+        told = f"{found} holds {' and '.join(entries)} alone, which draw nothing"
+        raise UserError(f"{told}: import it, and train the others on it")
+    files = [
+        p for stage in stages for part in stage.parts.values() for p in (part, *part.glob("*"))
+    ]
+    stats = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    told = json.dumps([__version__, entries, stats], sort_keys=True, default=str)
+    mark = hashlib.sha256(told.encode()).hexdigest()[:16]
+    out = remote.cache() / "imported" / f"{name}-{mark}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with remote.only_process(out):
+            if not out.exists():
+                logging.info("importing %s into %s, once", found, out)
+                import_model(found, out)
+    except OSError as error:
+        raise UserError(f"cannot import {found} into {out}: {error.strerror}") from error
+    return out
