@@ -154,11 +154,13 @@ def on_whole(
 def _specs(trees: Sequence[PyTree]) -> Specs:
     """(module path..., name, shape) -> how that parameter is split over "fsdp".
 
-    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0.
+    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0. Of
+    several networks in one tree, {"first": ..., "last": ...}, each knows its own paths alone.
     """
     found = {}
-    for name, leaf in itertools.chain.from_iterable(flatten(tree).items() for tree in trees):
-        path, spec = tuple(name.split("/")), tuple(leaf.sharding.spec)
+    leaves = itertools.chain.from_iterable(flatten(tree).items() for tree in trees)
+    for outer, (name, leaf) in itertools.product((1, 0), leaves):
+        path, spec = tuple(name.split("/"))[outer:], tuple(leaf.sharding.spec)
         spec = tuple("fsdp" if axis == "fsdp" else None for axis in spec)
         spec += (None,) * (len(leaf.shape) - len(spec))
         found[(*path, tuple(leaf.shape))] = PartitionSpec(*spec)

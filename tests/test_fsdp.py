@@ -140,17 +140,24 @@ class Net(nn.Module):
         return nn.Dense(8, name="out", dtype=jnp.float32)(x)
 
 
-def step(net, sizes, rules=FSDP, devices=8):
-    """(jitted loss and gradients, arguments) on a mesh of the first `devices` devices."""
+def step(net, sizes, rules=FSDP, devices=8, parts=()):
+    """(jitted loss and gradients, arguments) on a mesh of the first `devices` devices; of several
+    networks alike, where their `parts` of the parameters are named."""
     mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
     rng = np.random.default_rng(0)
     tokens, t = rng.integers(0, 24, (16, 8)), rng.uniform(0.5, 1, 16).astype(np.float32)
     keys = jax.random.split(jax.random.key(0))
     params = jax.jit(lambda: net.init({"params": keys[0]}, tokens, t, False))()["params"]
+    params = dict.fromkeys(parts, params) if parts else params
     places = sharding.param_shardings(params, rules, mesh)
     template = sharding.placed(params, rules, mesh)
 
     def loss(params, tokens, t):
+        if parts:
+            return sum(loss_of(params[part], tokens, t) for part in parts)
+        return loss_of(params, tokens, t)
+
+    def loss_of(params, tokens, t):
         out = net.apply({"params": params}, tokens, t, rngs={"dropout": keys[1]})
         return jnp.mean(jnp.square(out))
 
@@ -209,3 +216,12 @@ def test_weights_are_gathered_and_gradients_reduce_scattered(remat):
     again = 5 if remat else 2
     assert found.pop("all-gather") in (10 + again, 11 + again)
     assert found == {"reduce-scatter": 10, "all-reduce": 1}
+
+
+def test_of_two_networks_in_one_tree_each_gathers_its_own():
+    """The keys of dropout are shared, which is no matter here."""
+    with jax.debug_key_reuse(False):
+        run, arguments = step(Net(odd=False), {"fsdp": 8}, parts=("first", "last"))
+        found = collectives(run.lower(*arguments).compile().as_text())
+    assert found["reduce-scatter"] == 20 and found["all-gather"] >= 24
+    assert set(found) == {"reduce-scatter", "all-gather", "all-reduce"}

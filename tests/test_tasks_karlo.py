@@ -170,7 +170,7 @@ TEXT = dict(context_length=8, vocab_size=520, width=16, depth=1, heads=2)
         ("upsampler", {"task__sampling__steps": 1}, "steps=1 leaves no step to the first network"),
         (
             "upsampler",
-            {"task__learns": ("last",), "optimizer__weight_decay": 0.1},
+            {"task__learns": ("last",), "optimizer": dict(weight_decay=0.1)},
             "weight_decay=0.1 would wear away",
         ),
     ],

@@ -3,17 +3,16 @@
 import pathlib
 import shutil
 
-import karlo_layout
 import numpy as np
 import pytest
 import small_cascade
+import small_karlo
 from flax import traverse_util
-from small_cascade import KARLO
-from toy_task import losses
 
 from dalle2_jax import build, model_folder
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.pretrained.convert import import_model
+from dalle2_jax.pretrained.export import export_model
 from dalle2_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
@@ -23,18 +22,23 @@ FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The two pipelines as model folders: with a prior, and with an image tower."""
-    folder, found = tmp_path_factory.mktemp("karlo"), {}
-    for kind in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
-        found[kind] = folder / f"{kind}-ours"
-        import_model(karlo_layout.write(folder / kind, kind), found[kind])
-    return found.values()
+    """The two pipelines of diffusers as model folders: with a prior, and with an image tower."""
+    folder, found = tmp_path_factory.mktemp("karlo"), []
+    for name in ("text", "pictures"):
+        ours, theirs = folder / name, folder / f"{name} of diffusers"
+        export_model(small_karlo.write(ours, variations=name == "pictures"), theirs)
+        import_model(theirs, folder / f"{name} again")
+        found.append(folder / f"{name} again")
+    return found
 
 
-def fine_tune(stage, workdir, **settings):
-    data = dict(small_cascade.DATA, source="emoji", path=FIXTURE, image_size=16)
-    run = dict(data=data, num_steps=2, log_every=1, preview_every=2, preview_size=2)
-    made = small_cascade.config(stage, **(KARLO[stage] | run | settings))
+def fine_tune(stage, entry, workdir, **settings):
+    data = dict(context_length=small_karlo.CONTEXT, vocab_size=small_karlo.VOCAB, image_size=16)
+    run = dict(num_steps=2, log_every=1, preview_every=2, preview_size=2, ema_warmup=False)
+    run |= dict(data=dict(data, source="emoji", path=FIXTURE), ema_decay=0.7)
+    run |= dict(model=entry["model"], diffusion=entry["diffusion"], export_dtype="float32")
+    sampling = entry["sampling"] | {"steps": 2}
+    made = small_cascade.config(stage, **run, task__sampling=sampling, **settings)
     dataset = build.dataset(made, "train")
     return loop.train(made, build.task(made), dataset, workdir, None)
 
@@ -47,17 +51,17 @@ def test_karlo_is_imported_fine_tuned_and_draws(imported, tmp_path):
     text, pictures = imported
     out = tmp_path / "model"
     shutil.copytree(pictures, out)  # its CLIP and what is not trained
-    shared = dict(clip_from=str(pictures), export_to=str(out), ema_warmup=False, ema_decay=0.7)
-    shared |= dict(optimizer__learning_rate=1e-3)
-    decay = dict(optimizer__weight_decay=0.1)
-    only_first = dict(task__learns=("first",))
+    shared = dict(clip_from=str(pictures), export_to=str(out))
+    entries = small_karlo.entries() | small_karlo.entries(variations=True)
+    decay = dict(optimizer=dict(learning_rate=1e-3, weight_decay=0.1))
+    first = dict(optimizer=dict(learning_rate=1e-3), task__learns=("first",))
     for stage, source, name, more in (
-        ("prior", text, "prior", decay),
+        ("prior", text, "prior", decay | dict(task__embedding_scale=1.0, task__candidates=1)),
         ("decoder", pictures, "decoder", decay),
-        ("upsampler", pictures, "upsampler_16", only_first),
+        ("upsampler", pictures, "upsampler_16", first | dict(task__separate_last_step=True)),
     ):
-        fine_tune(stage, tmp_path / stage, init_from=str(source), **shared, **more)
-        assert np.isfinite(losses(tmp_path / stage)).all()
+        told = shared | more | dict(init_from=str(source))
+        fine_tune(stage, entries[name], tmp_path / stage, **told)
         before, after = flat(source, name), flat(out, name)
         assert before.keys() == after.keys()
         same = {k for k, x in before.items() if np.array_equal(x, after[k])}
