@@ -134,14 +134,12 @@ def original(image, text, dim, learning_rate):
 
 def karlo():
     config = original(*ORIGINAL["l14"])
-    config.model.update(dict(unit_length=False, learned_temperature=False))
-    config.model.image.update(
-        dict(
-            mean=(0.48145466, 0.4578275, 0.40821073),
-            std=(0.26862954, 0.26130258, 0.27577711),
-            resize="bicubic",
-        )
+    image = dict(
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        resize="bicubic",
     )
+    config.update(dict(model=dict(unit_length=False, learned_temperature=False, image=image)))
     return config
 
 
