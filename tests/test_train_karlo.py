@@ -57,7 +57,7 @@ def test_karlo_is_imported_fine_tuned_and_draws(imported, tmp_path):
     first = dict(optimizer=dict(learning_rate=1e-3), task__learns=("first",))
     for stage, source, name, more in (
         ("prior", text, "prior", decay | dict(task__embedding_scale=1.0, task__candidates=1)),
-        ("decoder", pictures, "decoder", decay),
+        ("decoder", pictures, "decoder", decay | dict(task__drop_z_img=0.5)),
         ("upsampler", pictures, "upsampler_16", first | dict(task__separate_last_step=True)),
     ):
         told = shared | more | dict(init_from=str(source))
