@@ -30,6 +30,7 @@ STAGES = {
     "upsampler": ["super_res_first", "super_res_last"],
 }
 PIPELINES = {"clip": "UnCLIPImageVariationPipeline"}  # the other one has no image encoder
+BATCHES = {"upsampler": 1}  # as a picture is drawn; the others are guided by a second row
 CLASSES = {
     "text_encoder": transformers.CLIPTextModelWithProjection,
     "image_encoder": transformers.CLIPVisionModelWithProjection,
@@ -261,7 +262,8 @@ def write_real(folder: Path, stage: str) -> None:
         for part, module in parts.items():
             assert sum(x.numel() for x in module.parameters()) == PARAMETERS[part], part
             module.save_pretrained(folder / part)
-        drawn = inputs(stage, {part: module.config for part, module in parts.items()})
+        settings = {part: module.config for part, module in parts.items()}
+        drawn = inputs(stage, settings, BATCHES.get(stage, 2))
         given |= drawn
         with torch.no_grad():
             found = run(stage, parts, {k: torch.tensor(v) for k, v in drawn.items()})

@@ -74,9 +74,6 @@ def assert_close(ours, theirs):
     zero = ZERO * max(scales.values())
     assert zero > 0 and sum(scale > zero for scale in scales.values()) > len(scales) / 2
     for name, x in theirs.items():
+        bound = TOLERANCE * scales[name] if scales[name] > zero else zero
         error = np.abs(np.asarray(ours[name]) - x).max()
-        assert error <= (TOLERANCE * scales[name] if scales[name] > zero else zero), (
-            name,
-            error,
-            scales[name],
-        )
+        assert error <= bound, (name, error, scales[name])
