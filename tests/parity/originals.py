@@ -20,9 +20,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
+from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline, UnCLIPTextProjModel
 
 SIDES = (320, 640, 960, 1280)
+PIPELINE = UnCLIPPipeline
 STAGES = {
     "clip": ["text_encoder", "image_encoder"],
     "prior": ["prior"],
