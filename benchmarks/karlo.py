@@ -42,21 +42,23 @@ Ways = dict[str, Callable[[], Any]]
 
 def main(argv: list[str]) -> None:
     del argv
-    found = {}
     titles = ["", "ours s", "diffusers s", "CPU", "wall", "CPU compiled", "wall compiled"]
     titles += ["peak MB: ours", "diffusers", "compiled"]
-    lines = [titles, ["-"] * len(titles)]
+    show(titles)
+    show(["-"] * len(titles))
+    measured = {name: metadata.version(name) for name in ("jax", "torch", "diffusers")}
+    measured |= {"machine": platform.machine(), "cores": os.cpu_count(), "threads": FLAGS.threads}
+    measured |= {"size": FLAGS.size, "rows": {}}
     for row in FLAGS.rows:
-        found[row] = measure_row(row)
-        lines.append(told(row, found[row]))
-        print(f"{row}: load {found[row]['load']}", file=sys.stderr)
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    if FLAGS.out:
-        libraries = ("jax", "torch", "diffusers")
-        machine = {name: metadata.version(name) for name in libraries}
-        machine |= {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        settings = {"threads": FLAGS.threads, "size": FLAGS.size}
-        Path(FLAGS.out).write_text(json.dumps({**machine, **settings, "rows": found}, indent=1))
+        measured["rows"][row] = found = measure_row(row)
+        show(told(row, found))
+        print(f"{row}: load before and after {found['load']}", file=sys.stderr)
+        if FLAGS.out:
+            Path(FLAGS.out).write_text(json.dumps(measured, indent=1))
+
+
+def show(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def measure_row(row: str) -> dict[str, Any]:
@@ -205,25 +207,26 @@ def their_ways(folder: Path, row: str, threads: int, compiled: bool) -> Ways:
         is_unet = isinstance(module, diffusers.UNet2DModel | diffusers.UNet2DConditionModel)
         return module.to(memory_format=torch.channels_last) if is_unet else module
 
-    run: Callable[[Any], Any]
-    if row == "pipeline":
-        cls = originals.PIPELINE
-        pipeline = cls.from_pretrained(folder)
-        networks = {k: x for k, x in pipeline.components.items() if isinstance(x, torch.nn.Module)}
-
-        def run(parts: Any) -> Any:
-            whole = cls(**{**pipeline.components, **parts})
-            whole.set_progress_bar_config(disable=True)
-            return whole(PROMPT)
-    else:
+    names = [part for parts in originals.STAGES.values() for part in parts]
+    if row != "pipeline":
         names = originals.STAGES[row][: 1 if row == "upsampler" else None]
-        networks = {k: originals.CLASSES[k].from_pretrained(folder / k) for k in names}
+    networks = {
+        name: in_torch(originals.CLASSES[name].from_pretrained(folder / name).eval())
+        for name in names
+        if (folder / name).exists()
+    }
+    if row == "pipeline":
+        others = originals.other_parts(folder)
+    else:
         given = {k: torch.tensor(x) for k, x in np.load(folder / "inputs.npz").items()}
 
-        def run(parts: Any) -> Any:
+    def run(parts: Any) -> Any:
+        if row != "pipeline":
             return originals.run(row, parts, given)
+        whole = originals.PIPELINE(**parts, **others)
+        whole.set_progress_bar_config(disable=True)
+        return whole(PROMPT)
 
-    networks = {name: in_torch(module.eval()) for name, module in networks.items()}
     ways = {"diffusers": networks}
     if compiled:
         ways["compiled"] = {name: torch.compile(module) for name, module in networks.items()}

@@ -156,6 +156,15 @@ def write_settings(folder: Path, stage: str) -> None:
         scheduler(**settings).save_config(folder / name)
 
 
+def other_parts(folder: Path) -> dict[str, Any]:
+    """What the pipeline in `folder` has beside networks; it cannot be read whole, for it does not
+    find the class of its text_proj where it was not saved by an older diffusers."""
+    schedulers = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
+    read = diffusers.UnCLIPScheduler.from_pretrained
+    found = {name: read(folder / name) for name in schedulers}
+    return {**found, "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")}
+
+
 def inputs(stage: str, settings: Mapping[str, Any], batch: int = 2) -> dict[str, np.ndarray]:
     """Arguments of `run` for parts of these settings (their configs), seeded."""
     rng = np.random.default_rng(0)
