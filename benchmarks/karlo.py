@@ -11,6 +11,7 @@ weights included.
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -160,6 +161,7 @@ def measure(
                 raise
             del ways[name]
             print(f"{row}: torch.compile does not work here: {error}", file=sys.stderr)
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is no part of the peak
     connection.send(list(ways))
     with contextlib.suppress(EOFError):
         while True:
