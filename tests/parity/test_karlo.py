@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import small_karlo  # noqa: E402
+import original_karlo  # noqa: E402
 from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(folder):
     """({their stage: module}, our model)"""
-    theirs = small_karlo.write(folder)
+    theirs = original_karlo.write(folder)
     import_model(folder, folder / "ours")
     return theirs, DALLE2.from_pretrained(str(folder / "ours"))
 
@@ -117,25 +117,25 @@ def test_decoder(both):
         up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
         block_out_channels=(32, 64, 128),
         layers_per_block=2,
-        cross_attention_dim=small_karlo.CONTEXT_WIDTH,
+        cross_attention_dim=original_karlo.CONTEXT_WIDTH,
         attention_head_dim=64,
         resnet_time_scale_shift="scale_shift",
         class_embed_type="identity",
     )
     text = UnCLIPTextProjModel(
-        clip_embeddings_dim=32, time_embed_dim=128, cross_attention_dim=small_karlo.CONTEXT_WIDTH
+        clip_embeddings_dim=32, time_embed_dim=128, cross_attention_dim=original_karlo.CONTEXT_WIDTH
     )
     beside = {name: x for name, x in params.items() if name not in ("unet", "time")}
     inside = {name: params[name] for name in ("unet", "time")}
     unet.load_state_dict(renamed(tables.UNET, inside), strict=True)
-    text.load_state_dict(renamed(tables.text_projection(small_karlo.EXTRA), beside), strict=True)
+    text.load_state_dict(renamed(tables.text_projection(original_karlo.EXTRA), beside), strict=True)
     context, added = text(
         image_embeddings=z_img,
         prompt_embeds=CAPTION["z_txt"],
         text_encoder_hidden_states=CAPTION["hidden"],
         do_classifier_free_guidance=False,
     )
-    mask = torch.nn.functional.pad(CAPTION["mask"], (small_karlo.EXTRA, 0), value=True)
+    mask = torch.nn.functional.pad(CAPTION["mask"], (original_karlo.EXTRA, 0), value=True)
     told = {"encoder_hidden_states": context, "class_labels": added, "attention_mask": mask}
     assert_close(to_ours(unet.eval()(x, timestep=T, **told).sample), expected)
 
