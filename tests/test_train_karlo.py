@@ -47,6 +47,7 @@ def flat(folder, stage):
     return traverse_util.flatten_dict(model_folder.read_params(folder, stage), sep=".")
 
 
+@pytest.mark.slow
 def test_karlo_is_imported_fine_tuned_and_draws(imported, tmp_path):
     text, pictures = imported
     out = tmp_path / "model"
