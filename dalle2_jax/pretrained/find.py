@@ -74,7 +74,7 @@ def _imported(found: Path, name: str) -> Path:
     stages = recognise.stages(found)
     entries = {stage.name: stage.entry for stage in stages}
     if "decoder" not in entries:
-        told = f"{found} holds {' and '.join(entries)} alone, which draw nothing"
+        told = f"{found} holds {' and '.join(entries)} alone, from which nothing is drawn"
         raise UserError(f"{told}: import it, and train the others on it")
     files = [
         p for stage in stages for part in stage.parts.values() for p in (part, *part.glob("*"))
