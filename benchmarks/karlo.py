@@ -154,6 +154,7 @@ def measure(
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
     ways = side(folder, row, threads, compiled)
     for name, way in list(ways.items()):
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is no part of the peak
         try:
             way()
         except Exception as error:
@@ -161,7 +162,6 @@ def measure(
                 raise
             del ways[name]
             print(f"{row}: torch.compile does not work here: {error}", file=sys.stderr)
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is no part of the peak
     connection.send(list(ways))
     with contextlib.suppress(EOFError):
         while True:
