@@ -144,5 +144,8 @@ def keep_compiled_programs() -> None:
     """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
     import jax  # late: before it Ctrl-C and a mistake are told at once
 
-    jax.config.update("jax_compilation_cache_dir", str(remote.cache() / "jax"))
+    cache = remote.users_cache()
+    if cache is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -133,13 +133,19 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
     return copy
 
 
-def cache() -> Path:
-    """The folder of this machine that holds what can be made again; it may not be there yet."""
+def users_cache() -> Path | None:
+    """The user's folder of what can be made again, which may not be there yet; None for a user
+    without a home, as in a container."""
     try:
-        above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in a container
-        above = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
-    return above / "dalle2_jax"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle2_jax"
+    except RuntimeError:
+        return None
+
+
+def cache() -> Path:
+    """`users_cache`, or a folder of this machine in its place."""
+    above = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return users_cache() or above / "dalle2_jax"
 
 
 def _version(info: dict[str, Any]) -> str:

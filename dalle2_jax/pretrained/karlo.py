@@ -44,7 +44,11 @@ def clip_stage(folder: Path) -> Stage:
     UserError: there is neither."""
     if (folder / "text_encoder").is_dir():
         return unclip.clip_stage(folder, None)
-    return openai_stage(_one(folder, CLIP), unit_length=False)
+    if not (folder / CLIP).is_file():
+        raise UserError(
+            f"{folder}/{CLIP} is missing: put OpenAI's file or transformers' text_encoder there"
+        )
+    return openai_stage(folder / CLIP, unit_length=False)
 
 
 def _one(folder: Path, pattern: str) -> Path:
