@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dalle2_jax import remote
 
-_STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
+STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_stale(folder: Path, seconds: float = _STALE_SECONDS) -> None:
+def remove_stale(folder: Path, seconds: float = STALE_SECONDS) -> None:
     """Removes the temporary files that killed processes left in `folder` an hour ago or more, or
     `seconds`; in a bucket there are none."""
     if remote.is_remote(folder):

@@ -50,7 +50,8 @@ def show_once(folder: Path) -> None:
     shown = remote.cache() / "licences" / hashlib.sha256(text.encode()).hexdigest()[:16]
     if shown.exists():
         return
-    title = next(line for line in text.splitlines() if line.strip() and "(c)" not in line.lower())
+    lines = [line for line in text.splitlines() if line.strip()]
+    title = next((line for line in lines if "(c)" not in line.lower()), "one without a name")
     told = f"The weights in {folder} come under this licence, which stays with all that is made"
     told += f" from them: {title.strip()}. Its text is there in {NAME}."
     _, attached, restrictions = text.partition("\nAttachment A")

@@ -116,7 +116,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
-        if isinstance(config, dict) and "model_type" in config:
+        if isinstance(config, dict) and config.get("model_type") == "clip":
             raise UserError(f"{folder} is a model of transformers: {_import(folder)}")
         raise UserError(f"{path} is not a model folder's config: it has no 'stages'")
     if not all(isinstance(entry, dict) for entry in config["stages"].values()):

@@ -193,6 +193,40 @@ HARMS = {
         lambda f: change(f / "model_index.json", _class_name=None),
         "model_index.json: None is not read here",
     ),
+    "weights of whole numbers": (
+        lambda f: save_file(
+            load_file(f / PRIOR) | {"proj_in.bias": np.zeros(16, np.int64)}, f / PRIOR
+        ),
+        "prior: x_t.bias is of int64, which no weights are",
+    ),
+    "weights that are not finite": (
+        lambda f: save_file(
+            load_file(f / PRIOR) | {"proj_in.bias": np.full(16, np.nan, np.float32)}, f / PRIOR
+        ),
+        "theirs: prior: x_t.bias is not finite: copy the model again",
+    ),
+    "shards that are none": (
+        lambda f: (
+            (f / PRIOR).unlink(),
+            (f / f"{PRIOR}.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+        ),
+        r"index\.json names no files of this folder",
+    ),
+    "one layer twice": (
+        lambda f: save_file(
+            load_file(f / PRIOR) | {"transformer_blocks.00.norm1.bias": np.zeros(16, np.float32)},
+            f / PRIOR,
+        ),
+        "transformer_blocks.0.norm1.bias are one tensor of ours",
+    ),
+    "a list for a name": (
+        lambda f: change(f / "model_index.json", _class_name=[]),
+        r"model_index.json: \[\] is not read here",
+    ),
+    "a number beyond all": (
+        lambda f: change(f / "prior_scheduler/scheduler_config.json", clip_sample_range=10**400),
+        "clip_sample_range is 1000+, not a number",
+    ),
     "settings that are no JSON": (
         lambda f: (f / "prior/config.json").write_text("{"),
         "prior/config.json is not valid JSON",
@@ -280,6 +314,30 @@ def test_what_theirs_cannot_say_is_not_exported(karlo, tmp_path, stage, section,
     with pytest.raises(UserError, match=told):
         export_model(folder, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_what_is_damaged_is_not_exported(karlo, tmp_path):
+    folder = Path(shutil.copytree(karlo, tmp_path / "ours"))
+    path, whole = folder / "prior.safetensors", load_file(folder / "prior.safetensors")
+    for name, x in (("x_t.bias", np.zeros(3, np.float32)), ("mean", whole["mean"] * np.nan)):
+        save_file(whole | {name: x}, path)
+        with pytest.raises(UserError, match=rf"prior\.safetensors is damaged: {name} is"):
+            export_model(folder, tmp_path / "theirs")
+    drop(path, "x_t.bias")
+    with pytest.raises(UserError, match=r"another network: x_t\.bias is unknown or missing"):
+        export_model(folder, tmp_path / "theirs")
+    save_file(whole, path)
+    change_stage = json.loads((folder / "config.json").read_text())
+    del change_stage["stages"]["decoder"]["diffusion"]
+    (folder / "config.json").write_text(json.dumps(change_stage))
+    with pytest.raises(UserError, match=r"config\.json is damaged \(KeyError: 'diffusion'\)"):
+        export_model(folder, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_what_is_exported_is_for_all_to_read(theirs):
+    modes = {path.stat().st_mode & 0o777 for path in theirs.rglob("*") if path.is_file()}
+    assert len(modes) == 1
 
 
 def test_another_cascade_is_not_exported(tmp_path):

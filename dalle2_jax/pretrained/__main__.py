@@ -4,7 +4,7 @@ SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved
 UnCLIPImageVariationPipeline (Karlo), or KandinskyV22PriorPipeline (a CLIP and a prior, to train a
 decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt, decoder*.ckpt,
 improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's text_encoder beside them as transformers saves
-it.
+it. Or it is a CLIP alone, to train on: a folder of transformers or OpenCLIP, or OpenAI's ViT-*.pt.
 
 What comes out is a model folder for sample.py --weights, which also takes SOURCE itself and keeps
 what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
@@ -18,10 +18,11 @@ Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax import commands, remote  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -41,7 +42,9 @@ def main(verb: str, source: str) -> None:
         raise UserError("--out is missing: name the folder to write")
     if DTYPE.value and verb == "export":
         raise UserError("--dtype is for import: what is exported keeps its type")
-    out, dtype = Path(OUT.value).expanduser(), cast(Any, DTYPE.value)
+    if remote.is_remote(OUT.value):
+        raise UserError(f"--out={OUT.value}: name a folder of this machine, and copy it from there")
+    out, dtype = Path(os.path.expanduser(OUT.value)), cast(Any, DTYPE.value)
     from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
     from dalle2_jax.pretrained import convert, export, find
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from flax import traverse_util
 
 from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
+from dalle2_jax.files import STALE_SECONDS
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
 
@@ -46,10 +50,11 @@ def appearing(out: Path) -> Iterator[Path]:
 
     UserError where it cannot be written, or there is something of that name.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already: give another folder, or remove it")
     try:
+        if out.exists():
+            raise UserError(f"{out} is there already: give another folder, or remove it")
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as above:
             folder = Path(above) / out.name
             folder.mkdir()
@@ -57,6 +62,14 @@ def appearing(out: Path) -> Iterator[Path]:
             folder.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _remove_stale(out: Path) -> None:
+    """What a process that was killed left beside `out`, an hour ago or more."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        newest = max(path.lstat().st_mtime for path in (left, *left.rglob("*")))
+        if left.is_dir() and time.time() - newest > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def convert(
@@ -86,6 +99,10 @@ def convert(
     flat = {}
     for name in expected:
         tensor = converted.tensor(name)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(f"{where}: {name} is of {tensor.dtype}, which no weights are")
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} is not finite: copy the model again")
         with np.errstate(over="ignore"):  # it is told, by name, where the stage is written
             flat[name] = tensor.astype(jnp.dtype(dtype), copy=False) if dtype else tensor
     if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:

@@ -13,17 +13,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dalle2_jax import licence, model_folder
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.files import replacing
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.pretrained.convert import appearing
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.tokenizer import EOT, SOT, vocabulary
+from dalle2_jax.types import Params
 
 # Training's, and what says nothing of the function: gradients, numbers' types, steps and guidance,
 # which are arguments of a pipeline's call.
@@ -43,28 +47,50 @@ def export_model(folder: Path, out: Path) -> None:
     for stage in entries:
         load.expected_params(entries, stage, f"{folder}/config.json: {stage}")  # or it is damaged
     with appearing(out) as made:
-        for name, settings in _files(entries, str(folder)):
-            text = settings if isinstance(settings, str) else json.dumps(settings, indent=2)
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            (made / name).write_text(text + "\n", encoding="utf-8")
-        for stage in recognise.stages(made):
-            _check_same(f"{folder}/config.json: {stage.name}", entries[stage.name], stage)
-            _write(folder, stage)
+        try:
+            for name, settings in _files(entries, str(folder)):
+                text = settings if isinstance(settings, str) else json.dumps(settings, indent=2)
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                (made / name).write_text(text + "\n", encoding="utf-8")
+            stages = recognise.stages(made)
+            for stage in stages:
+                _check_same(f"{folder}/config.json: {stage.name}", entries[stage.name], stage)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder}/config.json is damaged ({told}): copy it again") from error
+        except UserError as error:
+            raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
+        for stage in stages:
+            _write(folder, stage, load.expected_params(entries, stage.name, str(folder)))
         if text := licence.read(folder):
             (made / "LICENSE").write_text(text, encoding="utf-8")
 
 
-def _write(folder: Path, stage: sources.Stage) -> None:
+def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
     """The stage's tensors, one network in memory at a time."""
-    tensors = sources.tensors(model_folder.stage_path(folder, stage.name))
+    source = model_folder.stage_path(folder, stage.name)
+    tensors = sources.tensors(source)
+    flat: dict[str, Any] = traverse_util.flatten_dict(expected, sep=".")
+    shapes = {name: leaf.shape for name, leaf in flat.items()}
+    if other := sorted(tensors.keys() ^ shapes.keys()):
+        raise UserError(f"{source} holds another network: {other[0]} is unknown or missing")
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]()
+        if tensor.shape != shapes[name] or not np.isfinite(tensor).all():
+            told = f"{name} is {tensor.shape}, not {shapes[name]}, or not finite"
+            raise UserError(f"{source} is damaged: {told}")
+        return tensor
+
     ours = tensors.keys() - {"logit_scale"}  # pictures are drawn without
-    found = names.to_theirs(stage.rules, ours, lambda name: tensors[name]())
+    found = names.to_theirs(stage.rules, ours, read)
     for part, network in itertools.groupby(found, lambda named: named[0].partition("/")[0]):
         theirs = {name.removeprefix(f"{part}/"): tensor for name, tensor in network}
         stem = "model" if part.endswith("_encoder") else "diffusion_pytorch_model"
         path = stage.parts[part] / f"{stem}.safetensors"
         try:
-            save_file(theirs, path, metadata={"format": "pt"})
+            with replacing(path) as temporary:  # readable for all, as the other files are
+                save_file(theirs, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -41,21 +42,22 @@ def source(name: str | os.PathLike[str]) -> Path:
     text = os.fspath(name)
     if _foreign_bucket(name):
         return remote.local_copy(remote.to_path(text))
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return Path(path)
     if found := model_folder.here(name):
         return found
     folder = model_folder.download(text, _SETTINGS)
     if not recognise.is_foreign(folder):
+        model_folder.read_config(folder)  # or it is no model at all
         return model_folder.download(text)
     # Only of the networks that are read, and of these in one format.
     parts = [part for stage in recognise.stages(folder) for part in stage.parts.values()]
     for part in dict.fromkeys(parts):
-        for suffix in SUFFIXES:
-            stems = [part / f"{name}{shard}.{suffix}" for name in WEIGHTS for shard in ("", "-*")]
-            model_folder.download(text, [str(stem.relative_to(folder)) for stem in stems])
-            if any(part.glob(f"*.{suffix}")):
+        for suffix, stem in itertools.product(SUFFIXES, WEIGHTS):
+            files = [part / f"{stem}{shard}.{suffix}" for shard in ("", "-*")]
+            model_folder.download(text, [str(file.relative_to(folder)) for file in files])
+            if any(part.glob(f"{stem}*.{suffix}")):
                 break
     return folder
 
@@ -79,8 +81,13 @@ def _imported(found: Path, name: str) -> Path:
     files = [
         p for stage in stages for part in stage.parts.values() for p in (part, *part.glob("*"))
     ]
-    stats = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    told = json.dumps([__version__, entries, stats], sort_keys=True, default=str)
+    stats = {
+        str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+        if path.exists()
+    }
+    terms = recognise.licence_of(found)
+    told = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
     mark = hashlib.sha256(told.encode()).hexdigest()[:16]
     out = remote.cache() / "imported" / f"{name}-{mark}"
     try:

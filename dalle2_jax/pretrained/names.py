@@ -141,7 +141,10 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
             places[place] = _count(before.format(**places), names) - 1 - places[place]
         layer = places.get(_stacked(rule) or "", 0)
         for part, ours in enumerate(_parts(rule)):
-            sources.setdefault(ours.format(**places), {})[layer] = name, part, rule
+            layers = sources.setdefault(ours.format(**places), {})
+            if layer in layers:
+                raise UserError(f"{name} and {layers[layer][0]} are one tensor of ours")
+            layers[layer] = name, part, rule
     for ours, layers in sources.items():
         if sorted(layers) != list(range(len(layers))):
             raise UserError(f"of {ours} there are the layers {sorted(layers)} alone")
@@ -216,7 +219,9 @@ def _plain(template: str) -> str:
 
 @functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\\{(?:\\~|~)?(\w+)\\\}", r"(?P<\1>[0-9]+)", re.escape(template)))
+    return re.compile(
+        re.sub(r"\\\{(?:\\~|~)?(\w+)\\\}", r"(?P<\1>[0-9]{1,6})", re.escape(template))
+    )
 
 
 def _places(template: str) -> list[str]:
@@ -237,5 +242,5 @@ def _from_the_end(template: str) -> dict[str, str]:
 
 def _count(before: str, names: Iterable[str]) -> int:
     """How many numbers follow `before` in names."""
-    numbered = re.compile(re.escape(before) + r"(\d+)")
+    numbered = re.compile(re.escape(before) + r"(\d{1,6})")
     return 1 + max(int(match[1]) for name in names if (match := numbered.match(name)))

@@ -27,8 +27,8 @@ def stages(source: Path) -> list[Stage]:
     index = source / "model_index.json"
     if index.is_file():
         kind = read_json(index).get("_class_name")
-        if kind in PIPELINES:
-            return list(PIPELINES[kind].stages(source))
+        if str(kind) in PIPELINES:
+            return list(PIPELINES[str(kind)].stages(source))
         raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
     if karlo.is_here(source):
         return list(karlo.stages(source))
@@ -49,12 +49,13 @@ def licence_of(source: Path) -> str:
     A file goes before the model card, and this before the name of who published the model.
     """
     folder = source if source.is_dir() else source.parent
-    for path in sorted(folder.glob("LICEN[SC]E*")):
-        return path.read_text(encoding="utf-8", errors="replace")
+    files = [path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()]
+    if files:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
     card = folder / "README.md"
     told = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---\n", told, re.DOTALL)
-    named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
+    named = re.search(r"^license: *[\"']?([^\s\"']+)", header[1], re.MULTILINE) if header else None
     index = folder / "model_index.json"
     origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""
     by_name = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,9 +70,15 @@ def component(folder: Path) -> Tensors:
             if whole.is_file():
                 return tensors(whole)
             if index.is_file():
-                files = sorted(set(read_json(index).get("weight_map", {}).values()))
-                return {k: v for file in files for k, v in tensors(folder / file).items()}
+                files = read_json(index).get("weight_map")
+                if not isinstance(files, Mapping) or not all(map(_is_name, files.values())):
+                    raise UserError(f"{index} names no files of this folder: copy it again")
+                parts = [tensors(folder / file) for file in sorted(set(files.values()))]
+                return {name: read for part in parts for name, read in part.items()}
     wanted = " or ".join(f"{name}.safetensors" for name in WEIGHTS[:2])
+    for variant in sorted(folder.glob("*.fp16.*")):
+        wanted += f" (there is {variant.name}: give it that name)"
+        break
     raise UserError(f"{folder} holds no weights: {wanted} is missing")
 
 
@@ -99,7 +104,7 @@ def _safetensors(path: Path) -> Tensors:
             try:  # opened anew: of a file that stays open, all that was read stays in memory
                 with safe_open(path, framework="np") as file:
                     return file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+            except Exception as error:  # types that numpy does not know, too
                 raise UserError(
                     f"{path}: {name} cannot be read ({error}): copy it again"
                 ) from error
@@ -139,9 +144,12 @@ def _pickled(path: Path) -> Tensors:
 
     def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            if tensor.dtype == torch.bfloat16:  # which numpy does not know
-                return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-            return tensor.numpy()
+            try:
+                if tensor.dtype == torch.bfloat16:  # which numpy does not know
+                    return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+                return tensor.detach().numpy()
+            except Exception as error:  # sparse, quantised, of a type that numpy does not know
+                raise UserError(f"{path}: a tensor cannot be read ({error})") from error
 
         return read
 
@@ -210,12 +218,16 @@ class Config:
         return self._get(key, None, _all(lambda v: isinstance(v, str)), "a list of texts")
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
 def _is_whole(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value < 2**31
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
