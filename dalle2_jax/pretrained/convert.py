@@ -87,7 +87,10 @@ def convert(
         tensors = sources.network(path)
         found |= {f"{name}/{tensor}": read for tensor, read in tensors.items()}
     where = f"{source}: {stage.name}"
-    converted = names.to_ours(stage.rules, found, lambda name: found[name]())
+    try:
+        converted = names.to_ours(stage.rules, found, lambda name: found[name]())
+    except UserError as error:
+        raise UserError(f"{where} is another network: {error}") from error
     shapes: Any = load.expected_params(entries, stage.name, where)
     expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep=".")
     missing = sorted(expected.keys() - set(converted.names))

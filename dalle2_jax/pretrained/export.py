@@ -55,11 +55,11 @@ def export_model(folder: Path, out: Path) -> None:
             stages = recognise.stages(made)
             for stage in stages:
                 _check_same(f"{folder}/config.json: {stage.name}", entries[stage.name], stage)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             told = f"{type(error).__name__}: {error}"
             raise UserError(f"{folder}/config.json is damaged ({told}): copy it again") from error
-        except UserError as error:
-            raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
         for stage in stages:
             _write(folder, stage, load.expected_params(entries, stage.name, str(folder)))
         if text := licence.read(folder):
