@@ -42,6 +42,15 @@ def test_conv3x3_and_its_own_backward_equal_xla(shape):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("h", "w", "patches"), [(2, 3, True), (16, 17, False)])
+def test_drawing_few_pixels_of_many_channels_equals_xla(h, w, patches):
+    x, kernel = normal(0, 1, h, w, 1024), normal(1, 3, 3, 1024, 512) / 96
+    program = jax.jit(conv3x3).lower(x, kernel).as_text()
+    assert ("stablehlo.dot_general" in program) is patches
+    assert ("stablehlo.convolution" in program) is not patches
+    np.testing.assert_allclose(conv3x3(x, kernel), xla_conv(x, kernel), atol=2e-5)
+
+
 def test_conv3x3_keeps_bfloat16():
     x, kernel = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16), normal(1, 3, 3, 2, 3)
     kernel = kernel.astype(jnp.bfloat16)

@@ -64,14 +64,30 @@ def _conv(x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
+# A CPU draws up to so many pixels a batch, from so many weights a tap on, by patches: at 2 x 8 x 8
+# pixels of 1280 channels 2.4 times as fast as XLA's convolution. Beyond either it is no faster.
+FEW, WIDE = 256, 2**19
+
+
 @jax.custom_vjp
 def conv3x3(x: Array, kernel: Array) -> Array:
     """Same-padded 3x3 convolution: x [b, h, w, c], kernel [3, 3, c, d] -> [b, h, w, d].
 
     Its weight gradient is XLA's weak spot on CPUs; there it is computed as three wide matrix
-    products, twice as fast at 16 px. Accelerators keep XLA's own.
+    products, twice as fast at 16 px. So are, in drawing, few pixels of many channels, by patches.
+    Accelerators keep XLA's own.
     """
-    return _conv(x, kernel)
+    b, h, w, c = x.shape
+    if b * h * w > FEW or c * kernel.shape[-1] < WIDE:
+        return _conv(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_conv_by_patches, default=_conv)
+
+
+def _conv_by_patches(x: Array, kernel: Array) -> Array:
+    _, h, w, c = x.shape
+    x = whole_rows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    patches = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(9 * c, -1)
 
 
 def _conv3x3_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
