@@ -22,7 +22,7 @@ PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a pro
 N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or Karlo's; or a hub id.")
+WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
 STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
 CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++; or STAGE=NAME,...")

@@ -74,52 +74,27 @@ def paper():
 
 
 def karlo():
-    return ConfigDict(
-        dict(
-            task=dict(
-                name="decoder",
-                image_size=64,
-                drop_z_img=0.1,
-                drop_caption=0.5,
-                sampling=dict(
-                    steps=25,
-                    solver="ddpm",
-                    cfg_scale=8.0,
-                    clip=("static", 1.0),
-                    spacing="even",
-                    variance="small",
-                ),
-            ),
-            model=dict(
-                unet=dict(
-                    channels=320,
-                    channel_mults=(1, 2, 3, 4),
-                    num_blocks=3,
-                    attention_levels=(1, 2, 3),  # 32, 16 and 8 px
-                    head_channels=64,
-                ),
-                text=None,  # CLIP's text tower serves
-                dim=768,
-                context_length=77,
-                learned_variance=True,
-                learned_null=False,
-                text_projection=1536,
-                z_txt_in_time=True,
-                unit_length=False,
-                dtype="bfloat16",
-            ),
-            diffusion=dict(
-                schedule="cosine", num_timesteps=1000, prediction="eps", learned_variance=True
-            ),
-            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
-            optimizer=dict(learning_rate=1e-5, b2=0.999, eps=1e-8),
-            batch_size=256,
-            num_steps=10_000,
-            ema_decay=0.999,
-            preview_every=1000,
-            mesh=dict(data=1, fsdp=-1, tensor=1),
-        )
+    config = paper()
+    config.update_from_flattened_dict({"model.text": None})  # CLIP's text tower serves
+    config.update(
+        task=dict(sampling=dict(steps=25, cfg_scale=8.0, spacing="even", variance="small")),
+        model=dict(
+            unet=dict(channels=320, dropout=0.0),
+            dim=768,
+            context_length=77,
+            learned_null=False,
+            text_projection=1536,
+            z_txt_in_time=True,
+            unit_length=False,
+        ),
+        data=dict(context_length=77),
+        optimizer=dict(learning_rate=1e-5),
+        batch_size=256,
+        num_steps=10_000,
+        ema_decay=0.999,
+        preview_every=1000,
     )
+    return config
 
 
 def tiny():

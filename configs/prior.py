@@ -60,43 +60,18 @@ def paper(heads):
 
 
 def karlo():
-    return ConfigDict(
-        dict(
-            task=dict(
-                name="prior",
-                embedding_scale=1.0,  # standardised instead
-                drop_caption=0.1,
-                candidates=1,
-                sampling=dict(
-                    steps=25,
-                    solver="ddpm",
-                    cfg_scale=4.0,
-                    clip=("static", 5.0),
-                    spacing="even",
-                    variance="small",
-                ),
-            ),
-            model=dict(
-                dim=768,
-                context_length=77,
-                width=2048,
-                depth=20,
-                heads=32,
-                learned_null=False,
-                standardised=True,
-                remat="dots",
-                dtype="bfloat16",
-            ),
-            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
-            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
-            optimizer=dict(learning_rate=1e-5, b2=0.96, eps=1e-6, weight_decay=6.0e-2),
-            batch_size=1024,
-            num_steps=10_000,
-            ema_decay=0.999,
-            preview_every=1000,
-            mesh=dict(data=1, fsdp=-1, tensor=1),
-        )
+    config = paper(heads=32)
+    sampling = dict(steps=25, cfg_scale=4.0, clip=("static", 5.0), spacing="even", variance="small")
+    config.update(
+        task=dict(embedding_scale=1.0, candidates=1, sampling=sampling),  # standardised, not scaled
+        model=dict(dim=768, depth=20, learned_null=False, standardised=True),
+        optimizer=dict(learning_rate=1e-5),
+        batch_size=1024,
+        num_steps=10_000,
+        ema_decay=0.999,
+        preview_every=1000,
     )
+    return config
 
 
 def tiny():

@@ -59,37 +59,22 @@ def paper(channels):
 
 
 def karlo():
-    return ConfigDict(
-        dict(
-            task=dict(
-                name="upsampler",
-                low_size=64,
-                image_size=256,
-                crop_fraction=0.25,
-                blur_sigma=0.6,
-                separate_last_step=True,
-                # Karlo's last step was taught to look sharp, by a loss that is not here.
-                learns=("first",),
-                sampling=dict(
-                    steps=7, solver="ddpm", clip=("static", 1.0), spacing="even", variance="small"
-                ),
-            ),
-            model=dict(
-                unet=dict(
-                    channels=320, channel_mults=(1, 2, 3, 4), num_blocks=3, scale_shift=False
-                ),
-                dtype="bfloat16",
-            ),
-            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="eps"),
-            data=dict(source="tfds", path="data/pairs", split="train", image_size=256),
-            optimizer=dict(learning_rate=1e-5, b2=0.999, eps=1e-8),
-            batch_size=512,
-            num_steps=10_000,
-            ema_decay=0.999,
-            preview_every=1000,
-            mesh=dict(data=1, fsdp=-1, tensor=1),
-        )
+    config = paper(channels=320)
+    config.update(
+        task=dict(
+            separate_last_step=True,
+            # Karlo's last step was taught to look sharp, by a loss that is not here.
+            learns=("first",),
+            sampling=dict(steps=7, solver="ddpm", spacing="even", variance="small"),
+        ),
+        model=dict(unet=dict(dropout=0.0, scale_shift=False)),
+        optimizer=dict(learning_rate=1e-5),
+        batch_size=512,
+        num_steps=10_000,
+        ema_decay=0.999,
+        preview_every=1000,
     )
+    return config
 
 
 def tiny():

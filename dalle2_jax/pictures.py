@@ -100,10 +100,10 @@ def read(path: str | Path) -> np.ndarray:
     try:
         with remote.told("cannot read", path):
             return decode(path.read_bytes())
-    except DamagedImage as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DamagedImage, ValueError) as error:  # or a name that no file can have
         raise UserError(f"{path}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def middle_square(picture: np.ndarray, size: int) -> np.ndarray:

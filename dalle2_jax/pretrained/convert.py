@@ -104,13 +104,13 @@ def convert(
         tensor = converted.tensor(name)
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(f"{where}: {name} is of {tensor.dtype}, which no weights are")
+        if tensor.shape != expected[name].shape:
+            told = f"{name} is {tensor.shape}, not {expected[name].shape}"
+            raise UserError(f"{where} is another network: {told}")
         if not np.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not finite: copy the model again")
         with np.errstate(over="ignore"):  # it is told, by name, where the stage is written
             flat[name] = tensor.astype(jnp.dtype(dtype), copy=False) if dtype else tensor
-    if wrong := [name for name, tensor in flat.items() if tensor.shape != expected[name].shape]:
-        told = f"{wrong[0]} is {flat[wrong[0]].shape}, not {expected[wrong[0]].shape}"
-        raise UserError(f"{where} is another network: {told}")
     return traverse_util.unflatten_dict(flat, sep="."), _storage(flat)
 
 

@@ -27,9 +27,9 @@ def model(name: str | os.PathLike[str]) -> Path:
     time. The licence that a folder tells of is shown, once. Raises UserError for what is no model,
     or damaged, a hub out of reach, and a disk that is full.
     """
-    found = model_folder.here(name) if not _foreign_bucket(name) else None
-    if found is None or recognise.is_foreign(found):
-        found = _imported(source(name), Path(name).name)
+    found = _folder(name)
+    if recognise.is_foreign(found):
+        found = _imported(found, Path(name).name)
     licence.show_once(found)
     return found
 
@@ -39,12 +39,14 @@ def source(name: str | os.PathLike[str]) -> Path:
 
     Raises UserError as `model` does.
     """
-    text = os.fspath(name)
-    if _foreign_bucket(name):
-        return remote.local_copy(remote.to_path(text))
     path = os.path.expanduser(name)
-    if os.path.isfile(path):
-        return Path(path)
+    return Path(path) if os.path.isfile(path) else _folder(name)
+
+
+def _folder(name: str | os.PathLike[str]) -> Path:
+    text = os.fspath(name)
+    if _foreign_bucket(text):
+        return remote.local_copy(remote.to_path(text))
     if found := model_folder.here(name):
         return found
     folder = model_folder.download(text, _SETTINGS)
@@ -62,17 +64,14 @@ def source(name: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _foreign_bucket(name: str | os.PathLike[str]) -> bool:
-    text = os.fspath(name)
-    if not remote.is_remote(text):
+def _foreign_bucket(name: str) -> bool:
+    if not remote.is_remote(name):
         return False
-    with remote.told("cannot read", text):
-        return recognise.is_foreign(remote.to_path(text))
+    with remote.told("cannot read", name):
+        return recognise.is_foreign(remote.to_path(name))
 
 
 def _imported(found: Path, name: str) -> Path:
-    if not recognise.is_foreign(found):
-        return found
     stages = recognise.stages(found)
     entries = {stage.name: stage.entry for stage in stages}
     if "decoder" not in entries:

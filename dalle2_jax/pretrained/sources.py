@@ -59,27 +59,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def network(path: Path) -> Tensors:
     """The tensors of one network: of a file, or of a folder's files, of which safetensors go before
     pickles. UserError: there is none, or a file is missing or damaged."""
-    return component(path) if path.is_dir() else tensors(path)
-
-
-def component(folder: Path) -> Tensors:
-    """`network` of a folder."""
+    if not path.is_dir():
+        return tensors(path)
     for suffix in SUFFIXES:
         for name in WEIGHTS:
-            whole, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"
+            whole, index = path / f"{name}.{suffix}", path / f"{name}.{suffix}.index.json"
             if whole.is_file():
                 return tensors(whole)
             if index.is_file():
                 files = read_json(index).get("weight_map")
                 if not isinstance(files, Mapping) or not all(map(_is_name, files.values())):
                     raise UserError(f"{index} names no files of this folder: copy it again")
-                parts = [tensors(folder / file) for file in sorted(set(files.values()))]
+                parts = [tensors(path / file) for file in sorted(set(files.values()))]
                 return {name: read for part in parts for name, read in part.items()}
     wanted = " or ".join(f"{name}.safetensors" for name in WEIGHTS[:2])
-    for variant in sorted(folder.glob("*.fp16.*")):
+    for variant in sorted(path.glob("*.fp16.*")):
         wanted += f" (there is {variant.name}: give it that name)"
         break
-    raise UserError(f"{folder} holds no weights: {wanted} is missing")
+    raise UserError(f"{path} holds no weights: {wanted} is missing")
 
 
 def tensors(path: Path) -> Tensors:

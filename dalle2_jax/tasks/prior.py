@@ -89,7 +89,9 @@ class PriorTask:
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         tokens = batch["tokens"][:rows]
         text = self.clip.encode_text(frozen["clip"], tokens)
-        empty = self.clip.encode_text(frozen["clip"], tokens, jnp.zeros(len(tokens), bool))
+        empty = None
+        if not self.network.learned_null:
+            empty = self.clip.encode_text(frozen["clip"], tokens, jnp.zeros(len(tokens), bool))
         keys = jax.random.split(key, len(tokens))
         z = self.sampler(params, self.sampler.condition(text, empty), keys)
         return {"prior": previews.nearest(pictures, z_img, z)}
