@@ -15,6 +15,7 @@ from dalle2_jax.errors import UserError
 # isort: split
 from absl import flags
 
+from dalle2_jax import modes
 from dalle2_jax.fit import command
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
@@ -40,8 +41,7 @@ def read_prompts() -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError('nothing to draw: give --prompt "..." or --prompts_file FILE')
+    modes.check(prompts)
     return prompts
 
 
@@ -62,8 +62,11 @@ def main() -> int:
 
     commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
+    draw = draw_prompts
+    if modes.MODE.value != modes.GENERATE:
+        draw, steps = modes.draw, steps or modes.STEPS
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
-    print(draw_prompts(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
+    print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
     return 0
 
 

@@ -29,8 +29,8 @@ class Bars:
         if stage not in self.bars:
             self.bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
         self.bars[stage].update(done - self.bars[stage].n)
-        if done == total:
-            self.bars[stage].close()
+        if done == total:  # of this pass: a picture is inverted first, and then drawn
+            self.bars.pop(stage).close()
 
 
 def draw_prompts(

@@ -51,6 +51,26 @@ def save_png(
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def save_animation(
+    path: str | Path, frames: Sequence[np.ndarray] | np.ndarray, milliseconds: int
+) -> None:
+    """Writes uint8 [h, w, 3] frames of one size as a WebP that runs there and back for ever, each
+    for so long; the ends stay four times as long. UserError as of `save_png`."""
+    path = remote.to_path(path)
+    there = [Image.fromarray(np.asarray(frame)) for frame in frames]
+    images = [*there, *there[-2:0:-1]]
+    times = [milliseconds * (4 if image in (there[0], there[-1]) else 1) for image in images]
+    try:
+        remote.make_folder(path.parent)
+        with remote.told("cannot write", path), replacing(path) as temporary:
+            options: dict[str, Any] = {"duration": times, "loop": 0, "quality": 90}
+            images[0].save(
+                temporary, format="WEBP", save_all=True, append_images=images[1:], **options
+            )
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def prepare_folder(path: str | Path) -> Path:
     """Makes the folder and proves that it can be written to; UserError if not, or for no name."""
     if not str(path).strip():  # pathlib takes it for the current folder

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax import dalle2, model_folder
+from dalle2_jax import cascade, model_folder, placement
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.drawing import draw_prompts
 from dalle2_jax.errors import UserError
@@ -75,7 +75,7 @@ def test_weights_that_wait_on_the_host_draw_the_same(folder, pictures):
 
 def test_weights_wait_beyond_half_of_a_devices_memory():
     params = {"prior": {"kernel": np.zeros((4, 8), np.float32), "bias": np.zeros(8, np.float32)}}
-    assert dalle2.waits(params, 2 * 160 - 1) and not dalle2.waits(params, 2 * 160)
+    assert placement.waits(params, 2 * 160 - 1) and not placement.waits(params, 2 * 160)
 
 
 def test_a_picture_is_the_same_alone_and_in_any_batch(model, pictures):
@@ -274,18 +274,18 @@ def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model, tmp_pat
     params = {**own.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
     own = dataclasses.replace(own, params=params)
     assert own.generate("a cat").shape == (1, 16, 16, 3)
-    for cascade, told in (
+    for one, told in (
         (own, "CLIP reads only 'a cat fa', the decoder all of it"),
         (model, "only 'a cat fa' is read"),
     ):
-        draw_prompts(cascade, ["a cat face", "a cat"], 1, 0, 8, tmp_path)
+        draw_prompts(one, ["a cat face", "a cat"], 1, 0, 8, tmp_path)
         notes = [n for n in capsys.readouterr().err.splitlines() if n.startswith("note")]
         assert len(notes) == 1 and told in notes[0]
 
 
 def test_stages_take_different_noise():
     two = np.arange(2, dtype=np.uint32)
-    keys = dalle2._keys(np.zeros_like(two), two, ["prior", "decoder", "a", "b"])
+    keys = cascade._keys(np.zeros_like(two), two, ["prior", "decoder", "a", "b"])
     data = [tuple(row) for key in keys.values() for row in np.asarray(jax.random.key_data(key))]
     assert len(set(data)) == 8
 
@@ -315,8 +315,8 @@ def test_the_model_says_where_it_comes_from(model, folder):
 def test_weights_are_kept_in_the_dtype_that_networks_compute_in():
     """Half the memory on a TPU; vectors and shapes as they are."""
     tree = {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}
-    found = dalle2.stored(tree, "bfloat16")
+    found = placement.stored(tree, "bfloat16")
     assert found["kernel"].dtype == jnp.bfloat16 and found["bias"].dtype == np.float32
-    assert dalle2.stored(tree, "float32")["kernel"] is tree["kernel"]
-    shapes = dalle2.stored(jax.eval_shape(lambda: tree), "bfloat16")
+    assert placement.stored(tree, "float32")["kernel"] is tree["kernel"]
+    shapes = placement.stored(jax.eval_shape(lambda: tree), "bfloat16")
     assert shapes["kernel"] == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)

@@ -15,7 +15,18 @@ PACKAGE = ROOT / "dalle2_jax"
 
 # A room is a file or a folder directly inside the package. It imports from lower floors only.
 FLOORS = (
-    {"errors", "files", "licence", "options", "remote", "shards", "types", "version"},
+    {
+        "arguments",
+        "embeddings",
+        "errors",
+        "files",
+        "licence",
+        "options",
+        "remote",
+        "shards",
+        "types",
+        "version",
+    },
     {
         "commands",
         "data",
@@ -29,12 +40,13 @@ FLOORS = (
         "tokenizer",
     },
     {"sampling", "tasks"},
-    {"dalle2", "evals", "pretrained", "train"},
-    {"app", "build", "drawing", "fit"},
+    {"cascade", "dalle2", "evals", "placement", "pretrained", "train"},
+    {"app", "build", "drawing", "fit", "modes"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
 ARROWS = {
+    ("arguments", "errors"),
     ("options", "errors"),
     ("remote", "errors"),
     ("files", "remote"),
@@ -46,9 +58,12 @@ ARROWS = {
     ("fsdp", "sharding"),
     ("pictures", "data"),
     ("tasks", "sampling"),
-    ("dalle2", "pretrained"),
+    ("cascade", "placement"),
+    ("cascade", "pretrained"),
+    ("dalle2", "cascade"),
     ("evals", "dalle2"),
     ("fit", "build"),
+    ("modes", "drawing"),
 }
 # Of the third floor the app sees DALLE2 alone.
 APP_MAY_SEE = {room for room, floor in FLOOR.items() if floor < 3} | {"dalle2"}
@@ -63,7 +78,18 @@ HEAVY = {
     "transformers": set(),
 }
 # Rooms that know nothing of jax: what they do runs in input pipelines and at the edges.
-NO_JAX = {"data", "errors", "files", "options", "pictures", "remote", "tokenizer", "version"}
+NO_JAX = {
+    "arguments",
+    "data",
+    "embeddings",
+    "errors",
+    "files",
+    "options",
+    "pictures",
+    "remote",
+    "tokenizer",
+    "version",
+}
 
 ROOT_SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import build, sharding
-from dalle2_jax.dalle2 import DALLE2, encode_text, on_mesh, stored, waits
+from dalle2_jax.cascade import encode_text
+from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.fit import flops
 from dalle2_jax.fit.chips import GIB, Slice, open_slice
 from dalle2_jax.fit.largest import largest
 from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.fit.training import local_bytes
+from dalle2_jax.placement import on_mesh, stored, waits
 from dalle2_jax.sampling import stage as sampling
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.types import Params, PyTree

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.diffusion import guidance, schedules
+from dalle2_jax.diffusion.inversion import DDIMInversion
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
 from dalle2_jax.diffusion.solvers import check_name, make_solver
 from dalle2_jax.errors import UserError
-from dalle2_jax.types import Array, Params, PyTree, Solver
+from dalle2_jax.types import Array, Denoiser, Params, PyTree, Solver
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -136,12 +137,13 @@ class StageSampler:
             keys: typed keys [b]; row i of the result depends on row i of its inputs alone.
             shape: one example's.
             noise: [1 + steps, b, *shape] standard normal: x_T, then each step's, in the order of
-                sampling; in place of that drawn from `keys`.
+                sampling; in place of that drawn from `keys`. Of length 1 it is x_T alone.
             progress: called at the start and as steps are done.
         """
         steps = self.settings.num_steps
-        if noise is not None and noise.shape[:2] != (steps + 1, keys.shape[0]):
-            raise UserError(f"noise must be [{steps + 1}, {keys.shape[0]}, ...], not {noise.shape}")
+        if noise is not None and noise.shape[:2] not in [(n, len(keys)) for n in (1, steps + 1)]:
+            told = f"[{steps + 1}, {len(keys)}, ...], or [1, ...] for x_T alone"
+            raise UserError(f"noise must be {told}, not {noise.shape}")
         if progress is not None:
             progress(0, steps)  # the first call compiles: the bar is there meanwhile
         state, done = start(self, keys, tuple(shape), noise), 0
@@ -149,12 +151,40 @@ class StageSampler:
             chunk = steps_a_call(count)
             for _ in range(0, count, chunk):
                 ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
-                given = None if noise is None else noise[1 + done : 1 + done + chunk]
+                given = None
+                if noise is not None and len(noise) > 1:
+                    given = noise[1 + done : 1 + done + chunk]
                 state, done = advance_steps(self, part, cond, state, ts, keys, given), done + chunk
                 if progress is not None:
                     jax.block_until_ready(state)
                     progress(done, steps)
         return state[0]
+
+    def invert(
+        self,
+        params: Params,
+        cond: PyTree,
+        x_0: Array,
+        evaluations: int = 1,
+        progress: Progress | None = None,
+    ) -> Array:
+        """x_T float32 [b, ...] from which DDIM at eta 0 draws x_0 [b, ...], with these settings.
+
+        `evaluations` of the network a step: see `inversion.DDIMInversion`. The others: see `draw`.
+        """
+        steps = self.settings.num_steps
+        if progress is not None:
+            progress(0, steps)
+        x_t, done = x_0, 0
+        for part, count in reversed(self.parts(params)):
+            chunk = steps_a_call(count)
+            for _ in range(0, count, chunk):
+                ts = jnp.arange(done, done + chunk)
+                x_t, done = invert_steps(self, part, cond, x_t, ts, evaluations), done + chunk
+                if progress is not None:
+                    jax.block_until_ready(x_t)
+                    progress(done, steps)
+        return x_t
 
 
 def no_caption(cond: Mapping[str, Any], learned_null: bool) -> Mapping[str, Any]:
@@ -189,8 +219,26 @@ def advance_steps(
     keys: Array,
     noise: Array | None,
 ) -> tuple[Array, PyTree]:
+    schedule = stage.settings.schedule(stage.process)
+    solver = stage.settings.make_solver(schedule)
+    return advance(solver, _denoiser(stage, params, cond, schedule), state, ts, keys, noise)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def invert_steps(
+    stage: StageSampler, params: Params, cond: PyTree, x_t: Array, ts: Array, evaluations: int
+) -> Array:
+    schedule = stage.settings.schedule(stage.process)
+    solver = DDIMInversion(schedule, evaluations)
+    unused = jnp.zeros((len(ts), 1))  # noise
+    denoiser = _denoiser(stage, params, cond, schedule)
+    return advance(solver, denoiser, (x_t, solver.init(x_t)), ts, None, unused)[0]
+
+
+def _denoiser(
+    stage: StageSampler, params: Params, cond: PyTree, schedule: schedules.Schedule
+) -> Denoiser:
     process, settings = stage.process, stage.settings
-    schedule = settings.schedule(process)
     guided = guidance.guide(
         functools.partial(_apply, stage, params),
         cond,
@@ -198,10 +246,9 @@ def advance_steps(
         settings.cfg_scale,
         process.learned_variance,
     )
-    denoiser = denoiser_from(
+    return denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
-    return advance(settings.make_solver(schedule), denoiser, state, ts, keys, noise)
 
 
 def _apply(stage: StageSampler, params: Params, x_t: Array, t: Array, cond: Any) -> Array:

@@ -1,0 +1,75 @@
+"""What a user hands to the library, checked: plain values, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dalle2_jax.errors import UserError
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int within low..high; UserError for anything else."""
+    told = f"{name} must be a whole number from {low}" + (f" to {high}" if high else "")
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # an array has an __index__ too
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        raise UserError(f"{told}, not {value!r}")
+    return number
+
+
+def plain(value: Any) -> Any:
+    """numpy's and JAX's numbers as Python's and several as a tuple: settings are hashable, and
+    plain JSON."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(plain(item) for item in value) if isinstance(value, list) else value
+
+
+def pictures(value: Any) -> np.ndarray:
+    """`value` uint8 [b, h, w, 3], one picture at least; UserError for anything else."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # numpy's word for rows of several lengths
+        raise UserError("pictures must be uint8 [b, h, w, 3], all of one size") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise UserError(
+            f"pictures must be uint8 [b, h, w, 3], not {array.dtype} {list(array.shape)}"
+        )
+    if not array.size:
+        raise UserError(f"pictures: there is none in uint8 {list(array.shape)}")
+    return array
+
+
+def picture(name: str, value: Any) -> np.ndarray:
+    """`value` uint8 [h, w, 3] as a batch of one; UserError for anything else."""
+    array = np.asarray(value)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+        raise UserError(f"{name} must be uint8 [h, w, 3], not {array.dtype} {list(array.shape)}")
+    return array[None]
+
+
+def rows(name: str, value: Any, dim: int, unit_length: bool, counts: Sequence[int]) -> np.ndarray:
+    """`value` float32 [one of counts, dim], each row scaled to unit length where that is wanted;
+    UserError if it cannot be."""
+    try:
+        rows = np.asarray(value)
+        if rows.dtype.kind in "US":  # numpy would read "1.0" as a number
+            raise TypeError
+        rows = rows.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} must be numbers {[counts[0], dim]}") from None
+    if rows.shape not in [(count, dim) for count in counts]:
+        raise UserError(f"{name} must be {[counts[0], dim]}, not {list(rows.shape)}")
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))
+    if bad.size:
+        raise UserError(f"{name}[{bad[0]}] must be finite and not all 0")
+    if unit_length:
+        rows = rows / largest  # or the squares might not fit
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)

@@ -1,0 +1,496 @@
+"""The cascade of a model folder: CLIP, prior, decoder and upsamplers, run batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import arguments, images, model_folder, placement
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import CLIP, TextEncoding
+from dalle2_jax.nets.forward import forward
+from dalle2_jax.options import near_miss
+from dalle2_jax.pictures import middle_square
+from dalle2_jax.pretrained import find
+from dalle2_jax.sampling import load
+from dalle2_jax.sampling.decoder import DecoderSampler
+from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.stage import StageSampler
+from dalle2_jax.sampling.upsampler import UpsamplerSampler
+from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.types import Array, Params
+
+Result = TypeVar("Result")
+
+Choice = Any
+"""One value for the stage(s) a setting means by default, or {stage: value}."""
+
+
+class Latents(NamedTuple):
+    """A picture as the decoder sees it (unCLIP section 3): with both it is drawn again."""
+
+    z_img: np.ndarray  # [b, dim]: what it shows
+    x_T: np.ndarray  # [b, s, s, 3]: all that z_img leaves open
+
+
+class Captions(NamedTuple):
+    """Tokens int32 [b, n] of b captions, for CLIP and for the decoder's text encoder."""
+
+    clip: Array | np.ndarray
+    decoder: Array | np.ndarray  # CLIP's again where the decoder shares its text tower
+    given: Array | np.ndarray  # bool [b]; False: there is none, the tokens are the empty one's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+    """The cascade: caption -> CLIP -> prior -> decoder -> upsamplers (unCLIP, figure 2).
+
+    Made by `from_pretrained`. Parameters lie on the first device, or replicated over all; or they
+    wait in the host's memory, and each stage's come to the devices while it runs.
+    """
+
+    tokenizer: Tokenizer
+    clip: CLIP
+    prior: PriorSampler | None  # None: the model draws from other pictures' z_img alone
+    decoder: DecoderSampler
+    upsamplers: Mapping[str, UpsamplerSampler]
+    params: Mapping[str, Params]
+    weights: str
+    weights_hash: str
+
+    @classmethod
+    def from_pretrained(
+        cls, weights: str = "tiny", dtype: str | None = None, offload: bool | None = None
+    ) -> Self:
+        """Loads a model.
+
+        Args:
+            weights: "tiny" (inside the package), a model folder, or a hub id; also Karlo as
+                diffusers saves it, which is imported into the user's cache, once.
+            dtype: what the networks compute in; None is bfloat16 on a TPU, else float32.
+            offload: whether weights wait in the host's memory until their stage runs, which costs
+                their way to the device in every batch; None where they would take more than half
+                of the device's memory.
+
+        Raises:
+            UserError: no name, or the folder is missing or damaged, or lacks a stage.
+        """
+        if not isinstance(weights, str | os.PathLike):
+            raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
+        folder = find.model(weights)
+        for stage in ("clip", "decoder"):
+            model_folder.read_stage(folder, stage)  # says which stages there are
+        dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
+        params: dict[str, Params] = {}
+
+        def kept(name: str, loaded: tuple[Any, Params]) -> Any:
+            params[name] = placement.stored(
+                loaded[1], dtype
+            )  # at once: half of what a file's floats take
+            return loaded[0]
+
+        clip = kept("clip", load.clip(folder, dtype))
+        prior = None
+        if load.draws_from_captions(folder):
+            prior = kept("prior", load.prior(folder, clip, dtype))
+        decoder = kept("decoder", load.decoder(folder, clip, dtype))
+        upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
+        upsamplers = {name: kept(name, loaded) for name, loaded in upsamplers.items()}
+        if offload is None:
+            stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+            offload = placement.waits(params, stats.get("bytes_limit", math.inf))
+        return cls(
+            tokenizer=_tokenizer(clip.text),
+            clip=clip,
+            prior=prior,
+            decoder=decoder,
+            upsamplers=upsamplers,
+            params=params if offload else jax.device_put(params, placement.replicated()),
+            weights=str(weights),
+            weights_hash=model_folder.weights_hash(folder),
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that `generate` returns, in pixels."""
+        return [self.decoder, *self.upsamplers.values()][-1].image_size
+
+    def samplers(self) -> dict[str, StageSampler]:
+        prior = {} if self.prior is None else {"prior": self.prior}
+        return {**prior, "decoder": self.decoder, **self.upsamplers}
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """How each stage is sampled, as plain values."""
+        return {name: dataclasses.asdict(s.settings) for name, s in self.samplers().items()}
+
+    def with_settings(
+        self,
+        steps: Choice = None,
+        cfg_scale: Choice = None,
+        solver: Choice = None,
+        eta: Choice = None,
+    ) -> Self:
+        """The same model, sampled otherwise; None keeps what the folder says.
+
+        Each is one value or {stage: value}. One value of `steps`, `cfg_scale` or `eta` is the
+        decoder's, of `solver` ("ddpm", "ddim", "dpm++") every stage's. numpy's numbers serve as
+        Python's.
+
+        Raises:
+            UserError: an unknown stage or solver, a value of another type, or steps out of range.
+        """
+        settings = {name: {} for name in self.samplers()}
+        choices = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver, "eta": eta}
+        for field, choice in choices.items():
+            if choice is None:
+                continue
+            if not isinstance(choice, Mapping):
+                choice = dict.fromkeys(settings if field == "solver" else ["decoder"], choice)
+            for stage, value in choice.items():
+                if stage not in settings:
+                    near = near_miss(str(stage), settings)
+                    raise UserError(f"{field}: no stage {stage!r}{near}")
+                settings[stage][field] = arguments.plain(value)
+        changed = {
+            name: dataclasses.replace(
+                sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
+            )
+            for name, sampler in self.samplers().items()
+        }
+        prior, decoder = changed.pop("prior", None), changed.pop("decoder")
+        return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | None,
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        *,
+        z_img: np.ndarray | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        batch_size: int = 8,
+        progress: placement.StageProgress | None = None,
+        **settings: Choice,
+    ) -> Iterator[np.ndarray]:
+        """The pictures of `generate`, batch by batch as they are drawn.
+
+        Args:
+            prompts, n, seed: see `generate`.
+            z_img: [len(prompts) * n, dim], in place of what the prior would draw, or one a prompt
+                for all of its n. Where this CLIP's have unit length (`clip.unit_length`), rows of
+                another length are scaled to it, for a direction is all they say.
+            noise: {stage: standard normal [1 + steps, len(prompts) * n, ...]}, x_T and then each
+                step's, in place of what the seed would draw; [1, ...] is x_T alone. The prior's has
+                rows for each of its candidates, picture by picture.
+            batch_size: pictures drawn at a time, rounded up to a multiple of the devices.
+            progress: called as each stage's steps are done.
+            **settings: see `with_settings`.
+
+        Raises:
+            UserError: see `generate`; when the first batch is asked for.
+        """
+        options = {"z_img": z_img, "noise": noise, "batch_size": batch_size, "progress": progress}
+        for pictures in self.with_settings(**settings)._batches(prompts, n, seed, **options):
+            yield np.asarray(images.to_uint8(pictures))
+
+    def sample_prior(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        *,
+        batch_size: int = 8,
+        progress: placement.StageProgress | None = None,
+        **settings: Choice,
+    ) -> np.ndarray:
+        """n z_img of each prompt, float32 [len(prompts) * n, dim]: those of which `generate` draws
+        its pictures. Arguments and errors are `stream`'s."""
+        options = {"batch_size": batch_size, "progress": progress, "last": "prior"}
+        model = self.with_settings(**settings)
+        return np.concatenate(list(model._batches(prompts, n, seed, **options)))
+
+    def _batches(
+        self,
+        prompts: str | Sequence[str] | None,
+        n: int,
+        seed: int | Sequence[int],
+        *,
+        z_img: np.ndarray | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        batch_size: int,
+        progress: placement.StageProgress | None,
+        last: str = "",
+    ) -> Iterator[Array]:
+        """What the stage `last` draws ("": the last there is), batch by batch."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if prompts is not None:
+            if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+                raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
+            if not prompts or not all(p.strip() for p in prompts):
+                raise UserError("a prompt is empty: write what is to be drawn")
+        elif z_img is None:
+            raise UserError("there is nothing to draw: give prompts, z_img or both")
+        if self.prior is None and z_img is None:
+            raise UserError(
+                f"{self.weights} has no prior, which draws z_img from a prompt: give z_img, as "
+                "encode_image gives it, or import a model that has one"
+            )
+        n = arguments.whole("n", n, 1, 2**32)
+        rows = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
+        captions = self.captions([None] * rows if prompts is None else list(prompts))
+        count = len(captions.given)
+        total = count * n
+        given: Any = seed
+        one = not isinstance(given, list | tuple) and np.ndim(given) == 0
+        seeds = [given] * count if one else list(given)
+        seeds = np.array([arguments.whole("seed", s, 0, 2**32 - 1) for s in seeds], np.uint32)
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} prompts: give one for each")
+        if z_img is not None:
+            z_img = arguments.rows(
+                "z_img", z_img, self.clip.dim, self.clip.unit_length, (total, count)
+            )
+            z_img = np.repeat(z_img, total // len(z_img), axis=0)
+        noise = self._noise_rows(noise, total)
+        # Made batch by batch, as n may be large.
+        for start, places in placement.places(total, batch_size):
+            row, index = places // n, (places % n).astype(np.uint32)
+            texts = jax.tree.map(lambda tokens, row=row: tokens[row], captions)
+            z = None if z_img is None else z_img[places]
+            batch = jax.device_put((seeds[row], index, texts, z), placement.by_batch())
+            given = {
+                name: array[:, places].reshape(len(array), -1, *array.shape[3:])
+                for name, array in noise.items()
+            }
+            report = placement.overall(progress, start, len(places), total)
+            with placement.on_mesh(placement.mesh()):
+                drawn = self._draw(*batch, noise=given, report=report, last=last)
+            yield drawn[: total - start]
+
+    def captions(self, prompts: Sequence[str | None]) -> Captions:
+        """Prompts -> tokens int32 [b, n], as each of the cascade's text encoders reads them; None
+        is no caption."""
+        clip, decoder = self.tokenizers()
+        texts = [prompt or "" for prompt in prompts]
+        tokens = clip(texts)
+        given = np.array([prompt is not None for prompt in prompts])
+        return Captions(tokens, tokens if decoder is clip else decoder(texts), given)
+
+    def _noise_rows(self, noise: Mapping[str, np.ndarray] | None, total: int) -> dict[str, Any]:
+        """What `stream` is given, checked: {stage: [1 + steps, total, rows a picture, ...]}."""
+        samplers, checked = self.samplers(), {}
+        for stage, array in (noise or {}).items():
+            if stage not in samplers:
+                raise UserError(f"noise: no stage {stage!r}{near_miss(str(stage), samplers)}")
+            sampler = samplers[stage]
+            try:
+                array = np.asarray(array, np.float32)
+            except (TypeError, ValueError):
+                raise UserError(f"noise[{stage!r}] must be an array of numbers") from None
+            shape = (sampler.settings.num_steps + 1, total * sampler.rows, *sampler.shape)
+            if array.shape not in (shape, (1, *shape[1:])):
+                raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(array.shape)}")
+            checked[stage] = array.reshape(len(array), total, sampler.rows, *sampler.shape)
+        return checked
+
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """CLIP's and the decoder's, which is CLIP's where it shares CLIP's text tower."""
+        own = self.decoder.network.text
+        return self.tokenizer, self.tokenizer if own is None else _tokenizer(own)
+
+    def encode_image(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim].
+
+        Of a picture that is not square the middle is read, as in training.
+
+        Raises:
+            UserError: pictures of another type or shape, or none; a model without image tower.
+        """
+        pictures = arguments.pictures(pictures)
+        tower = self.clip.image
+        if tower is None:
+            raise UserError(f"{self.weights} has no image tower: it cannot read pictures")
+        if tower.get("resize", "area") == "bicubic":
+            size = tower["image_size"]
+            pictures = np.stack([middle_square(picture, size) for picture in pictures])
+        pictures = _middle(pictures)
+        with placement.on_mesh(placement.mesh()):
+            encode = functools.partial(_encode_image, self.clip)
+            return np.asarray(self._run("clip", encode, pictures))
+
+    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions -> CLIP's z_txt float32 [b, dim]. UserError: there is none, or it is no text."""
+        if isinstance(captions, str) or not captions:
+            raise UserError(f"captions must be a list of texts, not {captions!r}")
+        if not all(isinstance(text, str) and text.strip() for text in captions):
+            raise UserError("a caption is empty, or no text: write what it describes")
+        with placement.on_mesh(placement.mesh()):
+            return np.asarray(self._encode(self.captions(captions))[0].z_txt)
+
+    def invert(
+        self,
+        pictures: np.ndarray,
+        *,
+        steps: int | None = None,
+        evaluations: int = 1,
+        batch_size: int = 8,
+        progress: placement.StageProgress | None = None,
+    ) -> Latents:
+        """Pictures uint8 [b, h, w, 3] -> (z_img, x_T), from which `decode` draws them again.
+
+        x_T is found by running the decoder's DDIM backwards under z_img, without a caption and
+        without guidance (unCLIP section 3). Of a picture that is not square the middle is read.
+
+        Args:
+            pictures: of any size; the decoder sees them at its own.
+            steps: of the decoder, the more the truer; None: as the folder says. To be given to
+                `decode` as well.
+            evaluations: of the network in a step: 2 or more come nearer to the step's true inverse.
+            batch_size: see `stream`.
+            progress: called as the decoder's steps are done.
+
+        Raises:
+            UserError: see `encode_image`, and for steps out of range.
+        """
+        z_img, small = self.encode_image(pictures), _middle(arguments.pictures(pictures))
+        evaluations = arguments.whole("evaluations", evaluations, 1)
+        model, x_T = self._inverting(steps), []
+        total = len(small)
+        for start, places in placement.places(total, batch_size):
+            batch = jax.device_put((z_img[places], small[places]), placement.by_batch())
+            report = placement.overall(progress, start, len(places), total)("decoder")
+            nothing = self.captions([None] * len(places))
+            with placement.on_mesh(placement.mesh()):
+                cond = self._decoder_condition(batch[0], nothing, *self._encode(nothing))
+                x_0 = _shrunk(batch[1], self.decoder.image_size)
+                told = (cond, x_0, evaluations, report)
+                x_T.append(np.asarray(model._run("decoder", model.decoder.invert, *told)))
+            x_T[-1] = x_T[-1][: total - start]
+        return Latents(z_img, np.concatenate(x_T))
+
+    def decode(
+        self,
+        latents: Latents,
+        *,
+        steps: int | None = None,
+        batch_size: int = 8,
+        progress: placement.StageProgress | None = None,
+    ) -> np.ndarray:
+        """(z_img, x_T) [b, ...] -> pictures uint8 [b, h, w, 3], drawn without caption, guidance or
+        noise: the way back from `invert`, whose `steps` these are. UserError as of `stream`."""
+        drawn = self._inverting(steps).stream(
+            None,
+            z_img=latents.z_img,
+            noise={"decoder": np.asarray(latents.x_T)[None]},
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return np.concatenate(list(drawn))
+
+    def _inverting(self, steps: int | None) -> Self:
+        """The model whose decoder is drawn by what `invert` inverts."""
+        settings = dict(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
+        return self.with_settings(**settings)
+
+    def _run(self, stage: str, function: Callable[..., Result], *args: Any) -> Result:
+        """function(the stage's parameters on the devices, *args), done before it returns: only then
+        is there room for the next stage's."""
+        return jax.block_until_ready(
+            function(jax.device_put(self.params[stage], placement.replicated()), *args)
+        )
+
+    def _draw(
+        self,
+        seed: Array,
+        index: Array,
+        captions: Captions,
+        z_img: Array | None,
+        noise: Mapping[str, Array],
+        report: Callable,
+        last: str,
+    ) -> Array:
+        """b seeds, indices and captions -> pictures [b, h, w, 3] in [-1, 1], or what the stage
+        `last` draws."""
+        keys = _keys(seed, index, list(self.samplers()))
+        text, empty = self._encode(captions)
+
+        def draw(stage: str, *condition: Any) -> Array:
+            told = keys[stage], report(stage), noise.get(stage)
+            sampler: Any = self.samplers()[stage]
+            return self._run(stage, sampler, *condition, *told)
+
+        if z_img is None:
+            assert self.prior is not None
+            z_img = draw("prior", self.prior.condition(text, empty))
+        if last == "prior":
+            return z_img
+        pictures = draw("decoder", self._decoder_condition(z_img, captions, text, empty))
+        for name in self.upsamplers:
+            pictures = draw(name, pictures)
+        return pictures
+
+    def _encode(self, captions: Captions) -> tuple[TextEncoding, TextEncoding | None]:
+        """Of b captions, and of b empty ones where a network learned no null."""
+        encode = functools.partial(encode_text, self.clip)
+        text = self._run("clip", encode, captions.clip)
+        if all(getattr(s.network, "learned_null", True) for s in self.samplers().values()):
+            return text, None
+        nothing = jnp.broadcast_to(self.captions([None]).clip, captions.clip.shape)
+        return text, self._run("clip", encode, nothing)
+
+    def _decoder_condition(
+        self, z_img: Array, captions: Captions, text: TextEncoding, empty: TextEncoding | None
+    ) -> dict[str, Any]:
+        tokens, given = jnp.asarray(captions.decoder), jnp.asarray(captions.given)
+        return self.decoder.condition(z_img, text, tokens, given, empty)
+
+
+def _tokenizer(text: Mapping[str, Any]) -> Tokenizer:
+    """What the text encoder of these sizes reads."""
+    return Tokenizer(text["context_length"], text["vocab_size"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
+    """tokens [b, n] -> CLIP's encoding of them."""
+    return forward(clip, params, tokens, method="encode_text")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_image(clip: CLIP, params: Params, pictures: Array) -> Array:
+    small = _shrunk(pictures, clip.image["image_size"])
+    return forward(clip, params, small, method="encode_image")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _shrunk(pictures: Array, size: int) -> Array:
+    """uint8 [b, h, w, 3] -> float [b, size, size, 3], as training shrinks them."""
+    return images.resize(images.to_float(pictures), size, "area")
+
+
+def _middle(pictures: np.ndarray) -> np.ndarray:
+    """The middle square of pictures [b, h, w, 3]."""
+    h, w = pictures.shape[1:3]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    return pictures[:, top : top + side, left : left + side]
+
+
+def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:
+    """A stage's key for every picture: a function of its seed, its index and the stage's place.
+
+    Were it the same for two stages, the noise of one would begin with that of the other.
+    """
+
+    def one(place: int, seed: Array, i: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), place)
+
+    return {name: jax.vmap(functools.partial(one, k))(seed, index) for k, name in enumerate(stages)}
