@@ -56,7 +56,8 @@ def main() -> int:
         return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
     command.check()
     prompts = read_prompts()
-    from dalle2_jax import pictures  # late: a mistake in the flags and Ctrl-C are told at once
+    # Late: a mistake in the flags and Ctrl-C are told at once.
+    from dalle2_jax import pictures, strips
     from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.drawing import draw_prompts
 
@@ -64,7 +65,7 @@ def main() -> int:
     out = pictures.prepare_folder(OUT.value)
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
-        draw, steps = modes.draw, steps or modes.STEPS
+        draw, steps = strips.draw, modes.STEPS if steps is None else steps
     model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
     print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
     return 0

@@ -83,10 +83,8 @@ def stop(number: int = signal.SIGINT, *_: object) -> None:
     places that swallow a KeyboardInterrupt.
     """
     try:
-        terminal = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no bar of another thread comes after
-        os.write(terminal, f"\n{_name()}: stopped\n".encode())
-    finally:
+        _say_stopped()
+    finally:  # in the midst of another print a handler cannot print
         os._exit(0 if number == signal.SIGTERM else 128 + signal.SIGINT)
 
 

@@ -41,7 +41,7 @@ FLOORS = (
     },
     {"sampling", "tasks"},
     {"cascade", "dalle2", "evals", "placement", "pretrained", "train"},
-    {"app", "build", "drawing", "fit", "modes"},
+    {"app", "build", "drawing", "fit", "modes", "strips"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
@@ -63,7 +63,8 @@ ARROWS = {
     ("dalle2", "cascade"),
     ("evals", "dalle2"),
     ("fit", "build"),
-    ("modes", "drawing"),
+    ("strips", "drawing"),
+    ("strips", "modes"),
 }
 # Of the third floor the app sees DALLE2 alone.
 APP_MAY_SEE = {room for room, floor in FLOOR.items() if floor < 3} | {"dalle2"}

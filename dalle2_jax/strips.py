@@ -1,0 +1,117 @@
+"""What sample.py does with pictures, a mode of `modes` at a time: files, strip, animation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle2_jax import modes, pictures
+from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.drawing import Bars
+from dalle2_jax.version import __version__
+
+_MOVING_MS = 150  # of a picture of an animation
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Pictures uint8 [h, w, 3] of one size, and what is written below each."""
+
+    frames: Sequence[np.ndarray] | np.ndarray
+    labels: Sequence[str]
+    moves: bool = False  # they are steps of one motion
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the flags ask for."""
+
+    images: Sequence[np.ndarray]  # squares of one size
+    prompts: Sequence[str]
+    n: int
+    seed: int
+    options: Mapping[str, Any]  # of `Cascade.stream`
+
+
+def _reconstruct(model: DALLE2, asked: Asked) -> list[Strip]:
+    drawn = model.reconstruct(np.stack(asked.images), **asked.options)
+    return [
+        Strip((_like(given, picture), picture), ("given", "drawn again"))
+        for given, picture in zip(asked.images, drawn, strict=True)
+    ]
+
+
+def _variations(model: DALLE2, asked: Asked) -> list[Strip]:
+    given = np.stack(asked.images)
+    drawn = model.variations(given, asked.n, asked.seed, eta=modes.ETA.value, **asked.options)
+    labels = ["given", *(f"variation {i}" for i in range(asked.n))]
+    rows = drawn.reshape(len(given), asked.n, *drawn.shape[1:])
+    return [Strip((_like(a, row[0]), *row), labels) for a, row in zip(given, rows, strict=True)]
+
+
+def _interpolate(model: DALLE2, asked: Asked) -> list[Strip]:
+    a, b = [*asked.images, *asked.prompts]
+    x_T: Any = modes.X_T.value
+    drawn = model.interpolate(a, b, modes.FRAMES.value, asked.seed, x_T=x_T, **asked.options)
+    labels = [f"{share:.2f}" for share in np.linspace(0, 1, len(drawn))]
+    return [Strip(drawn, labels, moves=True)]
+
+
+def _text_diff(model: DALLE2, asked: Asked) -> list[Strip]:
+    told = {"frames": modes.FRAMES.value, "theta": modes.THETA.value, **asked.options}
+    drawn = model.text_diff(asked.images[0], asked.prompts[0], modes.OLD_PROMPT.value, **told)
+    labels = [f"theta {share:.2f}" for share in np.linspace(0, modes.THETA.value, len(drawn))]
+    return [Strip(drawn, labels, moves=True)]
+
+
+_DRAW = {
+    "reconstruct": _reconstruct,
+    "variations": _variations,
+    "interpolate": _interpolate,
+    "text_diff": _text_diff,
+}
+
+
+def draw(
+    model: DALLE2,
+    prompts: Sequence[str],
+    n: int,
+    seed: int,
+    batch_size: int,
+    out: Path,
+) -> Path:
+    """Writes what the mode makes of the pictures into the folder `out`: each as a PNG that carries
+    how it was drawn, MODE.png with all and their labels, and where they move MODE.webp. Returns the
+    path of MODE.png."""
+    name = modes.MODE.value
+    side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
+    images = [pictures.middle_square(pictures.read(path), side) for path in modes.IMAGE.value]
+    options = {"batch_size": batch_size, "progress": Bars()}
+    strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
+    about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}
+    about |= {"seed": seed, "version": __version__, "weights": model.weights}
+    about |= {"hash": model.weights_hash, "settings": model.settings()}
+    about |= {
+        flag.name: flag.value
+        for flag in (modes.FRAMES, modes.ETA, modes.THETA, modes.OLD_PROMPT, modes.X_T)
+    }
+    for row, strip in enumerate(strips):
+        for place, (frame, label) in enumerate(zip(strip.frames, strip.labels, strict=True)):
+            file = out / f"{name}-{row:03d}-{place:02d}-{pictures.slug(label)}.png"
+            pictures.save_png(file, frame, {**about, "label": label})
+        if strip.moves:
+            pictures.save_animation(out / f"{name}.webp", strip.frames, _MOVING_MS)
+    frames = [frame for strip in strips for frame in strip.frames]
+    labels = [label for strip in strips for label in strip.labels]
+    grid = pictures.labelled_grid(frames, len(strips[0].frames), picture_labels=labels)
+    pictures.save_png(out / f"{name}.png", grid, about)
+    return out / f"{name}.png"
+
+
+def _like(picture: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A square picture at the size of another."""
+    return pictures.middle_square(picture, other.shape[0])
