@@ -134,7 +134,7 @@ class DALLE2:
         """The same model, sampled otherwise; None keeps what the folder says.
 
         Each is one value or {stage: value}. One value of `steps` or `cfg_scale` is the decoder's,
-        of `solver` ("ddpm", "ddim", "dpm++") every stage's. numpy's numbers serve as Python's.
+        of `solver` (`diffusion.solvers.NAMES`) every stage's. numpy's numbers serve as Python's.
 
         Raises:
             UserError: an unknown stage or solver, a value of another type, or steps out of range.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dalle2_jax.diffusion import guidance, schedules
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
-from dalle2_jax.diffusion.solvers import check_name, make_solver
+from dalle2_jax.diffusion.solvers import check_name, make_solver, spacing_for
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, Params, PyTree, Solver
 
@@ -65,8 +65,7 @@ class Settings:
     def schedule(self, process: Process) -> schedules.Schedule:
         """The part of the process' schedule that is sampled."""
         spacing = self.spacing or ("sections" if isinstance(self.steps, tuple) else "")
-        # Even steps end in one long stride of log-SNR, over which a second-order step runs away.
-        spacing = spacing or ("logsnr" if self.solver == "dpm++" else "even")
+        spacing = spacing or spacing_for(self.solver)
         return schedules.respace(process.training_schedule(), self.steps, spacing)
 
     def make_solver(self, schedule: schedules.Schedule) -> Solver:
@@ -114,6 +113,12 @@ class StageSampler:
     def null(self, cond: PyTree) -> PyTree:
         """The condition that guidance moves away from."""
         raise NotImplementedError
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for a batch; a guided evaluation, of twice the rows,
+        counts once."""
+        return self.settings.make_solver(self.settings.schedule(self.process)).evaluations
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
         """(parameters, the number of steps that they serve), in the order of sampling."""
