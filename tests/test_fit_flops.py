@@ -42,7 +42,7 @@ def test_a_scan_counts_its_length_and_inner_jits_count():
 
 
 def test_of_two_ways_the_dearer_counts_unless_platforms_choose():
-    ways = lambda x: x @ x @ x, lambda x: x @ x  # noqa: E731
+    ways = lambda x: x @ x @ x, lambda x: x @ x
     x = jnp.ones((8, 8))
     assert flops.of_function(lambda x: jax.lax.cond(x[0, 0] > 0, *ways, x), x) == 2 * 2 * 8**3
     by_platform = dict(cpu=ways[0], default=ways[1])

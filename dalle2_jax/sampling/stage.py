@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle2_jax.diffusion import guidance, schedules
 from dalle2_jax.diffusion.process import Process
@@ -36,6 +37,8 @@ class Settings:
     spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
     eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
     variance: str = "small"  # of ddpm, "small" or "large", where the network learned none
+    cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
+    cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
 
     def __post_init__(self) -> None:
         check_name(self.solver)
@@ -57,6 +60,17 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, not {value!r}")
+        match self.cfg_interval:
+            case None:
+                pass
+            case (int() | float() as low, int() | float() as high) if 0 <= low < high < math.inf:
+                pass
+            case _:
+                told = "cfg_interval must be null or [low, high] of sigma / alpha, 0 <= low < high"
+                raise UserError(f"{told}, not {self.cfg_interval!r}")
+        value = self.cfg_rescale
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(f"cfg_rescale must be a number within 0 and 1, not {value!r}")
 
     @property
     def num_steps(self) -> int:
@@ -67,6 +81,12 @@ class Settings:
         spacing = self.spacing or ("sections" if isinstance(self.steps, tuple) else "")
         spacing = spacing or spacing_for(self.solver)
         return schedules.respace(process.training_schedule(), self.steps, spacing)
+
+    def guided_at(self, process: Process) -> np.ndarray | None:
+        """Where the process is guided, bool [num_timesteps]; None: everywhere."""
+        if self.cfg_interval is None:
+            return None
+        return guidance.within(process.training_schedule(), self.cfg_interval)
 
     def make_solver(self, schedule: schedules.Schedule) -> Solver:
         options = {"ddim": {"eta": self.eta}, "ddpm": {"variance": self.variance}}
@@ -202,6 +222,8 @@ def advance_steps(
         stage.null(cond),
         settings.cfg_scale,
         process.learned_variance,
+        settings.cfg_rescale,
+        settings.guided_at(process),
     )
     denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
