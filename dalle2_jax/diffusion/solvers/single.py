@@ -53,6 +53,11 @@ class OverSchedule:
     def init(self, x_t: Array) -> PyTree:
         return ()
 
+    def step(
+        self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
+    ) -> tuple[Array, PyTree]:
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DDPM(OverSchedule):
