@@ -26,7 +26,9 @@ OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
 STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
 CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
-SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++; or STAGE=NAME,...")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,..."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 AUTO_BATCH = command.only_with_topology("auto_batch", "the most pictures at a time that fit.")
 

@@ -141,7 +141,7 @@ class Cascade:
         """The same model, sampled otherwise; None keeps what the folder says.
 
         Each is one value or {stage: value}. One value of `steps`, `cfg_scale` or `eta` is the
-        decoder's, of `solver` ("ddpm", "ddim", "dpm++") every stage's. numpy's numbers serve as
+        decoder's, of `solver` (`diffusion.solvers.NAMES`) every stage's. numpy's numbers serve as
         Python's.
 
         Raises:

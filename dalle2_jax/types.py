@@ -36,6 +36,11 @@ class Denoiser(Protocol):
 class Solver(Protocol):
     """One step of sampling, a pure function that `lax.scan` carries from t = T-1 down to 0."""
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated from x_T to x_0."""
+        ...
+
     def init(self, x_t: Array) -> PyTree:
         """The solver's memory (past predictions); an empty tuple for a one-step solver."""
         ...

@@ -135,6 +135,8 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         "spacing": "",
         "eta": 0.0,
         "variance": "small",
+        "cfg_interval": None,
+        "cfg_rescale": 0.0,
     }
     one = model.with_settings(steps=3, cfg_scale=5.0, solver="dpm++")
     assert one.settings()["decoder"]["steps"] == 3 and one.settings()["prior"]["steps"] == 4

@@ -100,3 +100,62 @@ def test_dynamic_threshold_leaves_small_values_and_other_examples_alone() -> Non
 def test_a_fraction_for_a_percentile_is_refused() -> None:
     with pytest.raises(UserError, match=r"percentile 0\.995"):
         guidance.dynamic_threshold(jnp.zeros((1, 4)), 0.995)
+
+
+def test_rescaling_gives_the_condition_its_spread_back() -> None:
+    """2305.08891 section 3.4: at phi = 1 the standard deviation of an example is cond's."""
+    w, axes = 6.0, (1, 2, 3)
+    plain = np.asarray(guidance.guided(COND, UNCOND, w))
+    full = np.asarray(guidance.guided(COND, UNCOND, w, rescale=1.0))
+    np.testing.assert_allclose(full.std(axes), np.asarray(COND).std(axes), rtol=1e-5)
+    assert (plain.std(axes) > 3 * full.std(axes)).all()
+    ratio = full / plain  # one factor an example, of its own
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-5)
+    assert np.ptp(ratio[:, 0, 0, 0]) > 1e-4
+    part = guidance.guided(COND, UNCOND, w, rescale=0.7)
+    np.testing.assert_allclose(part, 0.7 * full + 0.3 * plain, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(guidance.guided(COND, UNCOND, w, rescale=0.0), plain)
+    assert np.isfinite(guidance.guided(0 * COND, 0 * COND, w, rescale=1.0)).all()
+
+
+def test_rescaling_neither_reads_nor_touches_a_learned_variance() -> None:
+    out = guidance.guided(COND, UNCOND, 4.0, learned_variance=True, rescale=0.7)
+    np.testing.assert_array_equal(out[..., 3:], COND[..., 3:])
+    expected = guidance.guided(COND[..., :3], UNCOND[..., :3], 4.0, rescale=0.7)
+    np.testing.assert_array_equal(out[..., :3], expected)
+    louder = COND.at[..., 3:].multiply(9.0)
+    again = guidance.guided(louder, UNCOND, 4.0, learned_variance=True, rescale=0.7)
+    np.testing.assert_array_equal(again[..., :3], out[..., :3])
+
+
+def test_an_interval_is_open_below_and_closed_above() -> None:
+    # sigma / alpha = 1/2, 1, 2 at abar = 4/5, 1/2, 1/5
+    s = schedules.Schedule(np.array([0.8, 0.5, 0.2]), np.arange(3))
+    level = np.exp(-0.5 * s.logsnr)
+    np.testing.assert_allclose(level, [0.5, 1, 2])
+    assert guidance.within(s, (level[0], level[1])).tolist() == [False, True, False]
+    assert guidance.within(s, (0.0, 1.5)).tolist() == [True, True, False]
+    assert guidance.within(s, (0.0, 1e9)).all()
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_outside_the_interval_the_condition_runs_alone(learned_variance: bool) -> None:
+    rows = []
+
+    def apply(x_t: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: rows.append(x_t.shape[0]))
+        shift = cond[:, None, None, None] + t[:, None, None, None]
+        return jnp.concatenate([x_t * shift, x_t - shift], axis=-1)
+
+    x_t, cond, uncond = COND[..., :3], jnp.ones(3), jnp.zeros(3)
+    where = np.array([False, True, True, False])
+    everywhere = guidance.guide(apply, cond, uncond, 2.5, learned_variance, 0.3)
+    limited = guidance.guide(apply, cond, uncond, 2.5, learned_variance, 0.3, where)
+    for t in range(4):
+        ts = jnp.full(3, t)
+        expected = everywhere(x_t, ts) if where[t] else apply(x_t, ts, cond)
+        jax.effects_barrier()
+        rows.clear()
+        np.testing.assert_allclose(jax.jit(limited)(x_t, ts), expected, rtol=1e-6)
+        jax.effects_barrier()
+        assert rows == [6 if where[t] else 3]

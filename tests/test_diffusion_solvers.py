@@ -60,6 +60,10 @@ def draw(
         ("ddim", {"eta": 0.5}, 100, "even"),
         ("ddim", {"eta": 1.0}, 250, "even"),
         ("dpm++", {}, 25, "logsnr"),
+        ("dpm++3m", {}, 20, "logsnr"),
+        ("dpm++sde", {}, 40, "logsnr"),
+        ("unipc", {}, 15, "logsnr"),
+        ("heun", {}, 20, "logsnr"),
     ],
 )
 def test_the_exact_denoiser_recovers_the_mixture(
@@ -173,6 +177,8 @@ def test_mistakes_are_named() -> None:
         solvers.make_solver("dpm+", FULL)
     with pytest.raises(UserError, match="did you mean 'ddim'"):
         solvers.make_solver("dimm", FULL)
+    with pytest.raises(UserError, match=r"did you mean 'dpm\+\+3m'"):
+        solvers.make_solver("dpm++3", FULL)
     with pytest.raises(UserError, match="no option 'eta'"):
         solvers.make_solver("dpm++", FULL, eta=1.0)
     with pytest.raises(UserError, match="eta must be"):

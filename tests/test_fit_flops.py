@@ -41,6 +41,14 @@ def test_a_scan_counts_its_length_and_inner_jits_count():
     assert flops.of_function(scanned, jnp.ones((8, 8))) == 6 * 2 * 8**3
 
 
+def test_of_two_ways_the_dearer_counts_unless_platforms_choose():
+    ways = lambda x: x @ x @ x, lambda x: x @ x
+    x = jnp.ones((8, 8))
+    assert flops.of_function(lambda x: jax.lax.cond(x[0, 0] > 0, *ways, x), x) == 2 * 2 * 8**3
+    by_platform = dict(cpu=ways[0], default=ways[1])
+    assert flops.of_function(lambda x: jax.lax.platform_dependent(x, **by_platform), x) == 2 * 8**3
+
+
 @pytest.mark.parametrize("n", [LONG - 1, LONG])
 def test_attention_is_two_products_and_four_behind_them_at_any_length(n):
     """Neither a kernel, whose products no jaxpr shows, nor what it computes twice makes it less or

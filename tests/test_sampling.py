@@ -1,6 +1,7 @@
 """The samplers' loop with networks known in closed form: rows, noise, guidance, progress."""
 
 import dataclasses
+import json
 import math
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
+from dalle2_jax.options import construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
@@ -57,7 +59,7 @@ def draw(made, cond=COND, rows=slice(None), **options):
     return made.draw(PARAMS, cond, keys(rows), cond.shape[1:], **options)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddpm", "unipc", "heun"])
 def test_a_row_depends_on_its_own_key_and_condition_alone(solver):
     made = sampler(solver=solver)
     whole = draw(made)
@@ -68,21 +70,21 @@ def test_a_row_depends_on_its_own_key_and_condition_alone(solver):
     assert jnp.abs(draw(made, COND[:1], slice(1, 2)) - whole[:1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++sde", "unipc"])
 def test_given_noise_takes_the_place_of_the_keys(solver):
     made = sampler(solver=solver)
     noise = jax.random.normal(jax.random.key(5), (5, 3, 2))
     first = draw(made, noise=noise)
     np.testing.assert_array_equal(draw(made, rows=slice(None, None, -1), noise=noise), first)
     assert jnp.abs(draw(made, noise=noise.at[0].multiply(-1)) - first).max() > 1e-4
-    last = draw(made, noise=noise.at[1].multiply(-1))  # a step's noise: for ddpm alone
-    assert bool(jnp.abs(last - first).max() > 1e-4) == (solver == "ddpm")
+    last = draw(made, noise=noise.at[1].multiply(-1))  # a step's noise
+    assert bool(jnp.abs(last - first).max() > 1e-4) == (solver in ("ddpm", "dpm++sde"))
     with pytest.raises(UserError, match=r"noise must be \[5, 3, ...\], or .*, not \(4, 3, 2\)"):
         draw(made, noise=noise[1:])
 
 
 def test_a_perfect_x_0_is_found_in_one_step_or_many():
-    for steps, solver in ((1, "ddim"), (20, "ddim"), (7, "dpm++"), (5, "ddpm")):
+    for steps, solver in ((1, "ddim"), (20, "ddim"), (7, "unipc"), (4, "heun"), (5, "ddpm")):
         made = sampler(steps=steps, solver=solver)
         out = made.draw({"pull": jnp.float32(0.0)}, COND, keys(), (2,))
         np.testing.assert_allclose(out, 0.5 * COND, rtol=1e-4, atol=1e-5)
@@ -95,6 +97,77 @@ def test_guidance_goes_from_the_null_through_the_condition():
             {"pull": jnp.float32(0.0)}, COND, keys(), (2,)
         )
         np.testing.assert_allclose(out, -0.5 + w * (0.5 * COND + 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_the_interval_says_where_guidance_acts():
+    """An x_0 that ignores x_t and is guided at one step only: the last says which it was."""
+    params, c = {"pull": jnp.float32(0.0)}, 0.5 * COND
+    schedule = Settings(steps=4, solver="ddim").schedule(PROCESS)
+    level = np.exp(-0.5 * schedule.logsnr)  # of the steps, the cleanest first
+    settings = {"solver": "ddim", "cfg_scale": 3.0}
+
+    def drawn(**more):
+        return np.asarray(sampler(**settings, **more).draw(params, COND, keys(), (2,)))
+
+    guided = -0.5 + 3 * (c + 0.5)
+    np.testing.assert_allclose(drawn(cfg_interval=(level[0], 1e9)), c, rtol=1e-4, atol=1e-5)
+    clean = drawn(cfg_interval=(0.0, float(level[0]) * 1.001))
+    np.testing.assert_allclose(clean, guided, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(drawn(cfg_interval=(0.0, 1e9)), drawn())
+    unguided = np.asarray(sampler(solver="ddim").draw(params, COND, keys(), (2,)))
+    np.testing.assert_array_equal(drawn(cfg_interval=(1e8, 1e9)), unguided)
+
+
+def test_rescaling_pulls_guidance_back():
+    params = {"pull": jnp.float32(0.0)}
+    plain, most = (
+        sampler(solver="ddim", cfg_scale=9.0, cfg_rescale=phi).draw(params, COND, keys(), (2,))
+        for phi in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(most.std(axis=1), (0.5 * COND).std(axis=1), rtol=1e-4)
+    assert (plain.std(axis=1) > 5 * most.std(axis=1)).all()
+    # with nothing to guide there is nothing to rescale
+    alone = [draw(sampler(cfg_rescale=phi)) for phi in (0.0, 1.0)]
+    np.testing.assert_array_equal(*alone)
+
+
+@pytest.mark.parametrize(
+    "interval", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (0, math.inf), "0", 3, ("a", 1)]
+)
+def test_an_interval_of_another_shape_is_refused(interval):
+    with pytest.raises(UserError, match=r"cfg_interval must be null or \[low, high\] of sigma"):
+        Settings(cfg_interval=interval)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, "0.7", None])
+def test_a_rescale_out_of_range_is_refused(value):
+    with pytest.raises(UserError, match="cfg_rescale must be a number within 0 and 1, not"):
+        Settings(cfg_rescale=value)
+
+
+def test_settings_come_from_json():
+    said = {"steps": [10, 10, 3, 2, 2], "cfg_interval": [0.2, 5], "cfg_rescale": 0.7}
+    made = construct(Settings, json.loads(json.dumps(said)), "here")
+    same = Settings(steps=(10, 10, 3, 2, 2), cfg_interval=(0.2, 5), cfg_rescale=0.7)
+    assert made == same and hash(made) == hash(same)
+    assert json.loads(json.dumps(dataclasses.asdict(made)))["cfg_interval"] == [0.2, 5]
+
+
+@pytest.mark.parametrize(
+    ("solver", "count"), [("ddim", 4), ("unipc", 4), ("dpm++sde", 4), ("heun", 7)]
+)
+def test_evaluations_are_those_that_run(solver, count):
+    ran = []
+
+    class Counted(Sampler):
+        def apply(self, params, x_t, t, cond):
+            jax.debug.callback(lambda: ran.append(1))
+            return super().apply(params, x_t, t, cond)
+
+    made = Counted(Nothing(), PROCESS, Settings(steps=4, solver=solver, clip=None))
+    jax.block_until_ready(draw(made))
+    jax.effects_barrier()
+    assert made.evaluations == count == len(ran)
 
 
 def test_clip_bounds_x_0():

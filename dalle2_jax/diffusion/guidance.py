@@ -3,9 +3,12 @@
     out   = uncond + w (cond - uncond),  w = 1 is off                                        (1)
     static:  x_0 <- clip(x_0, -bound, bound)                                                 (2)
     dynamic: s = max(1, p-th percentile of |x_0|),  x_0 <- clip(x_0, -s, s) / s              (3)
+    interval: out = cond but where low < sigma / alpha <= high                               (4)
+    rescale: out <- (phi std(cond) / std(out) + 1 - phi) out,  std over an example           (5)
 
 Sources: CFG (2207.12598) for (1), in the parametrisation of GLIDE (2112.10741) section 2.3;
-Imagen (2205.11487) section 2.3 for (2) and (3).
+Imagen (2205.11487) section 2.3 for (2) and (3); 2404.07724 section 3 for (4), where sigma is what
+sigma / alpha is here; 2305.08891 section 3.4 for (5).
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dalle2_jax.diffusion.schedules import Schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, PyTree
 
@@ -23,24 +28,46 @@ Apply = Callable[[Array, Array], Array]
 """(x_t [b, ...], t [b] int32 of the training schedule) -> the network's raw output."""
 
 
-def guided(cond: Array, uncond: Array, w: float | Array, learned_variance: bool = False) -> Array:
-    """Equation (1) on raw outputs [b, ...].
+def guided(
+    cond: Array,
+    uncond: Array,
+    w: float | Array,
+    learned_variance: bool = False,
+    rescale: float = 0.0,
+) -> Array:
+    """Equations (1) and (5) on raw outputs [b, ...].
 
     Args:
         cond, uncond: outputs with and without the condition; eps, x_0 or v alike, since all
             three are linear in each other at a given x_t.
         w: scalar or one a row, [b].
         learned_variance: the second half of the last axis is a variance, which is taken from
-            `cond` as it is: extrapolating it has no meaning.
+            `cond` as it is: extrapolating it has no meaning. (5) sees the first half alone.
+        rescale: phi of (5), within 0 and 1; 0 is off.
     """
     w = jnp.asarray(w, jnp.float32)
     w = w.reshape(w.shape + (1,) * (cond.ndim - w.ndim))
     cond, uncond = cond.astype(jnp.float32), uncond.astype(jnp.float32)
     if not learned_variance:
-        return uncond + w * (cond - uncond)
+        return _rescaled(uncond + w * (cond - uncond), cond, rescale)
     mean, variance = jnp.split(cond, 2, axis=-1)
     mean_uncond, _ = jnp.split(uncond, 2, axis=-1)
-    return jnp.concatenate([mean_uncond + w * (mean - mean_uncond), variance], axis=-1)
+    out = _rescaled(mean_uncond + w * (mean - mean_uncond), mean, rescale)
+    return jnp.concatenate([out, variance], axis=-1)
+
+
+def _rescaled(out: Array, cond: Array, phi: float) -> Array:
+    """Equation (5)."""
+    if phi == 0:
+        return out
+    std, wanted = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
+    return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out
+
+
+def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:
+    """Where (4) guides, bool [T]: low < sigma / alpha <= high, for interval = (low, high)."""
+    level = np.exp(-0.5 * schedule.logsnr)
+    return (interval[0] < level) & (level <= interval[1])
 
 
 def guide(
@@ -49,6 +76,8 @@ def guide(
     uncond: PyTree,
     w: float | Array,
     learned_variance: bool = False,
+    rescale: float = 0.0,
+    where: np.ndarray | None = None,
 ) -> Apply:
     """The guided network as a function of (x_t, t) alone, one doubled batch a call.
 
@@ -56,7 +85,9 @@ def guide(
         apply: (x_t, t [b], condition) -> raw output; the condition a tree of arrays [b, ...].
         cond, uncond: the condition and its null, trees of one structure.
         w: guidance scale, a scalar or [b]. A Python 1 runs the conditional half only.
-        learned_variance: see `guided`.
+        learned_variance, rescale: see `guided`.
+        where: bool [T] over the training schedule, see `within`: a batch that is not all there
+            runs the conditional half only. None: everywhere.
     """
     if isinstance(w, int | float) and w == 1:
         return lambda x_t, t: apply(x_t, t, cond)
@@ -65,9 +96,17 @@ def guide(
     def guided_apply(x_t: Array, t: Array) -> Array:
         out = apply(_side_by_side(x_t, x_t), _side_by_side(t, t), both)
         out = out.reshape(-1, 2, *out.shape[1:])
-        return guided(out[:, 0], out[:, 1], w, learned_variance)
+        return guided(out[:, 0], out[:, 1], w, learned_variance, rescale)
 
-    return guided_apply
+    if where is None:
+        return guided_apply
+    inside = jnp.asarray(where)
+
+    def alone(x_t: Array, t: Array) -> Array:
+        return apply(x_t, t, cond).astype(jnp.float32)
+
+    # A solver's t are all alike: what lies outside costs half.
+    return lambda x_t, t: jax.lax.cond(inside[t].all(), guided_apply, alone, x_t, t)
 
 
 def _side_by_side(a: Array, b: Array) -> Array:

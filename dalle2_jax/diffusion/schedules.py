@@ -128,7 +128,8 @@ def linear(num_timesteps: int) -> Schedule:
     return _from_betas(np.linspace(scale * 1e-4, scale * 0.02, num_timesteps))
 
 
-SPACINGS = ("even", "trailing", "logsnr", "sections")
+SPACINGS = ("even", "trailing", "logsnr", "sections", "fast27")
+_FAST27 = 10, 10, 3, 2, 2
 _MAKERS = {"cosine": cosine, "linear": linear}
 
 
@@ -157,12 +158,14 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
         schedule: the schedule to thin out, itself respaced or not.
         steps: how many steps to keep; or, as a sequence, which indices; or, with
             spacing="sections", how many in each of len(steps) equal parts of time, from the
-            cleanest to the noisiest (GLIDE's upsampler: 10, 10, 3, 2, 2).
-        spacing: of a number of steps, all keeping the last and noisiest:
+            cleanest to the noisiest.
+        spacing: of a number of steps, keeping the last and noisiest:
             "even": strided, the first step kept too; the usual choice for DDPM and DDIM;
             "trailing": strided from the end, so that the last jump is no longer than others;
             "logsnr": even in logsnr, the first kept too; the choice for DPM-Solver++, which
             even steps, the last of them far the longest in logsnr, serve badly;
+            "fast27": GLIDE's 27 steps for its upsampler, 10, 10, 3, 2 and 2 in "sections" with
+            the noisiest two earlier than the last;
             or "sections", see `steps`.
 
     Raises:
@@ -174,10 +177,7 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
     if isinstance(steps, int | np.integer):
         kept = _kept(schedule, int(steps), spacing)
     elif spacing == "sections":
-        sizes = [total // len(steps) + (i < total % len(steps)) for i in range(len(steps))]
-        starts = np.cumsum([0, *sizes[:-1]])
-        parts = [s + _strided(n, k) for s, n, k in zip(starts, sizes, steps, strict=True)]
-        kept = np.concatenate(parts)
+        kept = _in_sections(total, steps)
     else:
         kept = np.sort(np.asarray(steps, np.int64))
     if len(kept) == 0 or len(np.unique(kept)) < len(kept) or kept[0] < 0 or kept[-1] >= total:
@@ -189,6 +189,10 @@ def _kept(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
     total = schedule.num_timesteps
     if spacing == "sections":
         raise UserError(f"spacing 'sections' takes a count for each section, not {count}")
+    if spacing == "fast27":
+        if count != sum(_FAST27):
+            raise UserError(f"spacing 'fast27' has {sum(_FAST27)} steps, not {count}")
+        return np.append(_in_sections(total, _FAST27)[:-1], total - 3)
     strided = _strided(total, count)
     if spacing == "trailing":
         return np.ceil(np.arange(1, count + 1) * total / count).astype(np.int64) - 1
@@ -202,6 +206,13 @@ def _kept(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
     first = np.arange(count)
     kept = np.maximum.accumulate(kept - first) + first
     return np.minimum(kept, total - count + first)
+
+
+def _in_sections(total: int, counts: Sequence[int]) -> np.ndarray:
+    sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts = [s + _strided(n, k) for s, n, k in zip(starts, sizes, counts, strict=True)]
+    return np.concatenate(parts)
 
 
 def _strided(total: int, count: int) -> np.ndarray:

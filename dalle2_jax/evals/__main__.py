@@ -34,7 +34,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the pairs, the candidates and the pic
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of the decoder.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance of the decoder; 1 is off.")
-SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++.")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun."
+)
 RECONSTRUCT = flags.DEFINE_bool(
     "reconstruct", False, "Also draw from the true pictures' z_img: what the decoder alone loses."
 )

@@ -34,7 +34,8 @@ def valid_taps(
 def of_jaxpr(jaxpr: Any, padded: bool = False) -> int:
     """Of a jaxpr (or ClosedJaxpr), loops counted as often as they run.
 
-    Where it differs by platform the cheapest way counts. A `while` of unknown length counts once.
+    Where it differs by platform the cheapest way counts, where by values the dearest. A `while` of
+    unknown length counts once.
     With `padded` the zeros count that channels are filled up with to whole tiles: of what a product
     sums over and of one of its sides to LANES, of the other to SUBLANES. That is how a forward pass
     lies in a TPU; gradients of convolutions the compiler turns round.
@@ -49,7 +50,8 @@ def of_jaxpr(jaxpr: Any, padded: bool = False) -> int:
         elif name == "scan":
             total += params["length"] * of_jaxpr(params["jaxpr"], padded)
         elif name == "cond":
-            total += min(of_jaxpr(branch, padded) for branch in params["branches"])
+            counted = min if params.get("branches_platforms") else max
+            total += counted(of_jaxpr(branch, padded) for branch in params["branches"])
         else:
             total += sum(of_jaxpr(inner, padded) for inner in _inner(params))
     return total

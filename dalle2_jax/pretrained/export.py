@@ -33,7 +33,7 @@ from dalle2_jax.types import Params
 # which are arguments of a pipeline's call.
 _OURS_ALONE = {
     "dtype", "remat", "dropout", "learned_temperature", "weighting",
-    "steps", "cfg_scale", "solver", "spacing", "eta",
+    "steps", "cfg_scale", "cfg_interval", "cfg_rescale", "solver", "spacing", "eta",
 }  # fmt: skip
 
 

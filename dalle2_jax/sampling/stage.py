@@ -11,12 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle2_jax.diffusion import guidance, schedules
 from dalle2_jax.diffusion.inversion import DDIMInversion
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
-from dalle2_jax.diffusion.solvers import check_name, make_solver
+from dalle2_jax.diffusion.solvers import check_name, make_solver, spacing_for
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, Denoiser, Params, PyTree, Solver
 
@@ -37,6 +38,8 @@ class Settings:
     spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
     eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
     variance: str = "small"  # of ddpm, "small" or "large", where the network learned none
+    cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
+    cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
 
     def __post_init__(self) -> None:
         check_name(self.solver)
@@ -58,6 +61,17 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, not {value!r}")
+        match self.cfg_interval:
+            case None:
+                pass
+            case (int() | float() as low, int() | float() as high) if 0 <= low < high < math.inf:
+                pass
+            case _:
+                told = "cfg_interval must be null or [low, high] of sigma / alpha, 0 <= low < high"
+                raise UserError(f"{told}, not {self.cfg_interval!r}")
+        value = self.cfg_rescale
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(f"cfg_rescale must be a number within 0 and 1, not {value!r}")
 
     @property
     def num_steps(self) -> int:
@@ -66,9 +80,14 @@ class Settings:
     def schedule(self, process: Process) -> schedules.Schedule:
         """The part of the process' schedule that is sampled."""
         spacing = self.spacing or ("sections" if isinstance(self.steps, tuple) else "")
-        # Even steps end in one long stride of log-SNR, over which a second-order step runs away.
-        spacing = spacing or ("logsnr" if self.solver == "dpm++" else "even")
+        spacing = spacing or spacing_for(self.solver)
         return schedules.respace(process.training_schedule(), self.steps, spacing)
+
+    def guided_at(self, process: Process) -> np.ndarray | None:
+        """Where the process is guided, bool [num_timesteps]; None: everywhere."""
+        if self.cfg_interval is None:
+            return None
+        return guidance.within(process.training_schedule(), self.cfg_interval)
 
     def make_solver(self, schedule: schedules.Schedule) -> Solver:
         options = {"ddim": {"eta": self.eta}, "ddpm": {"variance": self.variance}}
@@ -115,6 +134,12 @@ class StageSampler:
     def null(self, cond: PyTree) -> PyTree:
         """The condition that guidance moves away from."""
         raise NotImplementedError
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for a batch; a guided evaluation, of twice the rows,
+        counts once."""
+        return self.settings.make_solver(self.settings.schedule(self.process)).evaluations
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
         """(parameters, the number of steps that they serve), in the order of sampling."""
@@ -245,6 +270,8 @@ def _denoiser(
         stage.null(cond),
         settings.cfg_scale,
         process.learned_variance,
+        settings.cfg_rescale,
+        settings.guided_at(process),
     )
     return denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
