@@ -252,7 +252,7 @@ def operate(
     linear = jnp.where(blurs, mirrored, weights)
     analysis = [jnp.where(compresses, dct, linear) for dct in (luma, chroma, chroma)]
     inverse = jnp.where(blurs, bases.fourier_inverse, jnp.eye(n, len(mirrored)))
-    luma, chroma = bases.dct_inverse
+    luma, chroma = bases.dct_inverse, _matmul(_double(n, side), bases.chroma_inverse)
     synthesis = [jnp.where(compresses, dct, inverse) for dct in (luma, chroma, chroma)]
 
     z = _both_sides(jnp.stack(analysis), _matmul(TO_YCC, x.reshape(3, -1)).reshape(x.shape))
@@ -270,7 +270,8 @@ class _Bases(NamedTuple):
     fourier: np.ndarray  # [m, period]: cosines, then sines
     fourier_inverse: np.ndarray
     dct: np.ndarray  # [2, m, padded]: of luma, of chroma halved by means of two
-    dct_inverse: np.ndarray  # [2, n, m]
+    dct_inverse: np.ndarray  # [n, m], of luma
+    chroma_inverse: np.ndarray  # [padded / 2, m], of halved chroma
     table: np.ndarray  # [3, m, m]: the quantisation tables over all blocks
 
 
@@ -291,24 +292,24 @@ def _bases(n: int) -> _Bases:
     luma = np.kron(np.eye(padded // 8), block)
     small = np.kron(np.eye(padded // 16), block)
     halve = np.kron(np.eye(padded // 2), [[0.5, 0.5]])
-    double = _triangles(padded // 2)
-    dct, dct_inverse = np.zeros((2, m, padded)), np.zeros((2, n, m))
+    dct, dct_inverse = np.zeros((2, m, padded)), np.zeros((n, m))
     dct[0, :padded], dct[1, : padded // 2] = luma, small @ halve
-    dct_inverse[0, :, :padded] = luma.T[:n]
-    dct_inverse[1, :, : padded // 2] = (double @ small.T)[:n]
+    dct_inverse[:, :padded] = luma.T[:n]
+    chroma_inverse = np.pad(small.T, ((0, 0), (0, m - len(small))))
 
     tables = [np.array(t.split(), float).reshape(8, 8) for t in (LUMA_TABLE, CHROMA_TABLE)]
     blocks = -(-m // 8)
     table = np.stack([np.tile(tables[c], (blocks, blocks))[:m, :m] for c in (0, 1, 1)])
-    arrays = (fourier, inverse, dct, dct_inverse, table)
+    arrays = (fourier, inverse, dct, dct_inverse, chroma_inverse, table)
     return _Bases(*(a.astype(np.float32) for a in arrays))
 
 
-def _triangles(n: int) -> np.ndarray:
-    """[2n, n]: chroma doubled as libjpeg does it, 3/4 of the nearer pixel and 1/4 of the other."""
-    old = np.arange(2 * n) // 2
-    other = np.clip(old + np.tile([-1, 1], n), 0, n - 1)
-    return 0.75 * np.eye(n)[old] + 0.25 * np.eye(n)[other]
+def _double(n: int, side: jax.Array) -> jax.Array:
+    """[n, n padded / 2]: chroma doubled as in libjpeg, 3/4 of the nearer pixel, 1/4 of the next."""
+    new, halved = jnp.arange(n), -(-n // 16) * 8
+    next_ = jnp.clip((new - 1) // 2 + new % 2, 0, (side + 1) // 2 - 1)
+    near = jnp.minimum(new // 2, (side + 1) // 2 - 1)
+    return 0.75 * jax.nn.one_hot(near, halved) + 0.25 * jax.nn.one_hot(next_, halved)
 
 
 def _mirror(n: int, side: jax.Array, period: int) -> jax.Array:

@@ -15,6 +15,9 @@ from dalle2_jax import degradation, images
 from dalle2_jax.degradation import BLUR, JPEG, METHODS, NOISE, NOTHING, RADIUS, RESIZE
 
 SIDE = 32
+blur, jpeg, operate = map(jax.jit, (degradation.blur, degradation.jpeg, degradation.operate))
+resize = jax.jit(degradation.resize, static_argnames="method")
+bsr = jax.jit(degradation.bsr, static_argnames=("low_size", "strength"))
 GENTLE = degradation.Strength(blurs=1, spread=0.02, noise=(0, 0), quality=(100, 100))
 
 
@@ -62,44 +65,42 @@ def test_a_kernels_moments_are_its_variances_along_its_angle():
 def test_blur_is_scipys(side, variances, angle):
     x = smooth(side, sigma=0.5)
     k = kernel(variances, angle)
-    ours = jax.jit(degradation.blur)(x, k)
+    ours = blur(x, k)
     want = ndimage.convolve(np.asarray(x, float), np.asarray(k)[None, :, :, None], mode="mirror")
     np.testing.assert_allclose(ours, want, atol=2e-6)
 
 
 @pytest.mark.parametrize(("size", "sigma"), [(3, 0.6), (25, 2.0)])
 def test_an_isotropic_blur_is_gaussian_blur(pictures, size, sigma):
-    ours = degradation.blur(pictures, kernel((sigma**2, sigma**2), 1.0, size // 2))
+    ours = blur(pictures, kernel((sigma**2, sigma**2), 1.0, size // 2))
     np.testing.assert_allclose(ours, images.gaussian_blur(pictures, size, sigma), atol=2e-6)
 
 
 def test_a_blur_without_width_changes_nothing(pictures):
-    np.testing.assert_allclose(
-        degradation.blur(pictures, kernel((0.0, 0.0), 0.3)), pictures, atol=2e-6
-    )
+    np.testing.assert_allclose(blur(pictures, kernel((0.0, 0.0), 0.3)), pictures, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [8, 9, 21, 32])
 def test_resizes_are_jax_images(pictures, method, size):
-    ours = jax.jit(degradation.resize, static_argnums=2)(pictures, size, method)
+    ours = resize(pictures, size, method)
     want = jax.image.resize(pictures, (3, size, size, 3), method, antialias=False)
     np.testing.assert_allclose(ours[:, :size, :size], want, atol=3e-6)
 
 
 @pytest.mark.parametrize("size", [8, 11, 32])
 def test_area_is_the_mean_of_the_footprint(pictures, size):
-    ours = degradation.resize(pictures, size, "area")[:, :size, :size]
+    ours = resize(pictures, size, "area")[:, :size, :size]
     np.testing.assert_allclose(ours, images.resize(pictures, size, "area"), atol=3e-6)
 
 
 def test_nearest_is_the_nearest_pixel_and_by_sigma_a_gaussian_before():
     x = smooth(33, sigma=0.5)
     want = jax.image.resize(x, (3, 11, 11, 3), "nearest")
-    ours = degradation.resize(x, 11, "nearest")[:, :11, :11]
+    ours = resize(x, 11, "nearest")[:, :11, :11]
     np.testing.assert_allclose(ours, want, atol=3e-6)
 
-    ours = degradation.resize(x, 11, "nearest", sigma=1.5)[:, 3:8, 3:8]
+    ours = resize(x, 11, "nearest", sigma=1.5)[:, 3:8, 3:8]
     blurred = ndimage.gaussian_filter(np.asarray(x), (0, 1.5, 1.5, 0), mode="mirror", radius=12)
     np.testing.assert_allclose(ours, blurred[:, 10:25:3, 10:25:3], atol=1e-4)
 
@@ -109,10 +110,10 @@ def test_nearest_is_the_nearest_pixel_and_by_sigma_a_gaussian_before():
 def test_a_resize_keeps_flat_pictures_and_their_own_size_as_they_are(pictures, method, sizes):
     flat = jnp.full((3, SIDE, SIDE), 0.3)
     op = degradation.operation(RESIZE, size=sizes[1], method=METHODS.index(method), sigma=0.8)
-    out, side = degradation.operate(flat, jnp.int32(sizes[0]), op, flat)
+    out, side = operate(flat, jnp.int32(sizes[0]), op, flat)
     assert side == sizes[1]
     np.testing.assert_allclose(out[:, :side, :side], 0.3, atol=2e-6)
-    np.testing.assert_allclose(degradation.resize(pictures, SIDE, method), pictures, atol=3e-6)
+    np.testing.assert_allclose(resize(pictures, SIDE, method), pictures, atol=3e-6)
 
 
 def pillow_jpeg(x, quality):
@@ -126,21 +127,24 @@ def pillow_jpeg(x, quality):
 
 @pytest.mark.parametrize("quality", [30, 50, 80, 95])
 @pytest.mark.parametrize("side", [64, 50])
-def test_jpeg_is_pillows(side, quality):
-    x = images.to_float(images.to_uint8(smooth(side, sigma=1.0)))
-    ours, want = degradation.jpeg(x, quality), pillow_jpeg(x, quality)
-    assert psnr(ours, want) > psnr(x, want) + 12
-    assert psnr(ours, want) > 44
+@pytest.mark.parametrize(("sigma", "grey", "near"), [(1.0, True, 49), (4.0, False, 42)])
+def test_jpeg_is_pillows(side, quality, sigma, grey, near):
+    """But for libjpeg's whole numbers in between, of which ours knows nothing."""
+    x = smooth(side, sigma=sigma)
+    x = images.to_float(images.to_uint8(jnp.repeat(x[..., :1], 3, axis=-1) if grey else x))
+    ours, want = jpeg(x, quality), pillow_jpeg(x, quality)
+    assert psnr(ours, want) > max(near, psnr(x, want) + 4)
+    assert abs(np.mean(ours - want)) < 0.2 / 127.5
 
 
 def test_jpeg_loses_the_more_the_lower_its_quality(pictures):
-    found = [psnr(degradation.jpeg(pictures, q), pictures) for q in (10, 30, 60, 95)]
+    found = [psnr(jpeg(pictures, q), pictures) for q in (10, 30, 60, 95)]
     assert found == sorted(found) and found[-1] - found[0] > 6
 
 
 def test_a_flat_grey_survives_jpeg():
     grey = images.to_float(jnp.full((1, 16, 16, 3), 77, jnp.uint8))
-    np.testing.assert_allclose(degradation.jpeg(grey, 90), grey, atol=1 / 255)
+    np.testing.assert_allclose(jpeg(grey, 90), grey, atol=1 / 255)
 
 
 OPERATIONS = {
@@ -152,17 +156,17 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("side", [1, 6, 16, 20])
+@pytest.mark.parametrize("side", [1, 6, 16])
 def test_what_lies_beyond_the_picture_is_not_seen(pictures, name, side):
     """A picture on a large canvas becomes what it does on one of its own size."""
     beside = pictures[0].transpose(2, 0, 1)
     picture = pictures[1].transpose(2, 0, 1)[:, :side, :side]
     both = beside.at[:, :side, :side].set(picture)
     op = OPERATIONS[name]
-    out, new_side = degradation.operate(both, jnp.int32(side), op, jnp.zeros_like(both))
+    out, new_side = operate(both, jnp.int32(side), op, jnp.zeros_like(both))
     canvas = max(side, int(new_side))
     alone = jnp.pad(picture, ((0, 0), (0, canvas - side), (0, canvas - side)))
-    want, _ = degradation.operate(alone, jnp.int32(side), op, jnp.zeros_like(alone))
+    want, _ = operate(alone, jnp.int32(side), op, jnp.zeros_like(alone))
     new = slice(0, int(new_side))
     np.testing.assert_allclose(out[:, new, new], want[:, new, new], atol=3e-6)
 
@@ -171,7 +175,7 @@ def test_noise_and_nothing_add_what_they_say(pictures):
     x = pictures[0].transpose(2, 0, 1)
     noise = jax.random.normal(jax.random.key(0), x.shape)
     for kind, added in ((NOISE, noise), (NOTHING, 0.0)):
-        out, side = degradation.operate(x, jnp.int32(SIDE), degradation.operation(kind), noise)
+        out, side = operate(x, jnp.int32(SIDE), degradation.operation(kind), noise)
         np.testing.assert_allclose(out, np.clip(x + added, -1, 1), atol=3e-6)
         assert side == SIDE
 
@@ -236,12 +240,12 @@ def test_a_chains_parameters_lie_within_their_bounds(chains):
     kernels = chains.kernel[used[BLUR]]
     np.testing.assert_allclose(kernels.sum((1, 2)), 1, atol=1e-5)
     i = np.arange(-RADIUS, RADIUS + 1)
-    reach = np.array([abs(i[k.any(axis=1)]).max() for k in kernels[kernels[:, RADIUS, 0] > 0]])
-    assert (reach == RADIUS).all()
-    xx, yy, xy = (
-        (kernels * w).sum((1, 2)) for w in (i**2 + 0 * i[:, None], (i**2)[:, None], np.outer(i, i))
-    )
+    y, x = np.meshgrid(i, i, indexing="ij")
+    xx, yy, xy = ((kernels * w[None]).sum((1, 2)) for w in (x * x, y * y, x * y))
     assert (xx + yy).max() < 16.1  # variances of 8 each, some cut off by the radius
+    wide = kernels[(xx > 3) & (yy > 3)]
+    reach = {abs(i[k.any(axis=1)]).max() for k in wide}
+    assert reach == set(range(3, RADIUS + 1))
     isotropic = (abs(xx - yy) < 1e-3) & (abs(xy) < 1e-3)
     assert isotropic.mean() == pytest.approx(0.5, abs=0.03)
     assert abs(np.mean(xy[~isotropic] > 0) - 0.5) < 0.03  # any angle
@@ -249,38 +253,41 @@ def test_a_chains_parameters_lie_within_their_bounds(chains):
 
 def test_pictures_come_out_small_within_range_each_in_its_own_way(pictures):
     x = jnp.tile(smooth(64, batch=1), (6, 1, 1, 1))
-    run = jax.jit(degradation.bsr, static_argnums=(2, 3))
-    low = np.asarray(run(jax.random.key(0), x, 16, degradation.BSR))
+    low = np.asarray(bsr(jax.random.key(0), x, 16, degradation.BSR))
     assert low.shape == (6, 16, 16, 3) and low.dtype == np.float32
     assert np.isfinite(low).all() and abs(low).max() <= 1
     for a, b in itertools.combinations(low, 2):
         assert np.abs(a - b).mean() > 0.01
-    np.testing.assert_array_equal(run(jax.random.key(0), x, 16, degradation.BSR), low)
-    other = run(jax.random.key(1), x, 16, degradation.BSR)
+    np.testing.assert_array_equal(bsr(jax.random.key(0), x, 16, degradation.BSR), low)
+    other = bsr(jax.random.key(1), x, 16, degradation.BSR)
     assert np.abs(other - low).mean((1, 2, 3)).min() > 0.005
 
     # In another batch an example fares as before, also beside other pictures.
-    beside = run(jax.random.key(0), x.at[4:].set(-x[4:]), 16, degradation.BSR)
+    beside = bsr(jax.random.key(0), x.at[4:].set(-x[4:]), 16, degradation.BSR)
     np.testing.assert_allclose(beside[:4], low[:4], atol=1e-5)
     np.testing.assert_allclose(
-        run(jax.random.key(0), x[:3], 16, degradation.BSR), low[:3], atol=1e-5
+        bsr(jax.random.key(0), x[:3], 16, degradation.BSR), low[:3], atol=1e-5
     )
 
 
 @pytest.mark.parametrize("low_size", [16, 20, 32])
 def test_a_gentle_chain_is_a_resize(low_size):
     """Nothing is shifted, turned or shaded, whatever the order."""
-    x = smooth(64, batch=8, sigma=7.0)
-    low = degradation.bsr(jax.random.key(0), x, low_size, GENTLE)
+    x = smooth(64, batch=8, sigma=12.0)
+    low = bsr(jax.random.key(0), x, low_size, GENTLE)
     want = images.resize(x, low_size, "area")
     assert min(psnr(a, b) for a, b in zip(low, want, strict=True)) > 30
+    for axis in (1, 2):  # by how many pixels it is shifted, to first order
+        slope = np.gradient(np.asarray(want), axis=axis)
+        shift = np.sum((low - want) * slope, (1, 2, 3)) / np.sum(slope**2, (1, 2, 3))
+        assert abs(shift).max() < 0.2 and abs(shift.mean()) < 0.05
 
 
 def test_light_is_lighter():
-    x = smooth(64, batch=8)
+    x = smooth(64, batch=8, sigma=7.0)
     want = images.resize(x, 16, "area")
     strong, light = (
-        psnr(degradation.bsr(jax.random.key(0), x, 16, degradation.STRENGTHS[name]), want)
+        psnr(bsr(jax.random.key(0), x, 16, degradation.STRENGTHS[name]), want)
         for name in ("bsr", "bsr_light")
     )
     assert light > strong + 2

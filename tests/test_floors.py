@@ -19,6 +19,7 @@ FLOORS = (
     {
         "commands",
         "data",
+        "degradation",
         "diffusion",
         "fsdp",
         "images",
@@ -43,6 +44,7 @@ ARROWS = {
     ("licence", "remote"),
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
+    ("degradation", "images"),
     ("fsdp", "sharding"),
     ("pictures", "data"),
     ("tasks", "sampling"),
