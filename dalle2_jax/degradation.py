@@ -76,7 +76,7 @@ class Operation(NamedTuple):
 def bsr(key: jax.Array, images: jax.Array, low_size: int, strength: Strength = BSR) -> jax.Array:
     """Degrades [b, n, n, 3] to [b, low_size, low_size, 3], each example in its own way.
 
-    What the i-th becomes depends on `key`, on i and on itself alone. Costs some 60 n^3
+    What the i-th becomes depends on `key`, on i and on itself alone. Costs some 120 n^3
     multiplications a picture: give it the crops that are learned from, not whole pictures.
     """
     side = _side(images)
@@ -398,7 +398,7 @@ def _one_operation(images: jax.Array, kind: int, **given: int | float | jax.Arra
 
 
 def _planar(apply: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    return jnp.moveaxis(apply(jnp.moveaxis(images, -1, 1)), 1, -1)
+    return jnp.moveaxis(apply(jnp.moveaxis(images.astype(jnp.float32), -1, 1)), 1, -1)
 
 
 def _side(images: jax.Array) -> int:
