@@ -270,6 +270,17 @@ def test_pictures_come_out_small_within_range_each_in_its_own_way(pictures):
     )
 
 
+def test_on_a_mesh_no_picture_leaves_its_chip():
+    """Which a Fourier transform by `jnp.fft`, say, would have it do."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32, sharding=place)
+    text = bsr.lower(jax.random.key(0), x, 4, degradation.BSR).compile().as_text()
+    assert " while(" in text
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert f" {collective}(" not in text
+
+
 @pytest.mark.parametrize("low_size", [16, 20, 32])
 def test_a_gentle_chain_is_a_resize(low_size):
     """Nothing is shifted, turned or shaded, whatever the order."""
