@@ -2,9 +2,9 @@
 
 python train.py --config=configs/upsampler_1024.py:VARIANT --workdir=W
 
-paper  300M parameters, trained on 256 px crops, batch 512, 1M steps. The paper corrupts the small
-       picture by BSR degradation; here it is blurred as for the first upsampler. For a v5e-64: 280
-       chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
+paper  300M parameters, trained on 256 px crops, batch 512, 1M steps, the small picture corrupted by
+       BSR degradation (dalle2_jax/degradation.py; "bsr_light" is latent diffusion's gentler one).
+       For a v5e-64: 280 chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
 """
 
@@ -25,7 +25,7 @@ def paper(channels):
                 low_size=256,
                 image_size=1024,
                 crop_fraction=0.25,
-                blur_sigma=0.6,
+                degradation="bsr",
                 sampling=dict(steps=15, solver="ddim", clip=("static", 1.0)),
             ),
             model=dict(

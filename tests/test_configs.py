@@ -189,10 +189,11 @@ def test_networks_of_table_3():
 
 
 def test_facts_of_section_2():
-    """Drop rates, embedding scale and the blur (unCLIP sections 2.1 and 2.2)."""
+    """Drop rates, embedding scale and degradations (unCLIP sections 2.1 and 2.2)."""
     assert (get("decoder").task.drop_z_img, get("decoder").task.drop_caption) == (0.1, 0.5)
     assert (get("prior").task.drop_caption, get("prior").task.embedding_scale) == (0.1, 17.2)
     assert get("upsampler_256").task.blur_sigma == 0.6
+    assert get("upsampler_1024").task.degradation == "bsr"
     assert get("decoder").diffusion.learned_variance
     assert get("prior").diffusion.prediction == "x_0"
 

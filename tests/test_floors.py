@@ -30,6 +30,7 @@ FLOORS = (
     {
         "commands",
         "data",
+        "degradation",
         "diffusion",
         "fsdp",
         "images",
@@ -55,6 +56,7 @@ ARROWS = {
     ("licence", "remote"),
     ("data", "commands"),  # python -m dalle2_jax.data.emoji
     ("data", "tokenizer"),
+    ("degradation", "images"),
     ("fsdp", "sharding"),
     ("pictures", "data"),
     ("tasks", "sampling"),

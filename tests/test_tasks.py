@@ -141,6 +141,21 @@ def test_a_disturbed_z_img_is_as_near_as_asked(clip_folder):
     assert abs(loss_of(noisy, params) - loss_of(task, params)) > 1e-6
 
 
+@pytest.mark.parametrize("degradation", ["blur", "bsr", "bsr_light"])
+def test_the_upsampler_learns_from_the_same_window_twice_the_smaller_corrupted(degradation):
+    sizes = dict(data__image_size=64, task__image_size=64, task__low_size=16)
+    task = make("upsampler", "", task__degradation=degradation, task__noise_std=0.0, **sizes)
+    y, x = np.mgrid[:64, :64]
+    ramps = np.stack([y, x, (y // 4 + x // 4) % 2 * 64], axis=-1) / 40 - 0.8
+    pictures = images.to_uint8(jnp.asarray([ramps] * 6))
+    low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
+    assert (low.shape, x_0.shape) == ((6, 8, 8, 3), (6, 32, 32, 3))
+    places = x_0.mean((1, 2))  # of a ramp the mean tells the place
+    assert (places.std(axis=0)[:2] > 0.05).all()
+    np.testing.assert_allclose(low.mean((1, 2)), places, atol=0.1)
+    assert np.abs(low - images.resize(x_0, 8, "area")).max() > 1e-3
+
+
 def test_random_shift_moves_and_keeps_the_rest():
     from dalle2_jax.tasks.clip import random_shift
 
@@ -271,6 +286,7 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
             "False in model, True in diff",
         ),
         ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
+        ("upsampler", {"task__degradation": "bsr_ligt"}, "'bsr_ligt' .* did you mean 'bsr_light'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):

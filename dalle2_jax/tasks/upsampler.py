@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import images
+from dalle2_jax import degradation, images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import check_range, construct
+from dalle2_jax.options import check_range, construct, near_miss
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tasks import previews
@@ -23,12 +23,13 @@ from dalle2_jax.tasks.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
 PARTS = ("first", "last")
+DEGRADATIONS = ("blur", *degradation.STRENGTHS)
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
     """The small picture is corrupted in training, so that the decoder's faults do not matter:
-    by a gaussian blur and, in this project's tiny cascade, by noise as well.
+    by a gaussian blur or by BSR degradation and, in this project's tiny cascade, by noise as well.
 
     With `separate_last_step` there are two networks, {"first", "last"}: each learns from every
     batch, "last" at the one t of the sampler's last step and "first" at all others. Only those
@@ -42,6 +43,7 @@ class UpsamplerTask:
     low_size: int
     image_size: int
     crop_fraction: float = 0.25
+    degradation: str = "blur"  # or "bsr" or "bsr_light", as in `degradation.STRENGTHS`
     blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
     noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
     separate_last_step: bool = False
@@ -52,6 +54,9 @@ class UpsamplerTask:
         check_range("config.task", 1, low_size=self.low_size, image_size=self.image_size)
         check_range("config.task", 0, 1, crop_fraction=self.crop_fraction)
         check_range("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
+        if self.degradation not in DEGRADATIONS:
+            near = near_miss(str(self.degradation), DEGRADATIONS)
+            raise UserError(f"config.task.degradation={self.degradation!r} is unknown{near}")
         factor, rest = divmod(self.image_size, self.low_size)
         if rest:
             raise UserError(
@@ -95,18 +100,8 @@ class UpsamplerTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        key_crop, key_blur, key_noise, key_loss, key_dropout = jax.random.split(key, 5)
-        high = images.resize(images.to_float(batch["image"]), self.image_size, "area")
-        low = images.resize(high, self.low_size, "area")
-        if self.blur_sigma:
-            # From next to none up to the full blur: the true small picture is then a case of it.
-            sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
-            low = images.gaussian_blur(low, 3, sigma * self.blur_sigma)
-        if self.noise_std:
-            key_std, key_noise = jax.random.split(key_noise)
-            std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
-            low = low + std * jax.random.normal(key_noise, low.shape)
-        low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
+        key_corrupt, key_loss, key_dropout = jax.random.split(key, 3)
+        low, x_0 = self.corrupted_crops(batch["image"], key_corrupt)
         low_res = images.resize(low, self.crop_size, "bicubic")
 
         def loss_of(
@@ -130,6 +125,28 @@ class UpsamplerTask:
             total += loss
             metrics |= {f"{part}_{name}": value for name, value in told.items()}
         return total, metrics
+
+    def corrupted_crops(self, pictures: Array, key: Array) -> tuple[Array, Array]:
+        """uint8 [b, h, w, 3] -> the same window of the corrupted small pictures and the large.
+
+        float [b, crop_size / factor, crop_size / factor, 3] and [b, crop_size, crop_size, 3].
+        """
+        key_crop, key_blur, key_noise = jax.random.split(key, 3)
+        high = images.resize(images.to_float(pictures), self.image_size, "area")
+        low = images.resize(high, self.low_size, "area")
+        if self.degradation == "blur" and self.blur_sigma:
+            # From next to none up to the full blur: the true small picture is then a case of it.
+            sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
+            low = images.gaussian_blur(low, 3, sigma * self.blur_sigma)
+        low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
+        if self.degradation != "blur":  # of the crop alone, as in latent diffusion
+            strength = degradation.STRENGTHS[self.degradation]
+            low = degradation.bsr(key_blur, x_0, low.shape[1], strength)
+        if self.noise_std:
+            key_std, key_noise = jax.random.split(key_noise)
+            std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
+            low = low + std * jax.random.normal(key_noise, low.shape)
+        return low, x_0
 
     @property
     def times(self) -> dict[str, range]:
