@@ -340,7 +340,7 @@ class Cascade:
         pictures: np.ndarray,
         *,
         steps: int | None = None,
-        evaluations: int = 1,
+        iterations: int = 1,
         batch_size: int = 8,
         progress: placement.StageProgress | None = None,
     ) -> Latents:
@@ -353,7 +353,7 @@ class Cascade:
             pictures: of any size; the decoder sees them at its own.
             steps: of the decoder, the more the truer; None: as the folder says. To be given to
                 `decode` as well.
-            evaluations: of the network in a step: 2 or more come nearer to the step's true inverse.
+            iterations: of the network in a step: 2 or more come nearer to the step's true inverse.
             batch_size: see `stream`.
             progress: called as the decoder's steps are done.
 
@@ -361,7 +361,7 @@ class Cascade:
             UserError: see `encode_image`, and for steps out of range.
         """
         z_img, small = self.encode_image(pictures), _middle(arguments.pictures(pictures))
-        evaluations = arguments.whole("evaluations", evaluations, 1)
+        iterations = arguments.whole("iterations", iterations, 1)
         model, x_T = self._inverting(steps), []
         total = len(small)
         for start, places in placement.places(total, batch_size):
@@ -371,7 +371,7 @@ class Cascade:
             with placement.on_mesh(placement.mesh()):
                 cond = self._decoder_condition(batch[0], nothing, *self._encode(nothing))
                 x_0 = _shrunk(batch[1], self.decoder.image_size)
-                told = (cond, x_0, evaluations, report)
+                told = (cond, x_0, iterations, report)
                 x_T.append(np.asarray(model._run("decoder", model.decoder.invert, *told)))
             x_T[-1] = x_T[-1][: total - start]
         return Latents(z_img, np.concatenate(x_T))

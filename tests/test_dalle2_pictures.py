@@ -111,7 +111,7 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
         (lambda m: m.reconstruct(PICTURES[0]), r"pictures must be uint8 \[b, h, w, 3\], not uint8"),
         (lambda m: m.reconstruct(PICTURES, steps=0), "steps must be whole numbers of 1 or more"),
         (lambda m: m.reconstruct(PICTURES, steps=9999), "steps must be at most 20"),
-        (lambda m: m.invert(PICTURES, evaluations=0), "evaluations must be a whole number from 1"),
+        (lambda m: m.invert(PICTURES, iterations=0), "iterations must be a whole number from 1"),
         (lambda m: m.invert(PICTURES, batch_size=0), "batch_size must be a whole number from 1"),
         (lambda m: m.variations(PICTURES, eta=1.5), "eta must be within 0 and 1, not 1.5"),
         (lambda m: m.variations(PICTURES, 0), "n must be a whole number from 1"),

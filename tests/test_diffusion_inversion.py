@@ -28,10 +28,10 @@ def normal(s: schedules.Schedule) -> Denoiser:
     return denoiser
 
 
-def invert(s: schedules.Schedule, evaluations: int) -> np.ndarray:
+def invert(s: schedules.Schedule, iterations: int) -> np.ndarray:
     steps = s.num_timesteps
     state = (jnp.asarray(X_0), ())
-    solver, unused = DDIMInversion(s, evaluations), jnp.zeros((steps, 1))
+    solver, unused = DDIMInversion(s, iterations), jnp.zeros((steps, 1))
     ts = jnp.arange(steps)
     run = jax.jit(lambda state: sample.advance(solver, normal(s), state, ts, None, unused))
     return np.asarray(run(state)[0])

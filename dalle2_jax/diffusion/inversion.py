@@ -20,29 +20,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion.schedules import Schedule, extract
-from dalle2_jax.diffusion.solvers import batch_t
+from dalle2_jax.diffusion.schedules import extract
+from dalle2_jax.diffusion.solvers.single import OverSchedule, batch_t
 from dalle2_jax.types import Array, Denoiser, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DDIMInversion:
+class DDIMInversion(OverSchedule):
     """Equation (1), a `Solver` whose steps are taken with t from 0 up to T - 1.
 
-    `evaluations`: how often eps is evaluated in a step; 1 is the paper's inversion.
+    `iterations` of the fixed point in a step; 1 is the paper's inversion.
     """
 
-    schedule: Schedule
-    evaluations: int = 1
+    iterations: int = 1
+
+    @property
+    def evaluations(self) -> int:
+        return self.schedule.num_timesteps * self.iterations
 
     @functools.cached_property
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         r = np.sqrt(abar / prev)
         return r, np.sqrt(1 - abar) - r * np.sqrt(1 - prev)
-
-    def init(self, x_t: Array) -> PyTree:
-        return ()
 
     def step(
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
@@ -53,4 +53,4 @@ class DDIMInversion:
         def again(_: Array, x: Array) -> Array:
             return c_x * x_t + c_eps * denoiser(x, batch_t(t, x)).eps
 
-        return jax.lax.fori_loop(0, self.evaluations, again, x_t.astype(jnp.float32)), memory
+        return jax.lax.fori_loop(0, self.iterations, again, x_t.astype(jnp.float32)), memory

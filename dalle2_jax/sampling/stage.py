@@ -190,12 +190,12 @@ class StageSampler:
         params: Params,
         cond: PyTree,
         x_0: Array,
-        evaluations: int = 1,
+        iterations: int = 1,
         progress: Progress | None = None,
     ) -> Array:
         """x_T float32 [b, ...] from which DDIM at eta 0 draws x_0 [b, ...], with these settings.
 
-        `evaluations` of the network a step: see `inversion.DDIMInversion`. The others: see `draw`.
+        `iterations` of the network a step: see `inversion.DDIMInversion`. The others: see `draw`.
         """
         steps = self.settings.num_steps
         if progress is not None:
@@ -205,7 +205,7 @@ class StageSampler:
             chunk = steps_a_call(count)
             for _ in range(0, count, chunk):
                 ts = jnp.arange(done, done + chunk)
-                x_t, done = invert_steps(self, part, cond, x_t, ts, evaluations), done + chunk
+                x_t, done = invert_steps(self, part, cond, x_t, ts, iterations), done + chunk
                 if progress is not None:
                     jax.block_until_ready(x_t)
                     progress(done, steps)
@@ -251,10 +251,10 @@ def advance_steps(
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def invert_steps(
-    stage: StageSampler, params: Params, cond: PyTree, x_t: Array, ts: Array, evaluations: int
+    stage: StageSampler, params: Params, cond: PyTree, x_t: Array, ts: Array, iterations: int
 ) -> Array:
     schedule = stage.settings.schedule(stage.process)
-    solver = DDIMInversion(schedule, evaluations)
+    solver = DDIMInversion(schedule, iterations)
     unused = jnp.zeros((len(ts), 1))  # noise
     denoiser = _denoiser(stage, params, cond, schedule)
     return advance(solver, denoiser, (x_t, solver.init(x_t)), ts, None, unused)[0]
