@@ -77,7 +77,7 @@ def karlo():
     config = paper()
     config.update_from_flattened_dict({"model.text": None})  # CLIP's text tower serves
     config.update(
-        task=dict(sampling=dict(steps=25, cfg_scale=8.0, spacing="even", variance="small")),
+        task=dict(sampling=dict(steps=25, cfg_scale=8.0)),
         model=dict(
             unet=dict(channels=320, dropout=0.0),
             dim=768,

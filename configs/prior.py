@@ -61,7 +61,7 @@ def paper(heads):
 
 def karlo():
     config = paper(heads=32)
-    sampling = dict(steps=25, cfg_scale=4.0, clip=("static", 5.0), spacing="even", variance="small")
+    sampling = dict(steps=25, cfg_scale=4.0, clip=("static", 5.0))
     config.update(
         task=dict(embedding_scale=1.0, candidates=1, sampling=sampling),  # standardised, not scaled
         model=dict(dim=768, depth=20, learned_null=False, standardised=True),

@@ -65,7 +65,7 @@ def karlo():
             separate_last_step=True,
             # Karlo's last step was taught to look sharp, by a loss that is not here.
             learns=("first",),
-            sampling=dict(steps=7, solver="ddpm", spacing="even", variance="small"),
+            sampling=dict(steps=7, solver="ddpm"),
         ),
         model=dict(unet=dict(dropout=0.0, scale_shift=False)),
         optimizer=dict(learning_rate=1e-5),

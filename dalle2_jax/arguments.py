@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.options import near_miss
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -21,6 +22,12 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     if number is None or number < low or (high is not None and number > high):
         raise UserError(f"{told}, not {value!r}")
     return number
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """UserError unless the value is one of the `known`, naming the near miss."""
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{name} is {value!r}{near_miss(str(value), known)}")
 
 
 def plain(value: Any) -> Any:

@@ -89,6 +89,7 @@ class Cascade:
         for stage in ("clip", "decoder"):
             model_folder.read_stage(folder, stage)  # says which stages there are
         dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
+        arguments.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
         params: dict[str, Params] = {}
 
         def kept(name: str, loaded: tuple[Any, Params]) -> Any:

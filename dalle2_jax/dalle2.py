@@ -103,8 +103,7 @@ class DALLE2(Cascade):
         are their reconstructions; "fixed" keeps one, drawn from `seed`. To a sentence x_T stays
         that of the picture, and `seed` draws the z_img of the sentence.
         """
-        if x_T not in ("slerp", "fixed"):
-            raise UserError(f"x_T must be 'slerp' or 'fixed', not {x_T!r}")
+        arguments.one_of("x_T", x_T, ("slerp", "fixed"))
         shares = np.linspace(0, 1, arguments.whole("frames", frames, 2))
         first = self.invert(arguments.picture("a", a), steps=steps, **options)
         if isinstance(b, str):

@@ -34,6 +34,7 @@ CONFIG_NAME = "config.json"
 PACKAGED = Path(__file__).parent / "weights"
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SETTINGS = ("*.json", "*.txt", "*.md", "LICENSE*")  # all but tensors, of any program's model
 _STAGE = re.compile(r"[a-z][a-z0-9_]*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -46,7 +47,11 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Raises UserError, in one line, for a name that is none of them or a hub out of reach.
     """
-    return here(name) or download(os.fspath(name))
+    if found := here(name):
+        return found
+    text = os.fspath(name)
+    read_config(download(text, SETTINGS), text)  # before its weights: it may be of another program
+    return download(text)
 
 
 def here(name: str | os.PathLike[str]) -> Path | None:
@@ -100,8 +105,11 @@ def download(
         ) from error
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The folder's `config.json`: {"format": 1, "version": ..., "stages": {stage: entry}}."""
+def read_config(folder: str | os.PathLike[str], name: str = "") -> dict[str, Any]:
+    """The folder's `config.json`: {"format": 1, "version": ..., "stages": {stage: entry}}.
+
+    Errors call the folder by `name`, where there is one.
+    """
     path = remote.to_path(folder) / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -109,15 +117,20 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if not path.parent.is_dir():
             raise UserError(f"model folder {folder} does not exist") from None
         if (path.parent / "model_index.json").exists():
-            raise UserError(f"{folder} is a model of diffusers: {_import(folder)}") from None
-        raise UserError(f"model folder {folder} has no {CONFIG_NAME}") from None
+            told = f"{name or folder} is a model of diffusers: {_import(name or folder)}"
+            raise UserError(told) from None
+        raise UserError(f"model folder {name or folder} has no {CONFIG_NAME}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {remote.reason(error)}") from error
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}): export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
         if isinstance(config, dict) and config.get("model_type") == "clip":
-            raise UserError(f"{folder} is a model of transformers: {_import(folder)}")
+            told = f"{name or folder} is a model of transformers"
+            raise UserError(f"{told}: {_import(name or folder)}")
+        if isinstance(config, dict) and "_class_name" in config:
+            told = f"{folder} is one network of a model of diffusers"
+            raise UserError(f"{told}: give the folder above it, which holds model_index.json")
         raise UserError(f"{path} is not a model folder's config: it has no 'stages'")
     if not all(isinstance(entry, dict) for entry in config["stages"].values()):
         raise UserError(f"{path} is not a model folder's config: a stage is not an object")

@@ -31,8 +31,6 @@ def _drawn(steps: int, cfg_scale: float, kind: str = "eps", variance: bool = Fal
             "solver": "ddpm",
             "cfg_scale": cfg_scale,
             "clip": ["static", bound],
-            "spacing": "even",
-            "variance": "small",
         },
     }
 

@@ -118,7 +118,7 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
         (lambda m: m.interpolate(PICTURES, "a cat"), r"a must be uint8 \[h, w, 3\], not uint8"),
         (lambda m: m.interpolate(PICTURES[0], None), r"b must be uint8 \[h, w, 3\], not object"),
         (lambda m: m.interpolate(PICTURES[0], "a", 1), "frames must be a whole number from 2"),
-        (lambda m: m.interpolate(*PICTURES[:2], x_T="no"), "x_T must be 'slerp' or 'fixed'"),
+        (lambda m: m.interpolate(*PICTURES[:2], x_T="no"), "x_T is 'no'"),
         (lambda m: m.text_diff(PICTURES[0], ""), "a caption is empty"),
         (lambda m: m.text_diff(PICTURES[0], "a", "b", theta=2), "theta must be a number within 0"),
         (lambda m: m.text_diff(PICTURES[0], "a", "a"), "are read alike: there is no way to go"),

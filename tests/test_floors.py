@@ -48,6 +48,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
 ARROWS = {
     ("arguments", "errors"),
+    ("arguments", "options"),
     ("options", "errors"),
     ("remote", "errors"),
     ("files", "remote"),

@@ -222,6 +222,9 @@ def test_resolve_by_hub_id(tmp_path, monkeypatch):
             raise RuntimeError("cannot reach the hub\nand many more lines")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    with pytest.raises(UserError, match=r"model folder someone/there has no config\.json"):
+        resolve("someone/there")
+    (tmp_path / "config.json").write_text('{"format": 1, "stages": {}}')
     assert resolve("someone/there") == tmp_path
     with pytest.raises(UserError, match="does not give it") as caught:
         resolve("someone/away")

@@ -301,7 +301,7 @@ def test_where_ours_is_wanted_theirs_says_how_to_import_it(theirs):
     [
         ("decoder", "model", "learned_null", True, "learned_null is True, there it can be False"),
         ("clip", "model", "unit_length", True, "unit_length is True, there it can be False alone"),
-        ("prior", "diffusion", "prediction", "v", "prediction is 'v', there it can be 'eps'"),
+        ("prior", "diffusion", "prediction", "v", "prediction is 'v', but UnCLIPScheduler has"),
         ("decoder", "diffusion", "schedule", "linear", "schedule is 'linear', there it can be"),
         ("decoder", "sampling", "clip", ["dynamic", 0.9], "clip is .*'dynamic'.* can be"),
     ],

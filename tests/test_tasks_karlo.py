@@ -165,7 +165,13 @@ TEXT = dict(context_length=8, vocab_size=520, width=16, depth=1, heads=2)
         (
             "upsampler",
             {"task__learns": ("frist",)},
-            r"learns=\('frist',\) must be of \('first', 'la",
+            r"learns=\('frist',\) must be \('first', 'la",
+        ),
+        ("upsampler", {"task__learns": ("first", "first")}, "must be .* or one of them"),
+        (
+            "upsampler",
+            {"task__learns": ("first",), "task__separate_last_step": False},
+            "learns goes with separate_last_step",
         ),
         ("upsampler", {"task__sampling__steps": 1}, "steps=1 leaves no step to the first network"),
         (

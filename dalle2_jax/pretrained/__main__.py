@@ -1,10 +1,11 @@
 """Public weights: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
 
 SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline or
-UnCLIPImageVariationPipeline (Karlo), or KandinskyV22PriorPipeline (a CLIP and a prior, to train a
-decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt, decoder*.ckpt,
-improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP's text_encoder beside them as transformers saves
-it. Or it is a CLIP alone, to train on: a folder of transformers or OpenCLIP, or OpenAI's ViT-*.pt.
+UnCLIPImageVariationPipeline (Karlo), or the prior's pipeline of Kandinsky 2.1 or 2.2 (a CLIP and a
+prior, to train a decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt,
+decoder*.ckpt, improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP beside them: OpenAI's ViT-L-14.pt,
+or text_encoder as transformers saves it. Or it is a CLIP alone, to train on: a folder of
+transformers or OpenCLIP, or OpenAI's file, ViT-*.pt. docs/weights.md tells more.
 
 What comes out is a model folder for sample.py --weights, which also takes SOURCE itself and keeps
 what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
@@ -48,6 +49,7 @@ def main(verb: str, source: str) -> None:
     from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
     from dalle2_jax.pretrained import convert, export, find
 
+    convert.check_free(out)  # before anything is downloaded
     if verb == "import":
         convert.import_model(find.source(source), out, dtype)
         licence.show_once(out)

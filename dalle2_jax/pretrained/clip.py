@@ -5,7 +5,7 @@ Its encodings are brought to unit length, as training here wants them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,23 @@ HEAD_CHANNELS = 64
 def is_here(source: Path) -> bool:
     """Whether the source is a CLIP alone: a folder of transformers or OpenCLIP, or a file of
     OpenAI's."""
-    if source.is_file():
-        return is_archive(source)
-    config = source / "config.json"
-    transformers = config.is_file() and read_json(config).get("model_type") == "clip"
-    return transformers or (source / OPEN_CLIP).is_file()
+    return _reader(source) is not None
 
 
 def stages(source: Path) -> Iterator[Stage]:
     """The one stage of such a source. UserError: it is another network."""
+    if read := _reader(source):
+        yield read(source)
+
+
+def _reader(source: Path) -> Callable[[Path], Stage] | None:
+    """What reads it. A folder may be of both kinds, as some on the hub are: transformers' then."""
     if source.is_file():
-        yield openai_stage(source)
-    elif (source / "config.json").is_file():
-        yield _transformers(source)
-    else:
-        yield _open_clip(source)
+        return openai_stage if is_archive(source) else None
+    config = source / "config.json"
+    if config.is_file() and read_json(config).get("model_type") == "clip":
+        return _transformers
+    return _open_clip if (source / OPEN_CLIP).is_file() else None
 
 
 def _stage(text: Mapping[str, Any], image: Mapping[str, Any], **model: Any) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _open_clip(folder: Path) -> Stage:
         activation="quick_gelu" if model.values.get("quick_gelu") else "gelu",
     )
     there = [folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()]
-    part = there[0] if there else folder
+    part = there[0] if there else folder / OPEN_CLIP_WEIGHTS[0]
     return Stage("clip", entry, {"clip": part}, within("clip/", "", openai.CLIP))
 
 

@@ -16,11 +16,13 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import licence, model_folder
+from dalle2_jax import licence, model_folder, remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import STALE_SECONDS
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
+
+_UNFINISHED = ".unfinished"  # how the name of a folder ends that is being written
 
 
 def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | None = None) -> None:
@@ -51,22 +53,27 @@ def appearing(out: Path) -> Iterator[Path]:
     UserError where it cannot be written, or there is something of that name.
     """
     try:
-        if out.exists():
-            raise UserError(f"{out} is there already: give another folder, or remove it")
+        check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as above:
+        with tempfile.TemporaryDirectory(_UNFINISHED, f".{out.name}.", out.parent) as above:
             folder = Path(above) / out.name
             folder.mkdir()
             yield folder
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {out}: {remote.reason(error)}") from error
+
+
+def check_free(out: Path) -> None:
+    """UserError where there is something of that name."""
+    if out.exists():
+        raise UserError(f"{out} is there already: give another folder, or remove it")
 
 
 def _remove_stale(out: Path) -> None:
     """What a process that was killed left beside `out`, an hour ago or more."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_UNFINISHED}"):
         newest = max(path.lstat().st_mtime for path in (left, *left.rglob("*")))
         if left.is_dir() and time.time() - newest > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)

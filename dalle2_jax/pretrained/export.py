@@ -54,7 +54,10 @@ def export_model(folder: Path, out: Path) -> None:
                 (made / name).write_text(text + "\n", encoding="utf-8")
             stages = recognise.stages(made)
             for stage in stages:
-                _check_same(f"{folder}/config.json: {stage.name}", entries[stage.name], stage)
+                said = entries[stage.name]
+                if stage.name == "clip" and _image_tower(stage) is None:
+                    said = said | {"model": said["model"] | {"image": None}}
+                _check_same(f"{folder}/config.json: {stage.name}", said, stage)
         except UserError as error:
             raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -83,6 +86,8 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
         return tensor
 
     ours = tensors.keys() - {"logit_scale"}  # pictures are drawn without
+    if stage.name == "clip" and _image_tower(stage) is None:
+        ours = {name for name in ours if not name.startswith("image_tower.")}
     found = names.to_theirs(stage.rules, ours, read)
     for part, network in itertools.groupby(found, lambda named: named[0].partition("/")[0]):
         theirs = {name.removeprefix(f"{part}/"): tensor for name, tensor in network}
@@ -93,6 +98,12 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
                 save_file(theirs, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _image_tower(clip: sources.Stage) -> Any:
+    """That of the pipeline's CLIP. None beside a prior: UnCLIPPipeline has no place for it, and one
+    of ours stays behind."""
+    return clip.entry["model"]["image"]
 
 
 def _check_same(where: str, ours: Mapping[str, Any], stage: sources.Stage) -> None:
@@ -180,12 +191,14 @@ def _files(entries: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
 
 def _scheduler(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     process, clip = entry["diffusion"], entry["sampling"].get("clip", ["static", 1.0])
-    predictions = {"eps": "epsilon", "x_0": "sample"}
+    predictions, prediction = {"eps": "epsilon", "x_0": "sample"}, process.get("prediction", "eps")
+    if prediction not in predictions:
+        raise UserError(f"prediction is {prediction!r}, but UnCLIPScheduler has eps and x_0 alone")
     told = {
         "_class_name": "UnCLIPScheduler",
         "num_train_timesteps": process.get("num_timesteps", 1000),
         "variance_type": "learned_range" if process.get("learned_variance") else "fixed_small_log",
-        "prediction_type": predictions.get(process.get("prediction", "eps"), "epsilon"),
+        "prediction_type": predictions[prediction],
         "clip_sample": clip is not None,
         "clip_sample_range": clip[1] if clip else 1.0,
     }

@@ -13,11 +13,10 @@ from absl import logging
 from dalle2_jax import licence, model_folder, remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import recognise
+from dalle2_jax.pretrained.clip import OPEN_CLIP_WEIGHTS
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.sources import SUFFIXES, WEIGHTS
 from dalle2_jax.version import __version__
-
-_SETTINGS = ("*.json", "*.txt", "*.md", "LICENSE*")
 
 
 def model(name: str | os.PathLike[str]) -> Path:
@@ -49,19 +48,25 @@ def _folder(name: str | os.PathLike[str]) -> Path:
         return remote.local_copy(remote.to_path(text))
     if found := model_folder.here(name):
         return found
-    folder = model_folder.download(text, _SETTINGS)
+    folder = model_folder.download(text, model_folder.SETTINGS)
     if not recognise.is_foreign(folder):
-        model_folder.read_config(folder)  # or it is no model at all
-        return model_folder.download(text)
+        return model_folder.resolve(text)
     # Only of the networks that are read, and of these in one format.
-    parts = [part for stage in recognise.stages(folder) for part in stage.parts.values()]
-    for part in dict.fromkeys(parts):
-        for suffix, stem in itertools.product(SUFFIXES, WEIGHTS):
-            files = [part / f"{stem}{shard}.{suffix}" for shard in ("", "-*")]
-            model_folder.download(text, [str(file.relative_to(folder)) for file in files])
-            if any(part.glob(f"{stem}*.{suffix}")):
-                break
+    left = {part for stage in recognise.stages(folder) for part in stage.parts.values()}
+    for suffix in SUFFIXES:
+        wanted = {part: _patterns(part.relative_to(folder), suffix) for part in left}
+        model_folder.download(text, sorted(itertools.chain.from_iterable(wanted.values())))
+        left = {p for p, files in wanted.items() if not any(any(folder.glob(f)) for f in files)}
+        if not left:
+            break
     return folder
+
+
+def _patterns(part: Path, suffix: str) -> list[str]:
+    """The files of a network's tensors: `part` is the folder they lie in, or OpenCLIP's one."""
+    if part.suffix:
+        return [str(part.parent / name) for name in OPEN_CLIP_WEIGHTS if name.endswith(suffix)]
+    return [str(part / f"{stem}{shard}.{suffix}") for stem in WEIGHTS for shard in ("", "-*")]
 
 
 def _foreign_bucket(name: str) -> bool:
@@ -96,5 +101,5 @@ def _imported(found: Path, name: str) -> Path:
                 logging.info("importing %s into %s, once", found, out)
                 import_model(found, out)
     except OSError as error:
-        raise UserError(f"cannot import {found} into {out}: {error.strerror}") from error
+        raise UserError(f"cannot import {found} into {out}: {remote.reason(error)}") from error
     return out

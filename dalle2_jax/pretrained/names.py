@@ -164,7 +164,12 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
                 told = f"its shape {given.shape} is not what stands there"
                 raise UserError(f"{name} is of another network: {told}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
-        return np.stack(pieces) if stacked else np.asarray(pieces[0], order="C")
+        if not stacked:
+            return np.asarray(pieces[0], order="C")
+        # In C's order, which np.stack does not keep of turned matrices: else the file's writer
+        # would copy the whole stage.
+        whole = np.empty((len(pieces), *pieces[0].shape), pieces[0].dtype)
+        return np.stack(pieces, out=whole)
 
     return Converted(list(sources), unknown, tensor)
 

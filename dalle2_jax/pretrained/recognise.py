@@ -46,9 +46,12 @@ def stages(source: Path) -> list[Stage]:
 def licence_of(source: Path) -> str:
     """The text of the licence that the source's weights come under; nothing where it is not told.
 
-    A file goes before the model card, and this before the name of who published the model.
+    A file goes before the model card, and this before the name of who published the model. Beside a
+    source that is one file lies what may be of another.
     """
-    folder = source if source.is_dir() else source.parent
+    if source.is_file():
+        return ""
+    folder = source
     files = [path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()]
     if files:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)

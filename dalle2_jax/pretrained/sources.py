@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import torchscript
 from dalle2_jax.pretrained.names import Rule
@@ -36,8 +37,6 @@ WEIGHTS = (
     "diffusion_pytorch_model",
     "model",
     "pytorch_model",
-    "open_clip_model",
-    "open_clip_pytorch_model",
 )
 
 
@@ -48,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the whole model again") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {remote.reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
@@ -116,8 +115,8 @@ def _pickled(path: Path) -> Tensors:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is a pickle, which torch reads: pip install 'dalle2-jax[convert]', or give "
-            "safetensors"
+            f"{path} is a pickle, which torch reads: give safetensors or, in the project's folder, "
+            "pip install -e '.[convert]'"
         ) from None
     try:
         with path.open("rb") as file:

@@ -116,7 +116,7 @@ def prior_stage(folder: Path, scheduler: str) -> Stage:
     )
     dim, length = told.whole("embedding_dim"), told.whole("num_embeddings")
     entry = prior_entry(dim, length, heads * channels, told.whole("num_layers"), heads)
-    entry |= _schedule(folder / scheduler, steps=25, cfg_scale=4.0)
+    entry |= _schedule(folder / scheduler, "x_0", False, steps=25, cfg_scale=4.0)
     return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
 
 
@@ -154,7 +154,7 @@ def _decoder(folder: Path) -> Stage:
         text.whole("cross_attention_dim"),
         told.whole("sample_size"),
     )
-    entry |= _schedule(folder / "decoder_scheduler", steps=25, cfg_scale=8.0)
+    entry |= _schedule(folder / "decoder_scheduler", "eps", True, steps=25, cfg_scale=8.0)
     rules = within("decoder/", "", diffusers.UNET)
     rules += within("text_proj/", "", diffusers.text_projection(extra_tokens))
     return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
@@ -189,7 +189,7 @@ def _upsampler(folder: Path) -> Stage:
     size = first.whole("sample_size")
     low_size = _config(folder, "decoder").whole("sample_size")
     entry = upsampler_entry(unet, size, low_size)
-    entry |= _schedule(folder / "super_res_scheduler", steps=7, cfg_scale=1.0)
+    entry |= _schedule(folder / "super_res_scheduler", "eps", False, steps=7, cfg_scale=1.0)
     rules = within("super_res_first/", "first.", diffusers.UNET)
     rules += within("super_res_last/", "last.", diffusers.UNET)
     parts = _inside(folder, ("super_res_first", "super_res_last"))
@@ -242,20 +242,27 @@ def _unet(told: Config) -> dict[str, Any]:
     }
 
 
-def _schedule(folder: Path, steps: int, cfg_scale: float) -> dict[str, Any]:
-    """UnCLIPScheduler's settings as a stage's diffusion and sampling."""
+def _schedule(
+    folder: Path, prediction: str, learned_variance: bool, steps: int, cfg_scale: float
+) -> dict[str, Any]:
+    """UnCLIPScheduler's settings as a stage's diffusion and sampling. UserError: they are of a
+    network that predicts something else."""
     told = Config(folder / "scheduler_config.json")
-    told.expect(
-        _class_name="UnCLIPScheduler",
-        beta_schedule="squaredcos_cap_v2",
-        variance_type=("fixed_small_log", "learned_range"),
-        prediction_type=("epsilon", "sample"),
-    )
-    predictions = {"epsilon": "eps", "sample": "x_0"}
+    told.expect(_class_name="UnCLIPScheduler", beta_schedule="squaredcos_cap_v2")
+    wanted = {
+        "prediction_type": ("epsilon", {"eps": "epsilon", "x_0": "sample"}[prediction]),
+        "variance_type": (
+            "fixed_small_log",
+            "learned_range" if learned_variance else "fixed_small_log",
+        ),
+    }
+    for key, (default, value) in wanted.items():
+        if (found := told.text(key, default)) != value:
+            raise told.error(f"{key} is {found!r}, but of this network {value!r}: copy it again")
     bound = told.number("clip_sample_range", 1.0)
     return schedule(
-        predictions[told.text("prediction_type", "epsilon")],
-        told.text("variance_type", "fixed_small_log") == "learned_range",
+        prediction,
+        learned_variance,
         steps,
         cfg_scale,
         bound if told.values.get("clip_sample", True) else None,
@@ -285,7 +292,5 @@ def schedule(
             "solver": "ddpm",
             "cfg_scale": cfg_scale,
             "clip": None if bound is None else ["static", bound],
-            "spacing": "even",
-            "variance": "small",
         },
     }

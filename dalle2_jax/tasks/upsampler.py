@@ -69,9 +69,10 @@ class UpsamplerTask:
                 f"makes crops of {self.crop_size} px: they must be a multiple of {factor}, "
                 "which is one pixel of the small picture"
             )
-
-        if not self.learns or not set(self.learns) <= set(PARTS):
-            raise UserError(f"config.task.learns={self.learns} must be of {PARTS}, one or both")
+        if tuple(self.learns) not in (PARTS, *((part,) for part in PARTS)):
+            raise UserError(f"config.task.learns={self.learns} must be {PARTS} or one of them")
+        if not self.separate_last_step and tuple(self.learns) != PARTS:
+            raise UserError("config.task.learns goes with separate_last_step: leave it out")
         if self.separate_last_step and self.sampler.settings.num_steps < 2:
             raise UserError(
                 "config.task.sampling.steps=1 leaves no step to the first network of "
