@@ -125,6 +125,19 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
         _HERE.reset(here)
 
 
+def networks(params: Params) -> Sequence[Params]:
+    """The trees of several networks alike, as in {"first": ..., "last": ...}, for `gathering`:
+    each knows its own paths alone. Else the one."""
+    inner = list(params.values())
+    whole = all(_is_tree(x) and any(map(_is_tree, x.values())) for x in inner)
+    alike = whole and len({jax.tree.structure(x) for x in inner}) == 1
+    return inner if alike and len(inner) > 1 else [params]
+
+
+def _is_tree(x: Any) -> bool:
+    return isinstance(x, Mapping)
+
+
 def on_whole(
     function: Callable[..., PyTree], params: Params, *rows: PyTree, dtype: Any = None
 ) -> PyTree:
@@ -154,13 +167,11 @@ def on_whole(
 def _specs(trees: Sequence[PyTree]) -> Specs:
     """(module path..., name, shape) -> how that parameter is split over "fsdp".
 
-    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0. Of
-    several networks in one tree, {"first": ..., "last": ...}, each knows its own paths alone.
+    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0.
     """
     found = {}
-    leaves = itertools.chain.from_iterable(flatten(tree).items() for tree in trees)
-    for outer, (name, leaf) in itertools.product((1, 0), leaves):
-        path, spec = tuple(name.split("/"))[outer:], tuple(leaf.sharding.spec)
+    for name, leaf in itertools.chain.from_iterable(flatten(tree).items() for tree in trees):
+        path, spec = tuple(name.split("/")), tuple(leaf.sharding.spec)
         spec = tuple("fsdp" if axis == "fsdp" else None for axis in spec)
         spec += (None,) * (len(leaf.shape) - len(spec))
         found[(*path, tuple(leaf.shape))] = PartitionSpec(*spec)

@@ -162,7 +162,10 @@ def step(net, sizes, rules=FSDP, devices=8, parts=()):
         return jnp.mean(jnp.square(out))
 
     def run(params, tokens, t):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), fsdp.gathering(mesh, template):
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            fsdp.gathering(mesh, *fsdp.networks(template)),
+        ):
             return jax.value_and_grad(loss)(params, tokens, t)
 
     rows = sharding.batch_sharding(mesh)
@@ -225,3 +228,15 @@ def test_of_two_networks_in_one_tree_each_gathers_its_own():
         found = collectives(run.lower(*arguments).compile().as_text())
     assert found["reduce-scatter"] == 20 and found["all-gather"] >= 24
     assert set(found) == {"reduce-scatter", "all-gather", "all-reduce"}
+
+
+def test_several_networks_are_told_from_one():
+    net = {"up": {"conv": {"kernel": 1}}, "out": {"kernel": 2}}
+    assert fsdp.networks({"first": net, "last": net}) == [net, net]
+    for one in (
+        {"only": net},
+        {"first": net, "last": {"up": net}},
+        {"fc1": {"kernel": 1}, "fc2": {"kernel": 1}},  # layers
+        {**net, "scale": 3},
+    ):
+        assert fsdp.networks(one) == [one]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.fsdp import gathering
+from dalle2_jax.fsdp import gathering, networks
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, shardings_of, to_host
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
@@ -31,7 +31,7 @@ def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -
 
     jit's own shardings are not seen while tracing.
     """
-    trees = [sharding.placed(params, rules, mesh)]
+    trees = [*networks(sharding.placed(params, rules, mesh))]
     trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
