@@ -43,8 +43,9 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
     To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
-    networks that are applied, as ShapeDtypeStructs with a NamedSharding. Does nothing on a mesh of
-    one shard, and for a layer whose rows the shards do not divide: there the compiler chooses.
+    networks that are applied, a tree each, as ShapeDtypeStructs with a NamedSharding. Does nothing
+    on a mesh of one shard, and for a layer whose rows the shards do not divide: there the compiler
+    chooses.
     """
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
     shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -154,13 +155,11 @@ def on_whole(
 def _specs(trees: Sequence[PyTree]) -> Specs:
     """(module path..., name, shape) -> how that parameter is split over "fsdp".
 
-    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0. Of
-    several networks in one tree, {"first": ..., "last": ...}, each knows its own paths alone.
+    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0.
     """
     found = {}
-    leaves = itertools.chain.from_iterable(flatten(tree).items() for tree in trees)
-    for outer, (name, leaf) in itertools.product((1, 0), leaves):
-        path, spec = tuple(name.split("/"))[outer:], tuple(leaf.sharding.spec)
+    for name, leaf in itertools.chain.from_iterable(flatten(tree).items() for tree in trees):
+        path, spec = tuple(name.split("/")), tuple(leaf.sharding.spec)
         spec = tuple("fsdp" if axis == "fsdp" else None for axis in spec)
         spec += (None,) * (len(leaf.shape) - len(spec))
         found[(*path, tuple(leaf.shape))] = PartitionSpec(*spec)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dalle2_jax import fsdp, sharding
+from dalle2_jax.train.step import networks
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 FSDP = ((".*", "fsdp:1"),)
@@ -150,7 +152,7 @@ def step(net, sizes, rules=FSDP, devices=8, parts=()):
     params = jax.jit(lambda: net.init({"params": keys[0]}, tokens, t, False))()["params"]
     params = dict.fromkeys(parts, params) if parts else params
     places = sharding.param_shardings(params, rules, mesh)
-    template = sharding.placed(params, rules, mesh)
+    trees = networks(sharding.placed(params, rules, mesh))
 
     def loss(params, tokens, t):
         if parts:
@@ -162,7 +164,7 @@ def step(net, sizes, rules=FSDP, devices=8, parts=()):
         return jnp.mean(jnp.square(out))
 
     def run(params, tokens, t):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), fsdp.gathering(mesh, template):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), fsdp.gathering(mesh, *trees):
             return jax.value_and_grad(loss)(params, tokens, t)
 
     rows = sharding.batch_sharding(mesh)
@@ -216,6 +218,40 @@ def test_weights_are_gathered_and_gradients_reduce_scattered(remat):
     again = 5 if remat else 2
     assert found.pop("all-gather") in (10 + again, 11 + again)
     assert found == {"reduce-scatter": 10, "all-reduce": 1}
+
+
+def test_networks_alike_in_one_tree_are_told_from_one_network():
+    one = {"in": {"kernel": np.ones((2, 3))}, "block": {"fc": {"kernel": np.ones((3, 3))}}}
+    other = {**one, "in": {"kernel": np.ones((2, 4))}}
+    assert networks({"first": one, "last": one}) == [one, one]
+    alike = {"fc1": one["in"], "fc2": one["in"]}  # layers
+    for params in (
+        one,
+        {"only": one},
+        {"a": one, "b": other},
+        {**one, "null": 1.0},
+        alike,
+        {},
+        1.0,
+    ):
+        assert networks(params) == [params]
+
+
+def test_a_parameter_is_known_by_its_whole_name_alone():
+    mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
+
+    def tree(path, shape, spec):
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for name in reversed(path.split("/")):
+            leaf = {name: leaf}
+        return leaf
+
+    inner = tree("tower/blocks/kernel", (3, 16, 8), P(None, "fsdp"))
+    stack = tree("blocks/kernel", (3, 16, 8), P(None, None, "fsdp"))
+    specs = fsdp._specs([inner, stack])
+    assert specs["blocks", "kernel", (16, 8)] == P(None, "fsdp")
+    assert specs["tower", "blocks", "kernel", (16, 8)] == P("fsdp", None)
+    assert len(specs) == 4
 
 
 def test_of_two_networks_in_one_tree_each_gathers_its_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.fsdp import gathering
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, shardings_of, to_host
-from dalle2_jax.types import Array, Batch, Metrics, Params, Task
+from dalle2_jax.types import Array, Batch, Metrics, Params, PyTree, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 TURNS = 16  # in which what is offloaded is updated
@@ -35,9 +36,27 @@ def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -
     trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-        gathering(mesh, *trees),
+        gathering(mesh, *itertools.chain.from_iterable(map(networks, trees))),
     ):
         yield
+
+
+def networks(params: Params) -> list[Params]:
+    """The parameters of each network in a tree, by the names that the network itself knows.
+
+    Several networks alike are {"first": ..., "last": ...}: nothing but mappings, of the same names
+    and shapes, that are no single layers. All else is one network.
+    """
+    inner = list(params.values()) if _is_nested(params) else []
+    if len(inner) > 1 and all(map(_is_nested, inner)):
+        shapes = [jax.tree.map(np.shape, tree) for tree in inner]
+        if all(shape == shapes[0] for shape in shapes):
+            return inner
+    return [params]
+
+
+def _is_nested(tree: PyTree) -> bool:
+    return isinstance(tree, Mapping) and any(isinstance(x, Mapping) for x in tree.values())
 
 
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
