@@ -18,10 +18,10 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
-from dalle2_jax.pictures import middle_square
 from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.decoder import DecoderSampler
+from dalle2_jax.sampling.preprocess import middle, preprocess, shrunk
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
@@ -319,13 +319,9 @@ class Cascade:
         tower = self.clip.image
         if tower is None:
             raise UserError(f"{self.weights} has no image tower: it cannot read pictures")
-        if tower.get("resize", "area") == "bicubic":
-            size = tower["image_size"]
-            pictures = np.stack([middle_square(picture, size) for picture in pictures])
-        pictures = _middle(pictures)
         with placement.on_mesh(placement.mesh()):
             encode = functools.partial(_encode_image, self.clip)
-            return np.asarray(self._run("clip", encode, pictures))
+            return np.asarray(self._run("clip", encode, preprocess(pictures, tower)))
 
     def encode_text(self, captions: Sequence[str]) -> np.ndarray:
         """Captions -> CLIP's z_txt float32 [b, dim]. UserError: there is none, or it is no text."""
@@ -361,7 +357,7 @@ class Cascade:
         Raises:
             UserError: see `encode_image`, and for steps out of range.
         """
-        z_img, small = self.encode_image(pictures), _middle(arguments.pictures(pictures))
+        z_img, small = self.encode_image(pictures), middle(arguments.pictures(pictures))
         iterations = arguments.whole("iterations", iterations, 1)
         model, x_T = self._inverting(steps), []
         total = len(small)
@@ -371,7 +367,7 @@ class Cascade:
             nothing = self.captions([None] * len(places))
             with placement.on_mesh(placement.mesh()):
                 cond = self._decoder_condition(batch[0], nothing, *self._encode(nothing))
-                x_0 = _shrunk(batch[1], self.decoder.image_size)
+                x_0 = shrunk(batch[1], self.decoder.image_size)
                 told = (cond, x_0, iterations, report)
                 x_T.append(np.asarray(model._run("decoder", model.decoder.invert, *told)))
             x_T[-1] = x_T[-1][: total - start]
@@ -467,22 +463,7 @@ def encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_image(clip: CLIP, params: Params, pictures: Array) -> Array:
-    small = _shrunk(pictures, clip.image["image_size"])
-    return forward(clip, params, small, method="encode_image")
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _shrunk(pictures: Array, size: int) -> Array:
-    """uint8 [b, h, w, 3] -> float [b, size, size, 3], as training shrinks them."""
-    return images.resize(images.to_float(pictures), size, "area")
-
-
-def _middle(pictures: np.ndarray) -> np.ndarray:
-    """The middle square of pictures [b, h, w, 3]."""
-    h, w = pictures.shape[1:3]
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    return pictures[:, top : top + side, left : left + side]
+    return forward(clip, params, pictures, method="encode_image")
 
 
 def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:

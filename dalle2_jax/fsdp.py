@@ -43,8 +43,9 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
     """Networks that are applied within run their layers on weights gathered from `mesh`.
 
     To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
-    networks that are applied, as ShapeDtypeStructs with a NamedSharding. Does nothing on a mesh of
-    one shard, and for a layer whose rows the shards do not divide: there the compiler chooses.
+    networks that are applied, a tree each, as ShapeDtypeStructs with a NamedSharding. Does nothing
+    on a mesh of one shard, and for a layer whose rows the shards do not divide: there the compiler
+    chooses.
     """
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
     shards = math.prod(mesh.shape[axis] for axis in axes)

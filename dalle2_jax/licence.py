@@ -26,27 +26,36 @@ def read(folder: Path) -> str:
 
 
 def keep(text: str, folder: Path) -> None:
-    """Writes a licence into a model folder, after those that stand there.
+    """Writes a licence, or several as `read` gives them, into a model folder, after those that
+    stand there; none twice.
 
     Raises UserError for a folder that cannot be written.
     """
     before = read(folder)
-    if not text or text in before:
+    after = _BETWEEN.join(dict.fromkeys(_each(before) + _each(text)))
+    if after == before:
         return
     path = folder / NAME
     try:
         with remote.told("cannot write", path), replacing(path) as temporary:
-            temporary.write_text(before + _BETWEEN + text if before else text, encoding="utf-8")
+            temporary.write_text(after, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def show_once(folder: Path) -> None:
-    """Tells the user on stderr under what licence a model folder's weights are, and for what they
+    """Tells the user on stderr under what licences a model folder's weights are, and for what they
     may not be used; not again for the same licence."""
-    text = read(folder)
-    if not text:
-        return
+    for text in _each(read(folder)):
+        _show_once(text, folder)
+
+
+def _each(text: str) -> list[str]:
+    """The licences that a file holds, one after the other."""
+    return [part for part in text.split(_BETWEEN) if part]
+
+
+def _show_once(text: str, folder: Path) -> None:
     shown = remote.cache() / "licences" / hashlib.sha256(text.encode()).hexdigest()[:16]
     if shown.exists():
         return

@@ -13,11 +13,11 @@ MODEL = dict(
 )
 
 
-def write(folder, seed: int = 0) -> str:
+def write(folder, seed: int = 0, model=MODEL) -> str:
     """Writes the stage `clip` with random weights large enough to tell words apart."""
     images, tokens = np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 32), np.int32)
-    params = jax.jit(CLIP(**MODEL).init)(jax.random.key(seed), images, tokens)["params"]
+    params = jax.jit(CLIP(**model).init)(jax.random.key(seed), images, tokens)["params"]
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda p: p + 0.2 * rng.standard_normal(p.shape), params)
-    model_folder.write_stage(folder, "clip", {"model": MODEL}, params)
+    model_folder.write_stage(folder, "clip", {"model": model}, params)
     return str(folder)

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 import small_judge
+from PIL import Image
 
 from dalle2_jax import images, model_folder
 from dalle2_jax.data import emoji_words
@@ -43,6 +44,22 @@ def test_large_pictures_are_seen_at_the_judges_size(judge):
     np.testing.assert_allclose(
         judge.embed_pictures(large), judge.embed_pictures(pictures(2)), atol=1e-4
     )
+
+
+def test_pictures_are_prepared_as_the_judges_clip_learned_them(tmp_path):
+    """By Pillow's bicubic filter, the middle alone; z of any length is brought to one."""
+    image = small_judge.MODEL["image"] | {"resize": "bicubic"}
+    model = small_judge.MODEL | {"image": image, "unit_length": False}
+    judge = Judge.load(small_judge.write(tmp_path, model=model), batch_size=4)
+    wide = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), np.uint8)
+    seen = [Image.fromarray(x).resize((22, 16), Image.Resampling.BICUBIC) for x in wide]
+    seen = np.stack([np.asarray(x)[:, 3:19] for x in seen]) / 127.5 - 1
+    z = judge.network.apply({"params": judge.params}, seen, method="encode_image")
+    length = np.linalg.norm(z, axis=1, keepdims=True)
+    assert np.abs(length - 1).min() > 0.1
+    np.testing.assert_allclose(judge.embed_pictures(wide), z / length, atol=1e-5)
+    z_txt = judge.embed_captions(["a fox", "an owl"])
+    np.testing.assert_allclose(np.linalg.norm(z_txt, axis=1), 1.0, atol=1e-5)
 
 
 def test_a_pair_is_the_mean_of_its_captions(judge):

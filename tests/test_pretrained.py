@@ -148,7 +148,28 @@ def test_karlo_is_known_by_its_name_where_nothing_tells_the_licence(theirs, tmp_
 def test_two_licences_stand_one_after_the_other(tmp_path):
     for text in ("one\n", "two\n", "one\n"):
         licence.keep(text, tmp_path)
-    assert licence.read(tmp_path).count("one") == licence.read(tmp_path).count("two") == 1
+    both = licence.read(tmp_path)
+    assert both.count("one") == both.count("two") == 1
+    (tmp_path / "other").mkdir()
+    licence.keep("two\n", tmp_path / "other")
+    licence.keep(both, tmp_path / "other")  # of weights that come from both
+    told = licence.read(tmp_path / "other")
+    assert told.count("one") == told.count("two") == 1 and told.index("two") < told.index("one")
+
+
+def test_of_two_licences_each_is_shown_with_its_own_restrictions(tmp_path, capsys):
+    licence.keep("Rail\nsection 1\n\nAttachment A\n\nNot for harm.\n", tmp_path)
+    licence.show_once(tmp_path)
+    assert "Rail" in capsys.readouterr().err
+    for text in ("Plain\n(c) Makers\nsection 2\n", "Other\n\nAttachment A\n\nNot for war.\n"):
+        licence.keep(text, tmp_path)
+    licence.show_once(tmp_path)
+    shown = capsys.readouterr().err
+    assert "Plain" in shown and "Other" in shown and shown.count("Not for war.") == 1
+    for hidden in ("Rail", "section", "harm", "===="):  # shown before, or no restriction
+        assert hidden not in shown
+    licence.show_once(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def drop(path: Path, name: str):

@@ -66,6 +66,20 @@ DAMAGES = [
 ]
 
 
+def test_entries_that_tell_too_little_are_told():
+    clip = {"model": {"dim": 8, "image": None, "text": {}}}
+    for stage, entries, told in [
+        ("prior", {}, r"here: .*the key 'prior' is missing"),
+        ("prior", {"prior": {}}, r"here: .*the key 'model' is missing"),
+        ("decoder", {"decoder": {"model": {"dim": 8}}}, r"here: .*"),
+        ("clip", {"clip": {"model": [1]}}, r"here: \[1\] stands where a section should"),
+        ("clip", {"clip": clip}, r"here: .*"),
+    ]:
+        with pytest.raises(UserError, match=rf"^{told}") as error:
+            load.expected_params(entries, stage, "here")
+        assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(("stage", "change", "told"), DAMAGES)
 def test_a_damaged_entry_is_told(stage, change, told, tmp_path, folder):
     shutil.copytree(folder, tmp_path / "model")

@@ -61,6 +61,32 @@ def test_the_licence_of_what_a_stage_comes_from_stays_with_it(tmp_path):
     assert "Not for harm." in told and "Name the makers." in told
 
 
+def test_a_run_that_is_refused_leaves_no_licence(tmp_path):
+    small_cascade.write(tmp_path / "start", ["clip", "prior"])
+    licence.keep("Not for harm.\n", tmp_path / "start")
+    small_cascade.write(tmp_path / "model", ["clip", "prior"])
+    start = str(tmp_path / "start")
+    replacing = config("clip", tmp_path / "model", 2, init_from=start)
+    with pytest.raises(UserError, match="which this run would replace"):
+        train(replacing, tmp_path / "w")
+    misfit = config("prior", tmp_path / "model", 2, init_from=start, model__depth=3)
+    with pytest.raises(UserError, match="use the config it was trained with"):
+        train(misfit, tmp_path / "w")
+    assert licence.read(tmp_path / "model") == ""
+    (tmp_path / "file").write_text("")
+    nowhere = config("clip", tmp_path / "file" / "model", 2, init_from=start)
+    with pytest.raises(UserError, match="cannot write to the folder"):
+        train(nowhere, tmp_path / "w")
+
+
+def test_a_licence_that_cannot_be_read_is_told(tmp_path):
+    small_cascade.write(tmp_path / "start", ["clip"])
+    (tmp_path / "start" / licence.NAME).write_bytes(b"\xff\xfe")
+    begun = config("clip", tmp_path / "model", 2, init_from=str(tmp_path / "start"))
+    with pytest.raises(UserError, match=r"cannot read .*LICENSE\.txt"):
+        train(begun, tmp_path / "w")
+
+
 def test_weights_are_not_taken_for_those_of_another_clip_or_model(tmp_path):
     small_cascade.write(tmp_path / "model", ["clip"])
     train(config("prior", tmp_path / "model", steps=2), tmp_path / "w")

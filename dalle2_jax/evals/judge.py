@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from dalle2_jax import images, model_folder
+from dalle2_jax import model_folder
 from dalle2_jax.data import emoji_words
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling import load
+from dalle2_jax.sampling.preprocess import preprocess
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
@@ -64,8 +65,15 @@ class Judge:
         )
 
     def embed_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 [n, h, w, 3] of any size -> unit z_img float32 [n, dim]."""
-        encode = functools.partial(_encode_pictures, self.network, self.params)
+        """uint8 [n, h, w, 3] of any size -> unit z_img float32 [n, dim].
+
+        Of a picture that is not square the middle is read, as in training.
+        """
+
+        def encode(rows: np.ndarray) -> Array:
+            seen = preprocess(rows, self.network.image)
+            return _encode_pictures(self.network, self.params, seen)
+
         return _in_batches(encode, pictures, self.batch_size)
 
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
@@ -87,16 +95,15 @@ class Judge:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_pictures(network: CLIP, params: Params, pictures: Array) -> Array:
-    small = images.resize(images.to_float(pictures), network.image["image_size"], "area")
-    return forward(network, params, small, method="encode_image")
+    return forward(network, params, pictures, None)[0]  # of unit length, whatever the CLIP says
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_captions(network: CLIP, params: Params, tokens: Array) -> Array:
-    return forward(network, params, tokens, method="encode_text").z_txt
+    return forward(network, params, None, tokens)[1]
 
 
-def _in_batches(encode: functools.partial, rows: np.ndarray, size: int) -> np.ndarray:
+def _in_batches(encode: Callable[[np.ndarray], Array], rows: np.ndarray, size: int) -> np.ndarray:
     """encode(rows) in batches that are all of one size, so that one program serves them."""
     out = []
     for start in range(0, len(rows), size):

@@ -169,9 +169,9 @@ def network_of(stage: str) -> type[nn.Module]:
 def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Params:
     """Shapes of the parameters that the stage's network has, by the entries of a `config.json` (at
     `where`). UserError: no network can be built so."""
-    entry = entries[stage]
-    network = _network(network_of(stage), entry["model"], where, "float32")
     try:
+        entry = entries[stage]
+        network = _network(network_of(stage), entry["model"], where, "float32")
         inputs: tuple[Any, ...] = ()
         if stage in ("prior", "decoder"):
             inputs = (entries["clip"]["model"]["text"]["width"],)
@@ -179,6 +179,8 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
             inputs += (entry["image_size"],)
         init = functools.partial(network.init, jax.random.key(0))
         params = jax.eval_shape(lambda: init(*network.init_inputs(*inputs)))["params"]
+    except UserError:
+        raise
     except _MISFITS as error:
         raise UserError(f"{where}: no network can be built so ({_told(error)})") from error
     parts = ("first", "last") if entry.get("separate_last_step") else ()

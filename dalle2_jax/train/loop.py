@@ -17,7 +17,7 @@ from dalle2_jax.train.metrics import Reporter, Window, last_saved
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
-from dalle2_jax.train.side import Dataset, SideWork
+from dalle2_jax.train.side import Dataset, SideWork, keep_licences
 from dalle2_jax.train.state import TrainState, abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 from dalle2_jax.train.stop import Result, Stopper
@@ -78,6 +78,7 @@ def train(
                 logging.info("init_from=%s was for its first step", config.init_from)
         else:
             checks.check_not_lost(workdir, last_saved(workdir))
+        keep_licences(config, model)
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
         train_step = make_train_step(task, optimizer, config, template, mesh)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dalle2_jax import licence, model_folder, remote
+from dalle2_jax import licence, model_folder, pictures
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
-from dalle2_jax.pictures import labelled_grid
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
@@ -45,8 +43,6 @@ class SideWork:
         self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
         self._preview = make_preview(task, config.sharding_rules, mesh, config.preview_size)
         self._folder = folder
-        if jax.process_index() == 0:
-            _keep_licences(config, folder)
 
     @functools.cached_property
     def _batches(self) -> list[Mapping[str, np.ndarray]]:
@@ -95,9 +91,9 @@ class SideWork:
             tokenizer = Tokenizer(tokens.shape[1], vocab_size)
             captions = [tokenizer.decode(row) for row in tokens[: len(rows)]]
         columns, size = rows.shape[1:3]
-        pictures = rows.reshape(-1, *rows.shape[2:])
+        cells = rows.reshape(-1, *rows.shape[2:])
         scale = max(1, READABLE // size)
-        return labelled_grid(pictures, columns, row_labels=captions, scale=scale)
+        return pictures.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
     def export(self, params: Params) -> None:
         entry, tensors = self._task.export(_gather(params))
@@ -107,16 +103,18 @@ class SideWork:
             logging.info("wrote stage %s to %s", self._task.stage, self._folder)
 
 
-def _keep_licences(config: Any, folder: Path) -> None:
-    """Of the weights that this training goes on from or stands on: what it makes is derived from
-    them."""
-    for name in (config.init_from, config.get("clip_from", "")):
-        text = ""
-        with contextlib.suppress(UserError):  # gone since the first step, when it was kept
-            text = licence.read(model_folder.resolve(name)) if name else ""
-        if text:
-            remote.make_folder(folder)
-            licence.keep(text, folder)
+def keep_licences(config: Any, folder: Path) -> None:
+    """Writes those of the weights that this training goes on from or stands on into the model
+    folder: what it makes is derived from them. UserError: one cannot be read, or not written."""
+    if jax.process_index() != 0:
+        return
+    for name in filter(None, (config.init_from, config.get("clip_from", ""))):
+        try:
+            source = model_folder.resolve(name)
+        except UserError:  # gone since the first step, when it was kept
+            continue
+        if text := licence.read(source):
+            licence.keep(text, pictures.prepare_folder(folder))
 
 
 def _gather(params: Params) -> Params:
