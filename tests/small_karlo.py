@@ -98,13 +98,34 @@ def entries(variations: bool = False) -> dict:
     return made
 
 
-def write(folder: Path, variations: bool = False, dtype: model_folder.StorageDtype = "float32"):
-    """Every parameter is another number."""
-    rng = np.random.default_rng(0)
+def weights(shapes, seed: int):
+    """Every parameter is another number; layers keep the scale of what goes through them, so that
+    pictures depend on all of them, but for what is cut off at the bounds."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.1 * noise
+        if path[-1].key != "kernel":
+            return 0.3 * noise
+        inputs = leaf.shape[:-1] if leaf.ndim == 4 else leaf.shape[-2:-1]  # else stacked layers
+        return 1.5 * noise / np.sqrt(np.prod(inputs))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def write(
+    folder: Path,
+    variations: bool = False,
+    dtype: model_folder.StorageDtype = "float32",
+    seed: int = 0,
+):
+    """With `weights` of the seed."""
     found = entries(variations)
     for stage in sorted(found):  # CLIP comes first, upon which others stand
         shapes = load.expected_params(found, stage, "small")
-        params = jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes)
+        params = weights(shapes, seed)
         if stage in ("decoder", "prior"):
             found[stage]["clip"] = model_folder.stage_hash(folder, "clip")
         model_folder.write_stage(folder, stage, found[stage], params, dtype)

@@ -1,5 +1,6 @@
 """Other programs' models: import, export, the same again; the licence; what is wrong with them."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -112,10 +113,37 @@ def test_its_256_px_go_on_to_a_larger_upsampler_of_ours(karlo, tmp_path):
     assert drawn.shape == (1, 32, 32, 3)
 
 
-def test_our_solvers_work_on_its_schedule(karlo):
+def test_a_picture_depends_on_every_stage_and_on_the_caption(karlo, tmp_path):
+    """Else the tests of whole pictures would show nothing."""
     model = DALLE2.from_pretrained(str(karlo))
-    for solver in ("ddim", "dpm++"):
-        assert model.generate("a red apple", steps=STEPS, solver=solver).std() > 0
+    other = DALLE2.from_pretrained(str(small_karlo.write(tmp_path / "other", seed=1)))
+    drawn = model.generate("a red apple", steps=STEPS)
+
+    def changed(pictures) -> float:
+        return (np.abs(pictures.astype(int) - drawn) > 2).mean()
+
+    assert changed(model.generate("dog, flat", steps=STEPS)) > 0.1
+    for stage in model.params:
+        params = {**model.params, stage: other.params[stage]}
+        mixed = dataclasses.replace(model, params=params)
+        assert changed(mixed.generate("a red apple", steps=STEPS)) > 0.1, stage
+
+
+def test_our_solvers_work_on_its_schedule(karlo):
+    """Both come to the end of one path, dpm++, of the second order, in fewer steps."""
+    model = DALLE2.from_pretrained(str(karlo))
+
+    def drawn(solver: str, steps: int) -> np.ndarray:
+        settings = {"solver": {"prior": solver}, "steps": {"prior": steps}}
+        return model.sample_prior(["a red apple", "dog, flat"], n=4, **settings)
+
+    end = drawn("ddim", 400)
+
+    def error(solver: str, steps: int) -> float:
+        return float(np.linalg.norm(drawn(solver, steps) - end) / np.linalg.norm(end))
+
+    assert error("ddim", 100) < error("ddim", 25) / 2
+    assert error("dpm++", 10) < min(0.05, error("ddim", 10) / 2)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class Judge:
                 "--workdir=runs/judge"
             ) from error
         network, params = load.clip(path)
+        if network.image is None:
+            raise UserError(f"judge: {folder} has no image tower: it cannot see pictures")
         text = network.text
         return cls(
             network=network,
