@@ -9,7 +9,10 @@ import pytest
 from dalle2_jax import build
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("tpu.md", "weights.md")}
+PAGES = {
+    name: (DOCS / name).read_text(encoding="utf-8")
+    for name in ("pictures.md", "tpu.md", "weights.md")
+}
 BLOCKS = [
     block
     for text in PAGES.values()

@@ -12,12 +12,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from flax import traverse_util  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dalle2_jax.errors import UserError  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
-from dalle2_jax.pretrained import names, openai  # noqa: E402
+from dalle2_jax.pretrained import names, openai, recognise  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
 
@@ -219,6 +220,53 @@ def test_openai(tmp_path, kind):
     if kind == "half":
         size = sum(p.stat().st_size for p in (tmp_path / "ours").glob("*.safetensors"))
         assert size < 2.1 * sum(p.numel() for p in model.parameters()) + 10_000
+
+
+# text (width, layers, heads), image (width, layers, heads, patch, size), embedding, MLP, activation
+PUBLIC = {
+    "ViT-B/32": ((512, 12, 8), (768, 12, 12, 32, 224), 512, 3072, "quick_gelu"),
+    "ViT-B/16": ((512, 12, 8), (768, 12, 12, 16, 224), 512, 3072, "quick_gelu"),
+    "ViT-L/14": ((768, 12, 12), (1024, 24, 16, 14, 224), 768, 4096, "quick_gelu"),
+    "ViT-L/14@336": ((768, 12, 12), (1024, 24, 16, 14, 336), 768, 4096, "quick_gelu"),
+    "ViT-H/14": ((1024, 24, 16), (1280, 32, 16, 14, 224), 1024, 5120, "gelu"),
+    "ViT-bigG/14": ((1280, 32, 20), (1664, 48, 16, 14, 224), 1280, 8192, "gelu"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_tensor_of_the_public_sizes_has_its_place(name, tmp_path):
+    """By name and shape alone: torch's meta device holds no numbers."""
+    text, image, dim, wide, activation = PUBLIC[name]
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.CLIPConfig(
+        projection_dim=dim,
+        text_config={
+            **dict(zip(keys, text, strict=True)),
+            "intermediate_size": 4 * text[0],
+            "hidden_act": activation,
+            "projection_dim": dim,
+        },
+        vision_config={
+            **dict(zip((*keys, "patch_size", "image_size"), image, strict=True)),
+            "intermediate_size": wide,
+            "hidden_act": activation,
+            "projection_dim": dim,
+        },
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        state = transformers.CLIPModel(config).state_dict()
+    (stage,) = recognise.stages(tmp_path)
+    expected = traverse_util.flatten_dict(
+        load.expected_params({"clip": stage.entry}, "clip", name), sep="."
+    )
+    shapes = {f"clip/{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    found = names.to_ours(
+        stage.rules, shapes, lambda key: np.broadcast_to(np.uint8(0), shapes[key])
+    )
+    assert not found.unknown and sorted(found.names) == sorted(expected)
+    for ours, leaf in expected.items():
+        assert found.tensor(ours).shape == leaf.shape, ours
 
 
 def test_gradients(tmp_path):

@@ -17,12 +17,13 @@ import original_karlo  # noqa: E402
 from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
-from dalle2_jax import DALLE2  # noqa: E402
+from dalle2_jax import DALLE2, model_folder, pretrained  # noqa: E402
 from dalle2_jax.errors import UserError  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
 from dalle2_jax.pretrained import diffusers as tables  # noqa: E402
-from dalle2_jax.pretrained import names  # noqa: E402
+from dalle2_jax.pretrained import names, openai  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
+from dalle2_jax.sampling import load  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4  # of the output's scale
@@ -171,6 +172,45 @@ def test_settings_are_the_original_codes(both):
     assert ours.decoder.network.unet["attention_levels"] == (1, 2)
     steps = {name: settings["steps"] for name, settings in ours.settings().items()}
     assert steps == {"prior": 25, "decoder": 25, "upsampler_256": 7}
+
+
+def as_openai_saved(tensors, path):
+    """A torchscript archive with those tensors, by their dotted names."""
+    root = torch.nn.Module()
+    for name, tensor in tensors:
+        *places, last = name.split(".")
+        module = root
+        for place in places:
+            if not hasattr(module, place):
+                module.add_module(place, torch.nn.Module())
+            module = getattr(module, place)
+        module.register_buffer(last, torch.tensor(tensor))
+    torch.jit.save(torch.jit.script(root), str(path))
+
+
+def test_openais_own_clip_beside_the_checkpoints_serves_as_well(
+    both, folder, tmp_path, monkeypatch
+):
+    """With the image tower that training wants; the text tower is the one of `text_encoder`."""
+    _, ours = both
+    model = model_folder.read_stage(folder / "ours", "clip")["model"]
+    model["image"] = {**model["text"], "image_size": 16, "patch_size": 8}
+    del model["image"]["context_length"], model["image"]["vocab_size"]
+    channels = model["text"]["width"] // model["text"]["heads"]
+    monkeypatch.setattr(pretrained.clip, "HEAD_CHANNELS", channels)  # 64 in all of OpenAI's
+    shapes = load.expected_params({"clip": {"model": model}}, "clip", "test")
+    flat = traverse_util.flatten_dict(shapes, sep=".")
+    kept = traverse_util.flatten_dict(model_folder.read_params(folder / "ours", "clip"), sep=".")
+    tensors = {name: np.asarray(kept.get(name, np.ones(x.shape))) for name, x in flat.items()}
+    tensors["logit_scale"] = np.float32(1.0)
+    found = names.to_theirs(openai.CLIP, tensors, lambda name: tensors[name].astype(np.float32))
+    shutil.copytree(folder, tmp_path / "k", ignore=shutil.ignore_patterns("ours", "text_encoder"))
+    as_openai_saved(found, tmp_path / "k/ViT-L-14.pt")
+    import_model(tmp_path / "k", tmp_path / "ours")
+    again = DALLE2.from_pretrained(str(tmp_path / "ours"))
+    assert again.clip.image is not None and not again.clip.unit_length
+    captions = ["a red apple", "dog"]
+    np.testing.assert_array_equal(again.encode_text(captions), ours.encode_text(captions))
 
 
 PRIOR, DECODER = (f"{name}-ckpt-step=01000000-of-01000000.ckpt" for name in ("prior", "decoder"))
