@@ -167,7 +167,7 @@ def test_what_fails_after_an_evaluation_keeps_its_scores(tmp_path, one_device, m
         raise OSError(28, "No space left")
 
     cfg = config(eval_every=2, preview_every=2, checkpoint_every=4, best_metric="eval/loss")
-    monkeypatch.setattr(side, "labelled_grid", full)
+    monkeypatch.setattr(side.pictures, "labelled_grid", full)
     with pytest.raises(UserError, match="step 2 is saved"):
         loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
     scores = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"  # where Orbax keeps them
@@ -317,7 +317,8 @@ def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
 
 
 def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
-    captions, grid, given = ["A red apple", "two dogs", "", "a cat"] * 4, side.labelled_grid, []
+    captions, given = ["A red apple", "two dogs", "", "a cat"] * 4, []
+    grid = side.pictures.labelled_grid
 
     def captioned(start):
         for batch in dataset()(start):
@@ -327,7 +328,7 @@ def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
         given.append((pictures, columns, options["row_labels"]))
         return grid(pictures, columns, **options)
 
-    monkeypatch.setattr(side, "labelled_grid", spy)
+    monkeypatch.setattr(side.pictures, "labelled_grid", spy)
     cfg = config(num_steps=1, preview_every=1, preview_size=3, data=dict(vocab_size=600))
     loop.train(cfg, ToyTask(), captioned, tmp_path)
     ((pictures, columns, labels),) = given
