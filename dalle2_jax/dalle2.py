@@ -66,7 +66,7 @@ class DALLE2(Cascade):
         n: int = 4,
         seed: int | Sequence[int] = 0,
         *,
-        eta: float = 1.0,
+        eta: float = 0.6,
         steps: int | None = None,
         cfg_scale: float | None = None,
         **options: Any,
