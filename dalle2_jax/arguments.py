@@ -24,6 +24,16 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def seeds(value: Any, count: int) -> np.ndarray:
+    """One seed, or one for each of `count` prompts or pictures -> uint32 [count]; UserError for
+    anything else."""
+    one = not isinstance(value, list | tuple) and np.ndim(value) == 0
+    each = [value] * count if one else list(value)
+    if len(each) != count:
+        raise UserError(f"{len(each)} seeds for {count} prompts: give one for each")
+    return np.array([whole("seed", seed, 0, 2**32 - 1) for seed in each], np.uint32)
+
+
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """UserError unless the value is one of the `known`, naming the near miss."""
     if not isinstance(value, str) or value not in known:

@@ -249,12 +249,7 @@ class Cascade:
         captions = self.captions([None] * rows if prompts is None else list(prompts))
         count = len(captions.given)
         total = count * n
-        given: Any = seed
-        one = not isinstance(given, list | tuple) and np.ndim(given) == 0
-        seeds = [given] * count if one else list(given)
-        seeds = np.array([arguments.whole("seed", s, 0, 2**32 - 1) for s in seeds], np.uint32)
-        if len(seeds) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} prompts: give one for each")
+        seeds = arguments.seeds(seed, count)
         if z_img is not None:
             z_img = arguments.rows(
                 "z_img", z_img, self.clip.dim, self.clip.unit_length, (total, count)
@@ -360,13 +355,15 @@ class Cascade:
         z_img, small = self.encode_image(pictures), middle(arguments.pictures(pictures))
         iterations = arguments.whole("iterations", iterations, 1)
         model, x_T = self._inverting(steps), []
-        total = len(small)
-        for start, places in placement.places(total, batch_size):
+        total, batches = len(small), list(placement.places(len(small), batch_size))
+        nothing = self.captions([None] * len(batches[0][1]))
+        with placement.on_mesh(placement.mesh()):
+            encoded = self._encode(nothing)
+        for start, places in batches:
             batch = jax.device_put((z_img[places], small[places]), placement.by_batch())
             report = placement.overall(progress, start, len(places), total)("decoder")
-            nothing = self.captions([None] * len(places))
             with placement.on_mesh(placement.mesh()):
-                cond = self._decoder_condition(batch[0], nothing, *self._encode(nothing))
+                cond = self._decoder_condition(batch[0], nothing, *encoded)
                 x_0 = shrunk(batch[1], self.decoder.image_size)
                 told = (cond, x_0, iterations, report)
                 x_T.append(np.asarray(model._run("decoder", model.decoder.invert, *told)))

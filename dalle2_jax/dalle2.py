@@ -80,9 +80,12 @@ class DALLE2(Cascade):
             eta: of DDIM. From 0, which draws the picture itself, to 1, which changes most.
             cfg_scale: of the decoder; None: as the folder says.
         """
-        latents = self.invert(pictures, steps=steps, **options)
+        # What is wrong is told before the inversion, which takes its time.
         model = self.with_settings(steps, cfg_scale, {"decoder": "ddim"}, eta)
-        x_T = np.repeat(latents.x_T, arguments.whole("n", n, 1), axis=0)
+        n, pictures = arguments.whole("n", n, 1), arguments.pictures(pictures)
+        seed = arguments.seeds(seed, len(pictures)).tolist()
+        latents = self.invert(pictures, steps=steps, **options)
+        x_T = np.repeat(latents.x_T, n, axis=0)
         told = {"z_img": latents.z_img, "noise": {"decoder": x_T[None]}, **options}
         return np.concatenate(list(model.stream(None, n, seed, **told)))
 
@@ -105,16 +108,18 @@ class DALLE2(Cascade):
         """
         arguments.one_of("x_T", x_T, ("slerp", "fixed"))
         shares = np.linspace(0, 1, arguments.whole("frames", frames, 2))
-        first = self.invert(arguments.picture("a", a), steps=steps, **options)
+        seed, a = arguments.whole("seed", seed, 0, 2**32 - 1), arguments.picture("a", a)
         if isinstance(b, str):
-            z_b, x_b = self.sample_prior(b, 1, seed, **options), first.x_T
+            z_b = self.sample_prior(b, 1, seed, **options)
+            z_a, x_a = self.invert(a, steps=steps, **options)
+            x_b = x_a
         else:
-            z_b, x_b = self.invert(arguments.picture("b", b), steps=steps, **options)
-        x_a = first.x_T
-        if x_T == "fixed" and not isinstance(b, str):
-            seed = arguments.whole("seed", seed, 0, 2**32 - 1)
-            x_a = x_b = np.random.default_rng(seed).standard_normal(x_a.shape, np.float32)
-        z_img = _between("the two embeddings", first.z_img, z_b, shares)
+            b = arguments.picture("b", b)
+            z_a, x_a = self.invert(a, steps=steps, **options)
+            z_b, x_b = self.invert(b, steps=steps, **options)
+            if x_T == "fixed":
+                x_a = x_b = np.random.default_rng(seed).standard_normal(x_a.shape, np.float32)
+        z_img = _between("the two embeddings", z_a, z_b, shares)
         latents = Latents(z_img, _between("x_T", x_a, x_b, shares))
         return self.decode(latents, steps=steps, **options)
 

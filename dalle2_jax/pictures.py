@@ -59,7 +59,8 @@ def save_animation(
     path = remote.to_path(path)
     there = [Image.fromarray(np.asarray(frame)) for frame in frames]
     images = [*there, *there[-2:0:-1]]
-    times = [milliseconds * (4 if image in (there[0], there[-1]) else 1) for image in images]
+    ends = (0, len(there) - 1)
+    times = [milliseconds * (4 if place in ends else 1) for place in range(len(images))]
     try:
         remote.make_folder(path.parent)
         with remote.told("cannot write", path), replacing(path) as temporary:

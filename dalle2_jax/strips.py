@@ -11,6 +11,7 @@ import numpy as np
 
 from dalle2_jax import modes, pictures
 from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.drawing import Bars
 from dalle2_jax.version import __version__
 
@@ -40,7 +41,7 @@ class Asked:
 def _reconstruct(model: DALLE2, asked: Asked) -> list[Strip]:
     drawn = model.reconstruct(np.stack(asked.images), **asked.options)
     return [
-        Strip((_like(given, picture), picture), ("given", "drawn again"))
+        Strip((_square(given, len(picture)), picture), ("given", "drawn again"))
         for given, picture in zip(asked.images, drawn, strict=True)
     ]
 
@@ -50,7 +51,9 @@ def _variations(model: DALLE2, asked: Asked) -> list[Strip]:
     drawn = model.variations(given, asked.n, asked.seed, eta=modes.ETA.value, **asked.options)
     labels = ["given", *(f"variation {i}" for i in range(asked.n))]
     rows = drawn.reshape(len(given), asked.n, *drawn.shape[1:])
-    return [Strip((_like(a, row[0]), *row), labels) for a, row in zip(given, rows, strict=True)]
+    return [
+        Strip((_square(a, len(row[0])), *row), labels) for a, row in zip(given, rows, strict=True)
+    ]
 
 
 def _interpolate(model: DALLE2, asked: Asked) -> list[Strip]:
@@ -89,7 +92,7 @@ def draw(
     path of MODE.png."""
     name = modes.MODE.value
     side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
-    images = [pictures.middle_square(pictures.read(path), side) for path in modes.IMAGE.value]
+    images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
     options = {"batch_size": batch_size, "progress": Bars()}
     strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}
@@ -112,6 +115,6 @@ def draw(
     return out / f"{name}.png"
 
 
-def _like(picture: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """A square picture at the size of another."""
-    return pictures.middle_square(picture, other.shape[0])
+def _square(picture: np.ndarray, size: int) -> np.ndarray:
+    """The middle square, which is cut out first: a line of many pixels would fill the memory."""
+    return crop_resize(picture, size, (1.0, 0.5, 0.5))

@@ -13,6 +13,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns when a test forks
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -26,6 +29,24 @@ def folder(tmp_path_factory) -> str:
     import small_cascade  # late: most tests need none of it
 
     return small_cascade.write(tmp_path_factory.mktemp("cascade") / "model")
+
+
+@pytest.fixture(scope="module")
+def karlo(tmp_path_factory) -> Path:
+    """A model folder of ours and, beside it, what diffusers would have saved."""
+    import small_karlo  # late: most tests need none of it
+
+    from dalle2_jax.pretrained.export import export_model
+
+    folder = small_karlo.write(tmp_path_factory.mktemp("karlo") / "ours")
+    export_model(folder, folder.with_name("theirs"))
+    return folder
+
+
+@pytest.fixture
+def theirs(karlo, tmp_path) -> Path:
+    """A copy of what diffusers would have saved, to be harmed."""
+    return Path(shutil.copytree(karlo.with_name("theirs"), tmp_path / "theirs"))
 
 
 @pytest.fixture(scope="module")

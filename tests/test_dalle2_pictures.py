@@ -132,3 +132,12 @@ def test_what_cannot_be_drawn_is_told_in_one_line(model, call, told):
 
 def test_one_picture_of_a_single_pixel_is_a_plain_one(model):
     assert model.reconstruct(np.full((1, 1, 1, 3), 200, np.uint8), steps=2).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"eta": 2.0}, {"n": 0}, {"seed": -1}, {"seed": [1]}])
+def test_a_mistake_is_told_before_the_inversion(model, wrong):
+    def progress(*_):
+        raise AssertionError("it has begun")
+
+    with pytest.raises(UserError):
+        model.variations(PICTURES, **wrong, progress=progress)

@@ -162,3 +162,19 @@ def test_a_picture_of_any_mode_is_read_as_training_reads_it(tmp_path):
         pictures.read(tmp_path / "cut.png")
     with pytest.raises(UserError, match=r"cannot read .*none\.png: No such file"):
         pictures.read(tmp_path / "none.png")
+
+
+def test_an_animation_runs_there_and_back_and_rests_at_its_ends(tmp_path):
+    frames = [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 80, 80, 240)]  # two are alike
+    pictures.save_animation(tmp_path / "new" / "a.webp", frames, 100)
+    shown, times = [], []
+    with Image.open(tmp_path / "new" / "a.webp") as moving:
+        for i in range(moving.n_frames):
+            moving.seek(i)
+            shown.append(int(np.asarray(moving.convert("L")).mean()))
+            times.append(moving.info["duration"])
+    assert sum(times) == 400 + 100 + 100 + 400 + 100 + 100  # like frames may be one, shown longer
+    assert np.abs(np.array([shown[0], max(shown)]) - [0, 240]).max() < 6
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        pictures.save_animation(tmp_path / "file" / "a.webp", frames, 100)

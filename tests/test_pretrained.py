@@ -26,20 +26,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "dalle2_jax"
 
 
-@pytest.fixture(scope="module")
-def karlo(tmp_path_factory) -> Path:
-    """A model folder of ours and, beside it, what diffusers would have saved."""
-    folder = small_karlo.write(tmp_path_factory.mktemp("karlo") / "ours")
-    export_model(folder, folder.with_name("theirs"))
-    return folder
-
-
-@pytest.fixture
-def theirs(karlo, tmp_path) -> Path:
-    """A copy to be harmed."""
-    return Path(shutil.copytree(karlo.with_name("theirs"), tmp_path / "theirs"))
-
-
 def change(path: Path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

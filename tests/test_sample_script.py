@@ -104,3 +104,57 @@ def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
     assert told in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stdout == ""
+
+
+@pytest.fixture
+def given(tmp_path) -> list[str]:
+    """--image flags of a picture, and of one of another shape in a line of pixels."""
+    rng = np.random.default_rng(0)
+    flags = []
+    for name, shape in (("a", (20, 30, 3)), ("b", (10_000, 3, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{name}.png")
+        flags.append(f"--image={tmp_path / name}.png")
+    return flags
+
+
+def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_path):
+    out = tmp_path / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--mode=interpolate", *given, "--frames=3", "--steps=2", "--seed=5"),
+        *(f"--weights={folder}", f"--out={out}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "interpolate.png")
+    frames = [
+        f"interpolate-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
+    ]
+    assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
+    about = pictures.read_metadata(out / frames[1])
+    assert (about["mode"], about["label"], about["seed"]) == ("interpolate", "0.50", 5)
+    assert about["images"] == [flag.partition("=")[2] for flag in given]
+    assert about["settings"]["decoder"]["steps"] == 2
+    with Image.open(out / "interpolate.webp") as moving:
+        assert moving.n_frames == 4 and moving.size == (16, 16)  # there and back
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--mode=varations"], "value should be one of <generate|reconstruct|variations|"),
+        (["--mode=variations"], "--mode=variations: 0 times --image; it takes --image A"),
+        (["--mode=variations", "A", "--prompt=x"], "--mode=variations: 1 times --prompt; it takes"),
+        (["--mode=interpolate", "A"], "--mode=interpolate takes two, not 1: --image A --image B"),
+        (
+            ["--mode=text_diff", "A"],
+            "--mode=text_diff: 0 times --prompt; it takes --image A --prom",
+        ),
+        (["--prompt=x", "A"], "a.png: say by --mode what to do with it"),
+        (["--mode=interpolate", "A", "B", "--frames=1"], "frames must be"),
+    ],
+)
+def test_what_a_mode_does_not_take_is_told_in_one_line(flags, told, given, tmp_path):
+    flags = [{"A": given[0], "B": given[1]}.get(flag, flag) for flag in flags]
+    done = sample(tmp_path, *flags)
+    assert done.returncode == 2 and told in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

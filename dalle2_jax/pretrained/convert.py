@@ -66,8 +66,12 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """UserError where there is something of that name."""
-    if out.exists():
+    """UserError where there is something of that name, or none can be."""
+    try:
+        taken = out.exists()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {remote.reason(error)}") from error
+    if taken:
         raise UserError(f"{out} is there already: give another folder, or remove it")
 
 

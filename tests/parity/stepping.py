@@ -46,7 +46,10 @@ def their_steps(
     made, net: Network, x_T: np.ndarray, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, **kw
 ) -> list[np.ndarray]:
     """Every x_{t-1} of their loop, with our noise for what they would draw; NHWC."""
-    to_torch = lambda x: torch.tensor(np.moveaxis(np.float64(x), -1, 1))  # noqa: E731
+
+    def to_torch(x):
+        return torch.tensor(np.moveaxis(np.float64(x), -1, 1))
+
     timesteps = [int(t) for t in made.timesteps]
     x, out = np.float64(x_T), []
     for i, t in enumerate(timesteps):

@@ -1,0 +1,41 @@
+"""python -m dalle2_jax.evals.inversion: a table, a line a case."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIXTURE = Path(__file__).parent / "fixtures/emoji"
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dalle2_jax.evals.inversion", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+
+
+def test_a_line_a_case(folder):
+    done = run(
+        *(f"--weights={folder}", f"--data={FIXTURE}", "--subset=", "--num=2", "--batch_size=2"),
+        *("--steps=2", "--steps=4", "--iterations=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.strip().splitlines()
+    assert head.startswith("| steps | iterations | PSNR, dB")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [["2", "1"], ["4", "1"]]
+    assert all(0 < float(worst) <= float(mean) < 60 for _, _, mean, worst, _ in cells)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--num=0"], "num must be"),
+        (["--data=nowhere"], "nowhere"),
+        ([f"--data={FIXTURE}", "--subset=", "--steps=99"], "steps must be at most 20"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, told, folder):
+    done = run(f"--weights={folder}", *flags)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
