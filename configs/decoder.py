@@ -122,8 +122,14 @@ def tiny():
                 dim=192,
                 context_length=24,
                 learned_variance=False,
+                inpaints=True,
             ),
-            diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
+            diffusion=dict(
+                schedule="cosine",
+                num_timesteps=1000,
+                prediction="x_0",
+                weighting="min_v_10",  # or it knows a picture with next to no noise to 29 dB alone
+            ),
             data=dict(
                 source="emoji",
                 path="data/emoji",

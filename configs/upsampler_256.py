@@ -93,6 +93,7 @@ def tiny():
             ),
             model=dict(
                 unet=dict(channels=48, channel_mults=(1, 2), num_blocks=1, groups=16, patch_size=4),
+                inpaints=True,
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
             data=dict(

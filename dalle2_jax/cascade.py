@@ -291,7 +291,7 @@ class Cascade:
                 array = np.asarray(array, np.float32)
             except (TypeError, ValueError):
                 raise UserError(f"noise[{stage!r}] must be an array of numbers") from None
-            shape = (sampler.settings.num_steps + 1, total * sampler.rows, *sampler.shape)
+            shape = (sampler.settings.num_calls + 1, total * sampler.rows, *sampler.shape)
             if array.shape not in (shape, (1, *shape[1:])):
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(array.shape)}")
             checked[stage] = array.reshape(len(array), total, sampler.rows, *sampler.shape)

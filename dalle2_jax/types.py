@@ -58,6 +58,12 @@ class Task(Protocol):
     stage: str
     """The stage's name in a model folder: `clip`, `prior`, `decoder`, `upsampler_64`, ..."""
 
+    @property
+    def added(self) -> str:
+        """The layer (by name; "": none) that weights to start from may lack: it starts at zero, so
+        that with it they do what they did."""
+        ...
+
     def init(self, key: Array) -> Params:
         """Fresh parameters; called under `jax.eval_shape` and under `jax.jit`."""
         ...

@@ -20,6 +20,7 @@ class ToyTask:
     """An MLP that finds the mean colour of a picture; noise is drawn from the step's key."""
 
     stage = "toy"
+    added = ""
 
     def __init__(self, width: int = 16, noise: float = 0.01):
         self.width, self.noise = width, noise

@@ -56,7 +56,9 @@ class Decoder(nn.Module):
     caption" is nothing but them; without, nobody looks past the end, and no caption is the empty
     one's encoding. `text_projection` is a width that CLIP's hidden states are brought to, and
     normed. `z_txt_in_time`: CLIP's z_txt joins the time, not the caption's last token.
-    `unit_length`: z_img comes with it.
+    `unit_length`: z_img comes with it. `inpaints`: the network is told what is known already of the
+    picture, cond["known"] [b, h, w, 4]: its colours, 0 where they are not known, and 1 where they
+    are (GLIDE 2.3). Without that, nothing is.
     """
 
     unet: Mapping[str, Any]
@@ -70,6 +72,7 @@ class Decoder(nn.Module):
     text_projection: int | None = None
     z_txt_in_time: bool = False
     unit_length: bool = True
+    inpaints: bool = False
     SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
 
     def init_inputs(self, text_width: int, size: int | None = None) -> tuple[Any, ...]:
@@ -86,6 +89,8 @@ class Decoder(nn.Module):
             "z_txt": jnp.zeros((1, self.dim)),
             "tokens": jnp.zeros((1, self.context_length), jnp.int32),
         }
+        if self.inpaints:
+            cond["known"] = jnp.zeros((1, size, size, 4))
         return jnp.zeros((1, size, size, 3)), jnp.zeros((1,), jnp.int32), cond, False
 
     @nn.compact
@@ -137,4 +142,5 @@ class Decoder(nn.Module):
 
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
-        return unet(x_t.astype(self.dtype), emb, context, train, context_mask)
+        known = cond.get("known") if self.inpaints else None
+        return unet(x_t.astype(self.dtype), emb, context, train, context_mask, known)

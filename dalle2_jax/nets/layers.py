@@ -125,16 +125,19 @@ conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
 
 
 class Conv3x3(nn.Module):
-    """3x3 convolution with bias; `zero` starts it at zero, as the last of a residual branch."""
+    """3x3 convolution; `zero` starts it at zero, as the last of a residual branch."""
 
     features: int
     zero: bool = False
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         out = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return out
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return out + bias.astype(self.dtype).reshape(1, 1, 1, -1)

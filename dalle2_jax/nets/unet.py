@@ -40,6 +40,9 @@ def unfold(x: Array, p: int) -> Array:
     return x.reshape(b, h * p, w * p, c // p**2)
 
 
+KNOWN = "conv_known"
+"""The layer of a UNet that reads its `known` channels."""
+
 RESAMPLE = {"": lambda x: x, "down": halve, "up": double}
 
 
@@ -120,7 +123,9 @@ def smallest_size(unet: Mapping[str, Any]) -> int:
 class UNet(nn.Module):
     """x [b, h, w, c], emb [b, e], context [b, n, d] or None -> float32 [b, h, w, out_channels].
 
-    `context_mask` bool [b, n]: False where a token is not to be seen; None shows all.
+    `context_mask` bool [b, n]: False where a token is not to be seen; None shows all. `known`
+    [b, h, w, k] are more channels of the input, whose weights start at zero (GLIDE's for
+    inpainting); to leave them out is to give zeros.
 
     Level i has channels * channel_mults[i] channels at h / 2**i pixels; attention stands at the
     levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
@@ -151,6 +156,7 @@ class UNet(nn.Module):
         context: Array | None = None,
         train: bool = False,
         context_mask: Array | None = None,
+        known: Array | None = None,
     ) -> Array:
         block_class = rematerialised(ResBlock, self.remat, static_argnums=(3,))
         attention_class = rematerialised(AttentionBlock, self.remat)
@@ -178,6 +184,9 @@ class UNet(nn.Module):
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {x.shape[1:3]}")
         x = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(fold(x, p))
+        if known is not None:  # beside conv_in: weights that know of no such channels fit as well
+            conv = Conv3x3(self.channels, zero=True, dtype=self.dtype, use_bias=False, name=KNOWN)
+            x += conv(fold(known.astype(self.dtype), p))
         skips = [x]
         for level in range(levels):
             for i in range(self.num_blocks):

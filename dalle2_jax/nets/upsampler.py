@@ -14,24 +14,36 @@ from dalle2_jax.types import Array
 
 
 class Upsampler(nn.Module):
-    """x_t [b, h, w, 3], t [b], low_res [b, h, w, 3] (already resized) -> [b, h, w, 3 or 6]."""
+    """x_t [b, h, w, 3], t [b], low_res [b, h, w, 3] (already resized) -> [b, h, w, 3 or 6].
+
+    With `inpaints` it is told what is `known` [b, h, w, 4] already: see `nets.decoder.Decoder`.
+    """
 
     unet: Mapping[str, Any]
     learned_variance: bool = False
     dtype: Any = jnp.float32
+    inpaints: bool = False
     SECTIONS: ClassVar = {"unet": UNet}
 
-    def init_inputs(self, size: int | None = None) -> tuple[Array, ...]:
+    def init_inputs(self, size: int | None = None) -> tuple[Any, ...]:
         """Zeros that `init` can be called with: pictures of `size` px, or as small as can be."""
         size = size or smallest_size(self.unet)
         x_t = jnp.zeros((1, size, size, 3))
-        return x_t, jnp.zeros((1,), jnp.int32), x_t
+        known = jnp.zeros((1, size, size, 4)) if self.inpaints else None
+        return x_t, jnp.zeros((1,), jnp.int32), x_t, False, known
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array, low_res: Array, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x_t: Array,
+        t: Array,
+        low_res: Array,
+        train: bool = False,
+        known: Array | None = None,
+    ) -> Array:
         channels = self.unet["channels"]
         emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
         x = jnp.concatenate([x_t, low_res], axis=-1).astype(self.dtype)
-        return unet(x, emb, None, train)
+        return unet(x, emb, None, train, known=known if self.inpaints else None)

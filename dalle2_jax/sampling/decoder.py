@@ -68,9 +68,13 @@ class DecoderSampler(StageSampler):
         keys: Array,
         progress: Progress | None = None,
         noise: Array | None = None,
+        known: Array | None = None,
     ) -> Array:
         """`cond` as `nets.decoder.Decoder` takes it, keys [b] -> images [b, s, s, 3] in [-1, 1].
 
-        `condition` makes one. `noise` [1 + steps, b, s, s, 3]: see `StageSampler.draw`.
+        `condition` makes one. `noise` [1 + steps, b, s, s, 3] and `known` [b, s, s, 4]: see
+        `StageSampler.draw`.
         """
+        if known is not None:
+            cond = {**cond, "known": known}
         return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)

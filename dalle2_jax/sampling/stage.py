@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion import guidance, schedules
+from dalle2_jax.diffusion import guidance, inpainting, schedules
 from dalle2_jax.diffusion.inversion import DDIMInversion
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
@@ -40,6 +40,7 @@ class Settings:
     variance: str = "small"  # of ddpm, "small" or "large", where the network learned none
     cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
     cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
+    repeats: int = 1  # of a step, for a picture known in part: see `inpainting.Resampling`
 
     def __post_init__(self) -> None:
         check_name(self.solver)
@@ -72,10 +73,19 @@ class Settings:
         value = self.cfg_rescale
         if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(f"cfg_rescale must be a number within 0 and 1, not {value!r}")
+        if type(self.repeats) is not int or self.repeats < 1:
+            raise UserError(f"repeats must be a whole number of 1 or more, not {self.repeats!r}")
+        if self.repeats > 1 and (self.solver, self.eta) != ("ddim", 0):
+            raise UserError(f"repeats={self.repeats} goes with ddim at eta=0, not {self.solver!r}")
 
     @property
     def num_steps(self) -> int:
         return sum(self.steps) if isinstance(self.steps, tuple) else self.steps
+
+    @property
+    def num_calls(self) -> int:
+        """How often the solver is called."""
+        return inpainting.num_calls(self.num_steps, self.repeats)
 
     def schedule(self, process: Process) -> schedules.Schedule:
         """The part of the process' schedule that is sampled."""
@@ -91,7 +101,10 @@ class Settings:
 
     def make_solver(self, schedule: schedules.Schedule) -> Solver:
         options = {"ddim": {"eta": self.eta}, "ddpm": {"variance": self.variance}}
-        return make_solver(self.solver, schedule, **options.get(self.solver, {}))
+        solver = make_solver(self.solver, schedule, **options.get(self.solver, {}))
+        if self.repeats == 1:
+            return solver
+        return inpainting.Resampling(solver, schedule, self.repeats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +156,7 @@ class StageSampler:
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
         """(parameters, the number of steps that they serve), in the order of sampling."""
-        return [(params, self.settings.num_steps)]
+        return [(params, self.settings.num_calls)]
 
     def draw(
         self,
@@ -158,14 +171,15 @@ class StageSampler:
 
         Args:
             params: the network's.
-            cond: what `apply` takes, arrays [b, ...].
+            cond: what `apply` takes, arrays [b, ...]. Of a picture that is known in part
+                cond["known"] [b, h, w, 4] holds what is: see `masks` and `inpainting.keeping`.
             keys: typed keys [b]; row i of the result depends on row i of its inputs alone.
             shape: one example's.
             noise: [1 + steps, b, *shape] standard normal: x_T, then each step's, in the order of
                 sampling; in place of that drawn from `keys`. Of length 1 it is x_T alone.
             progress: called at the start and as steps are done.
         """
-        steps = self.settings.num_steps
+        steps = self.settings.num_calls
         if noise is not None and noise.shape[:2] not in [(n, len(keys)) for n in (1, steps + 1)]:
             told = f"[{steps + 1}, {len(keys)}, ...], or [1, ...] for x_T alone"
             raise UserError(f"noise must be {told}, not {noise.shape}")
@@ -273,9 +287,11 @@ def _denoiser(
         settings.cfg_rescale,
         settings.guided_at(process),
     )
-    return denoiser_from(
+    denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
+    known = cond.get("known")
+    return denoiser if known is None else inpainting.keeping(schedule, denoiser, known)
 
 
 def _apply(stage: StageSampler, params: Params, x_t: Array, t: Array, cond: Any) -> Array:

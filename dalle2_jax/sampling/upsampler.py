@@ -32,12 +32,12 @@ class UpsamplerSampler(StageSampler):
         return (self.image_size, self.image_size, 3)
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Array]) -> Array:
-        return forward(self.network, params, x_t, t, cond["low_res"], False)
+        return forward(self.network, params, x_t, t, cond["low_res"], False, cond.get("known"))
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
         if not self.separate_last_step:
             return super().parts(params)
-        steps = self.settings.num_steps
+        steps = self.settings.num_calls
         return [(params["first"], steps - 1), (params["last"], 1)][steps == 1 :]
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -50,10 +50,14 @@ class UpsamplerSampler(StageSampler):
         keys: Array,
         progress: Progress | None = None,
         noise: Array | None = None,
+        known: Array | None = None,
     ) -> Array:
         """low_res [b, s, s, 3] in [-1, 1], keys [b] -> [b, image_size, image_size, 3].
 
-        `noise` [1 + steps, b, image_size, image_size, 3]: see `StageSampler.draw`.
+        `noise` [1 + steps, b, image_size, image_size, 3] and `known` [b, image_size, image_size,
+        4]: see `StageSampler.draw`.
         """
         cond = {"low_res": images.resize(low_res, self.image_size, "bicubic")}
+        if known is not None:
+            cond["known"] = known
         return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)

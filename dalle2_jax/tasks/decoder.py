@@ -15,11 +15,17 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
+from dalle2_jax.nets.unet import KNOWN
 from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
+from dalle2_jax.tasks.denoising import (
+    denoising_loss,
+    known_in_part,
+    make_sampler,
+    stage_entry,
+)
 from dalle2_jax.tasks.frozen_clip import (
     FrozenCLIP,
     check_captions,
@@ -40,18 +46,23 @@ class DecoderTask:
     drop_z_img: float = 0.1
     drop_caption: float = 0.5
     noise_z_img: float = 0.0  # most that z_img is disturbed in training, see `disturb`
+    nothing_known: float = 0.5  # of the pictures, where model.inpaints: see `known_in_part`
     stage: str = dataclasses.field(default="decoder", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
-        drops = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
-        check_range("config.task", 0, 1, **drops)
+        shares = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
+        check_range("config.task", 0, 1, **shares, nothing_known=self.nothing_known)
         check_range("config.task", 0, noise_z_img=self.noise_z_img)
         check_range("config.task", 1, image_size=self.image_size)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
         return self.network.init(key, *inputs)["params"]
+
+    @property
+    def added(self) -> str:
+        return KNOWN if self.network.inpaints else ""
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}
@@ -73,6 +84,7 @@ class DecoderTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
+        key_known = jax.random.fold_in(key, 1)
         key_z, key_txt, key_loss, key_dropout, key_noise = jax.random.split(key, 5)
         b = batch["tokens"].shape[0]
         keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
@@ -81,12 +93,14 @@ class DecoderTask:
             cond["z_mask"] &= jax.random.uniform(key_z, (b,)) >= self.drop_z_img
             if self.noise_z_img:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
+        x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        if train and self.network.inpaints:
+            cond["known"] = known_in_part(key_known, x_0, self.nothing_known)
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
             return forward(self.network, params, x_t, t, cond, train, rngs=rngs)
 
-        x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         return denoising_loss(self.process, apply, x_0, key_loss)
 
     def preview(

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from dalle2_jax import masks
 from dalle2_jax.diffusion import guidance
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.losses import sample_t
@@ -52,6 +54,16 @@ def denoising_loss(
     losses = process.losses(apply, x_0, t, noise)
     metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}
     return losses["loss"].mean(), metrics
+
+
+def known_in_part(key: Array, x_0: Array, nothing_known: float) -> Array:
+    """Pictures [b, h, w, 3] -> [b, h, w, 4]: what of them a network for inpainting is told, by
+    random masks; nothing of a share `nothing_known` of them, which are drawn as any."""
+    key_mask, key_nothing = jax.random.split(key)
+    b, size = x_0.shape[:2]
+    mask = masks.random_masks(key_mask, b, size)
+    told = jax.random.uniform(key_nothing, (b, 1, 1, 1)) >= nothing_known
+    return masks.partly_known(x_0, jnp.where(told, mask, 0))
 
 
 def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:

@@ -39,6 +39,7 @@ class PriorTask:
     drop_caption: float = 0.1
     candidates: int = PriorSampler.candidates  # drawn for a picture
     stage: str = dataclasses.field(default="prior", init=False)
+    added: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:

@@ -13,12 +13,18 @@ from dalle2_jax import degradation, images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
+from dalle2_jax.nets.unet import KNOWN
 from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.options import check_range, construct, near_miss
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
+from dalle2_jax.tasks.denoising import (
+    denoising_loss,
+    known_in_part,
+    make_sampler,
+    stage_entry,
+)
 from dalle2_jax.tasks.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
 
@@ -46,13 +52,15 @@ class UpsamplerTask:
     degradation: str = "blur"  # or "bsr" or "bsr_light", as in `degradation.STRENGTHS`
     blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
     noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
+    nothing_known: float = 0.5  # of the crops, where model.inpaints: see `known_in_part`
     separate_last_step: bool = False
     learns: tuple[str, ...] = PARTS
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
         check_range("config.task", 1, low_size=self.low_size, image_size=self.image_size)
-        check_range("config.task", 0, 1, crop_fraction=self.crop_fraction)
+        shares = {"crop_fraction": self.crop_fraction, "nothing_known": self.nothing_known}
+        check_range("config.task", 0, 1, **shares)
         check_range("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
         if self.degradation not in DEGRADATIONS:
             near = near_miss(str(self.degradation), DEGRADATIONS)
@@ -88,6 +96,10 @@ class UpsamplerTask:
         return {part: network(k) for part, k in zip(PARTS, jax.random.split(key), strict=True)}
 
     @property
+    def added(self) -> str:
+        return KNOWN if self.network.inpaints else ""
+
+    @property
     def stage(self) -> str:
         return f"upsampler_{self.image_size}"
 
@@ -104,6 +116,9 @@ class UpsamplerTask:
         key_corrupt, key_loss, key_dropout = jax.random.split(key, 3)
         low, x_0 = self.corrupted_crops(batch["image"], key_corrupt)
         low_res = images.resize(low, self.crop_size, "bicubic")
+        known = None
+        if train and self.network.inpaints:
+            known = known_in_part(jax.random.fold_in(key, 1), x_0, self.nothing_known)
 
         def loss_of(
             network: Params, keys: Sequence[Array], times: range | None = None
@@ -112,7 +127,7 @@ class UpsamplerTask:
 
             def apply(x_t: Array, t: Array) -> Array:
                 rngs = {"dropout": key_dropout}
-                return forward(self.network, network, x_t, t, low_res, train, rngs=rngs)
+                return forward(self.network, network, x_t, t, low_res, train, known, rngs=rngs)
 
             return denoising_loss(self.process, apply, x_0, key_loss, times)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import struct, traverse_util
 from jax.sharding import Mesh
 
 from dalle2_jax import model_folder, sharding
@@ -160,7 +160,7 @@ def init_state(
     is no model folder and where its tensors are missing, of another shape or not the network's: a
     deeper one would be loaded in part.
     """
-    tensors = _read(init_from, task.stage, template) if init_from else None
+    tensors = _read(init_from, task, template) if init_from else None
     make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))
     state = make()
     if tensors is None:
@@ -176,9 +176,15 @@ def init_state(
     return state.replace(params=load_all(state.params), ema_params=load_all(state.ema_params))
 
 
-def _read(init_from: str, stage: str, template: TrainState) -> Params:
+def _read(init_from: str, task: Task, template: TrainState) -> Params:
     folder = model_folder.resolve(init_from)
-    tensors = model_folder.read_params(folder, stage)
+    tensors = model_folder.read_params(folder, task.stage)
+    if task.added:
+        flat = traverse_util.flatten_dict(tensors)
+        for path, leaf in traverse_util.flatten_dict(template.params).items():
+            if task.added in path:
+                flat.setdefault(path, np.zeros(leaf.shape, np.float32))
+        tensors = traverse_util.unflatten_dict(flat)
     try:
         model_folder.check_params(tensors, template.params, f"init_from={folder}")
     except UserError as error:

@@ -1,0 +1,69 @@
+"""Drawing what is missing of a picture y that is known where a mask m is 1.
+
+    x_0 <- m y + (1 - m) x_0, and eps that fits it                                           (1)
+    x_t = sqrt(a) x_{t-1} + sqrt(1 - a) noise,  a = abar_t / abar_{t-1}                      (2)
+
+(1) puts what is known into every prediction (GLIDE's code for 2112.10741, section 2.3; as a
+projection, DDNM 2212.00490, equation 13). A network that was not taught what is known then fits its
+drawing to it only little by little; (2) goes a step back and takes it again, several times, so that
+both can meet (RePaint 2201.09865, section 4.2, with jumps of one step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.diffusion.gaussian import eps_from_x_0
+from dalle2_jax.diffusion.schedules import Schedule, extract
+from dalle2_jax.types import Array, Denoiser, Prediction, PyTree, Solver
+
+
+def keeping(schedule: Schedule, denoiser: Denoiser, known: Array) -> Denoiser:
+    """The denoiser under (1); `known` [b, h, w, 4] holds m y and m.
+
+    The prediction at t = 0 stays as it is: there the network smooths the seam, and what is known is
+    pasted over it afterwards.
+    """
+    y, m = known[..., :-1], known[..., -1:]
+
+    def kept(x_t: Array, t: Array) -> Prediction:
+        pred = denoiser(x_t, t)
+        x_0 = jnp.where((t > 0)[:, None, None, None], y + (1 - m) * pred.x_0, pred.x_0)
+        return pred._replace(x_0=x_0, eps=eps_from_x_0(schedule, x_t, x_0, t))
+
+    return kept
+
+
+def num_calls(steps: int, repeats: int) -> int:
+    """How many steps those of `Resampling` are: each of `steps` so often, but for the last."""
+    return (steps - 1) * repeats + 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resampling:
+    """Equation (2): every step of a deterministic `solver` taken `repeats` times, a `Solver` whose
+    own steps are `num_calls` in number, with noise of its own for each."""
+
+    solver: Solver
+    schedule: Schedule
+    repeats: int
+
+    @property
+    def evaluations(self) -> int:
+        return num_calls(self.solver.evaluations, self.repeats)
+
+    def init(self, x_t: Array) -> PyTree:
+        return self.solver.init(x_t)
+
+    def step(
+        self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
+    ) -> tuple[Array, PyTree]:
+        call, again = jnp.divmod(jnp.maximum(t - 1, 0), self.repeats)
+        t = jnp.where(t > 0, call + 1, 0)
+        x_prev, memory = self.solver.step(denoiser, x_t, t, noise, memory)
+        ratio = self.schedule.alpha_bar / self.schedule.alpha_bar_prev
+        signal, sigma = (extract(a, t, x_t.ndim) for a in (np.sqrt(ratio), np.sqrt(1 - ratio)))
+        return jnp.where(again > 0, signal * x_prev + sigma * noise, x_prev), memory

@@ -1,0 +1,110 @@
+"""What of a picture is known: the random masks of training, and known pixels beside drawn ones.
+
+GLIDE (2112.10741, section 2.3) erases random regions of training pictures. A mask is float
+[b, h, w, 1], 1 where the picture is known and 0 where it is to be drawn. A picture that is known in
+part is [b, h, w, 4]: its colours in [-1, 1], 0 where they are not known, and the mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import images
+from dalle2_jax.types import Array
+
+_BOXES, _STROKES, _SIDES = range(3)  # kinds of erased regions
+_MOST_BOXES, _MOST_STROKES, _BENDS = 3, 3, 4
+
+
+def random_masks(key: Array, batch: int, size: int) -> Array:
+    """float32 [batch, size, size, 1]: boxes, strokes of a brush, or whole sides erased; or all but
+    that, which is how a picture is extended."""
+    key_kind, key_boxes, key_strokes, key_sides, key_turn = jax.random.split(key, 5)
+    kind = jax.random.randint(key_kind, (batch, 1, 1), 0, 3)
+    place = (jnp.arange(size) + 0.5) / size
+    erased = jnp.select(
+        [kind == _BOXES, kind == _STROKES],
+        [_boxes(key_boxes, batch, place), _strokes(key_strokes, batch, place)],
+        _sides(key_sides, batch, place),
+    )
+    turned = (kind != _SIDES) & (jax.random.uniform(key_turn, (batch, 1, 1)) < 0.3)
+    return (erased == turned).astype(jnp.float32)[..., None]
+
+
+def _boxes(key: Array, batch: int, place: Array) -> Array:
+    """bool [b, h, w]: one to three boxes, each of 0.15 to 0.7 of the side."""
+    key_count, key_corner, key_side = jax.random.split(key, 3)
+    count = jax.random.randint(key_count, (batch, 1), 1, _MOST_BOXES + 1)
+    side = jax.random.uniform(key_side, (batch, _MOST_BOXES, 2), minval=0.15, maxval=0.7)
+    corner = jax.random.uniform(key_corner, (batch, _MOST_BOXES, 2)) * (1 - side)
+    inside = (corner[..., None] <= place) & (place < (corner + side)[..., None])  # b k 2 size
+    each = inside[:, :, 0, :, None] & inside[:, :, 1, None, :]  # b k h w
+    return (each & (jnp.arange(_MOST_BOXES) < count)[..., None, None]).any(axis=1)
+
+
+def _strokes(key: Array, batch: int, place: Array) -> Array:
+    """bool [b, h, w]: one to three bent strokes, 0.03 to 0.12 of the side to either side."""
+    key_count, key_start, key_way, key_width = jax.random.split(key, 4)
+    count = jax.random.randint(key_count, (batch, 1), 1, _MOST_STROKES + 1)
+    start = jax.random.uniform(key_start, (batch, _MOST_STROKES, 1, 2), minval=0.1, maxval=0.9)
+    way = 0.2 * jax.random.normal(key_way, (batch, _MOST_STROKES, _BENDS, 2))
+    points = jnp.concatenate([start, jnp.clip(start + jnp.cumsum(way, axis=2), 0, 1)], axis=2)
+    width = jax.random.uniform(key_width, (batch, _MOST_STROKES), minval=0.03, maxval=0.12)
+    pixels = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), axis=-1)  # h w 2
+    erased = jnp.zeros((batch, len(place), len(place)), bool)
+    for stroke in range(_MOST_STROKES):
+        for bend in range(_BENDS):
+            a, b = points[:, stroke, bend], points[:, stroke, bend + 1]
+            near = _distance(pixels, a, b) < width[:, stroke, None, None]
+            erased |= near & (stroke < count)[..., None]
+    return erased
+
+
+def _distance(pixels: Array, a: Array, b: Array) -> Array:
+    """[b, h, w]: of pixels [h, w, 2] from the segments a to b, each [b, 2]."""
+    a, along = a[:, None, None], (b - a)[:, None, None]
+    length = jnp.maximum((along**2).sum(axis=-1), 1e-12)
+    share = jnp.clip(((pixels[None] - a) * along).sum(axis=-1) / length, 0, 1)
+    return jnp.linalg.norm(pixels[None] - a - share[..., None] * along, axis=-1)
+
+
+def _sides(key: Array, batch: int, place: Array) -> Array:
+    """bool [b, h, w]: 0.2 to 0.8 of the picture, from one of its sides or from two that meet."""
+    key_axis, key_end, key_share = jax.random.split(key, 3)
+    share = jax.random.uniform(key_share, (batch, 2, 1), minval=0.2, maxval=0.8)
+    far = jax.random.bernoulli(key_end, 0.5, (batch, 2, 1))
+    one = jnp.where(far, place > 1 - share, place < share)  # b 2 size
+    which = jax.random.randint(key_axis, (batch, 1, 1), 0, 3)  # rows, columns, both
+    rows, columns = one[:, 0, :, None], one[:, 1, None, :]
+    return ((which != 1) & rows) | ((which != 0) & columns)
+
+
+def partly_known(pictures: Array, mask: Array) -> Array:
+    """Pictures [b, h, w, 3] in [-1, 1] and a mask [b, h, w, 1] -> [b, h, w, 4]."""
+    return jnp.concatenate([pictures * mask, mask], axis=-1)
+
+
+def shrunk(known: Array, size: int) -> Array:
+    """Pictures known in part [b, h, w, 4], at `size`: a pixel is known where all that it covers
+    is."""
+    mean = images.resize(known, size, "area")
+    mask = (mean[..., 3:] > 1 - 1e-4).astype(known.dtype)
+    return partly_known(mean[..., :3], mask)
+
+
+def paste(given: np.ndarray, known: np.ndarray, drawn: np.ndarray, feather: int) -> np.ndarray:
+    """`given` where it is known, `drawn` elsewhere, passing over into each other within the known
+    part, over `feather` pixels from its edge: beyond them it is kept to the bit.
+
+    uint8 [b, h, w, 3], bool [h, w], uint8 [b, h, w, 3] -> uint8 [b, h, w, 3].
+    """
+    from scipy import ndimage  # late: drawing from sentences needs none of it
+
+    if known.all():
+        return given.copy()
+    away = ndimage.distance_transform_edt(known)  # 1 at the first known pixel
+    share = np.clip(1 - away / (feather + 1), 0, 1)[..., None]
+    mixed = np.round(share * drawn.astype(np.float64) + (1 - share) * given)
+    return mixed.astype(np.uint8)
