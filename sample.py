@@ -65,6 +65,9 @@ def main() -> int:
 
     commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
+    if modes.PREVIEW_MASK.value:
+        print(strips.preview(out))
+        return 0
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
         draw, steps = strips.draw, modes.STEPS if steps is None else steps

@@ -70,6 +70,30 @@ def picture(name: str, value: Any) -> np.ndarray:
     return array[None]
 
 
+def mask(value: Any, shape: Sequence[int]) -> np.ndarray:
+    """`value` bool [h, w] of a picture's `shape`, True at a pixel at least; UserError for anything
+    else."""
+    array = np.asarray(value)
+    if array.dtype != bool or array.ndim != 2:
+        told = f"not {array.dtype} {list(array.shape)}"
+        raise UserError(f"mask must be bool [h, w], True where it is to be drawn, {told}")
+    if array.shape != tuple(shape[:2]):
+        (h, w), (height, width) = array.shape, shape[:2]
+        raise UserError(f"the mask is {w} x {h}, the picture {width} x {height}: make them alike")
+    if not array.any():
+        raise UserError("the mask leaves nothing to draw: white, or alpha 0, marks what is drawn")
+    return array
+
+
+def known(value: Any, size: int, counts: Sequence[int]) -> np.ndarray:
+    """`value` uint8 [one of counts, size, size, 4]; UserError for anything else."""
+    array = np.asarray(value)
+    if array.dtype != np.uint8 or array.shape not in [(n, size, size, 4) for n in counts]:
+        told = f"not {array.dtype} {list(array.shape)}"
+        raise UserError(f"known must be uint8 {[counts[0], size, size, 4]}, {told}")
+    return array
+
+
 def rows(name: str, value: Any, dim: int, unit_length: bool, counts: Sequence[int]) -> np.ndarray:
     """`value` float32 [one of counts, dim], each row scaled to unit length where that is wanted;
     UserError if it cannot be."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import arguments, images, model_folder, placement
+from dalle2_jax import arguments, images, masks, model_folder, placement
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
@@ -177,6 +177,7 @@ class Cascade:
         *,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
+        known: np.ndarray | None = None,
         batch_size: int = 8,
         progress: placement.StageProgress | None = None,
         **settings: Choice,
@@ -191,6 +192,9 @@ class Cascade:
             noise: {stage: standard normal [1 + steps, len(prompts) * n, ...]}, x_T and then each
                 step's, in place of what the seed would draw; [1, ...] is x_T alone. The prior's has
                 rows for each of its candidates, picture by picture.
+            known: uint8 [len(prompts) * n, s, s, 4] of `image_size` s, or one a prompt: pictures
+                that are known where alpha is 255; the rest is drawn so that it fits. What is known
+                comes back nearly so: `masks.paste` makes it exact.
             batch_size: pictures drawn at a time, rounded up to a multiple of the devices.
             progress: called as each stage's steps are done.
             **settings: see `with_settings`.
@@ -198,7 +202,8 @@ class Cascade:
         Raises:
             UserError: see `generate`; when the first batch is asked for.
         """
-        options = {"z_img": z_img, "noise": noise, "batch_size": batch_size, "progress": progress}
+        options: Any = {"z_img": z_img, "noise": noise, "known": known}
+        options |= {"batch_size": batch_size, "progress": progress}
         for pictures in self.with_settings(**settings)._batches(prompts, n, seed, **options):
             yield np.asarray(images.to_uint8(pictures))
 
@@ -226,6 +231,7 @@ class Cascade:
         *,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
+        known: np.ndarray | None = None,
         batch_size: int,
         progress: placement.StageProgress | None,
         last: str = "",
@@ -256,12 +262,15 @@ class Cascade:
             )
             z_img = np.repeat(z_img, total // len(z_img), axis=0)
         noise = self._noise_rows(noise, total)
+        if known is not None:
+            known = arguments.known(known, self.image_size, (total, count))
+            known = np.repeat(known, total // len(known), axis=0)
         # Made batch by batch, as n may be large.
         for start, places in placement.places(total, batch_size):
             row, index = places // n, (places % n).astype(np.uint32)
             texts = jax.tree.map(lambda tokens, row=row: tokens[row], captions)
-            z = None if z_img is None else z_img[places]
-            batch = jax.device_put((seeds[row], index, texts, z), placement.by_batch())
+            rows = [None if a is None else a[places] for a in (z_img, known)]
+            batch = jax.device_put((seeds[row], index, texts, *rows), placement.by_batch())
             given = {
                 name: array[:, places].reshape(len(array), -1, *array.shape[3:])
                 for name, array in noise.items()
@@ -407,6 +416,7 @@ class Cascade:
         index: Array,
         captions: Captions,
         z_img: Array | None,
+        known: Array | None,
         noise: Mapping[str, Array],
         report: Callable,
         last: str,
@@ -417,8 +427,10 @@ class Cascade:
         text, empty = self._encode(captions)
 
         def draw(stage: str, *condition: Any) -> Array:
-            told = keys[stage], report(stage), noise.get(stage)
+            told = [keys[stage], report(stage), noise.get(stage)]
             sampler: Any = self.samplers()[stage]
+            if known is not None and stage != "prior":
+                told.append(masks.known_at(known, sampler.image_size))
             return self._run(stage, sampler, *condition, *told)
 
         if z_img is None:

@@ -8,15 +8,17 @@ under it (`Cascade.invert`). What the product did with pictures moves in one of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from dalle2_jax import arguments
+from dalle2_jax import arguments, canvas, masks
 from dalle2_jax.cascade import Cascade, Latents
 from dalle2_jax.embeddings import normalise, slerp
 from dalle2_jax.errors import UserError
+
+_REPEATS = 5  # of a step, for a decoder that was not fine-tuned to inpaint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,121 @@ class DALLE2(Cascade):
         z_img = _between("the picture and the difference of the texts", z_img, towards, shares)
         x_T = np.repeat(x_T, len(shares), axis=0)
         return self.decode(Latents(z_img, x_T), steps=steps, **options)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the networks were taught what is known of a picture; else it is drawn by
+        resampling, which takes more steps and fits less well."""
+        return all(s.network.inpaints for s in (self.decoder, *self.upsamplers.values()))
+
+    def inpaint(
+        self,
+        picture: np.ndarray,
+        mask: np.ndarray,
+        prompt: str | None = None,
+        n: int = 1,
+        seed: int = 0,
+        *,
+        feather: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """A part of a picture drawn anew, n times (GLIDE 2112.10741, section 2.3).
+
+        Args:
+            picture: [h, w, 3], of any size. It is kept to the bit, at the size of what is returned
+                and beyond the feather.
+            mask: bool [h, w], True where it is to be drawn.
+            prompt: what the whole picture then shows; None: what it shows.
+            n, seed: as of `generate`.
+            feather: pixels of the kept part, along the mask, over which old and new pass into each
+                other; None: a 32nd of the side.
+        """
+        picture = arguments.picture("picture", picture)[0]
+        mask = arguments.mask(mask, picture.shape)
+        picture, mask = canvas.fitted(picture, mask, self.image_size)
+        n, z_img = arguments.whole("n", n, 1), self._z_img(prompt, picture)
+        given = np.repeat(picture[None], n, axis=0)
+        return self._repaint(given, ~mask, prompt, z_img, seed, feather, options)
+
+    def outpaint(
+        self,
+        picture: np.ndarray,
+        prompt: str | None = None,
+        n: int = 1,
+        seed: int = 0,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        overlap: float = 0.5,
+        feather: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """A picture continued beyond its sides, n times -> uint8 [n, up + h + down, left + w +
+        right, 3].
+
+        Frames of `image_size` are drawn one after the other, each with what is there already.
+
+        Args:
+            picture: [h, w, 3], of any size, kept as in `inpaint`.
+            prompt: what each frame shows; None: what the picture shows.
+            n, seed: as of `generate`.
+            left, right, up, down: pixels to add.
+            overlap: the share of a frame that is known before it is drawn, where that can be.
+            feather: as of `inpaint`.
+        """
+        picture = arguments.picture("picture", picture)[0]
+        sides = {"left": left, "right": right, "up": up, "down": down}
+        margins = [arguments.whole(name, value, 0) for name, value in sides.items()]
+        if not any(margins):
+            raise UserError("nothing is to be added: give left, right, up or down, in pixels")
+        if not isinstance(overlap, int | float) or not 0 < overlap < 1:
+            raise UserError(f"overlap must be a number between 0 and 1, not {overlap!r}")
+        seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), self.image_size
+        whole, known, asked = canvas.extended(picture, (*margins,), size)
+        drawn = np.repeat(whole[None], arguments.whole("n", n, 1), axis=0)
+        z_img = self._z_img(prompt, picture)
+        for frame, window in enumerate(canvas.frames(known, size, overlap)):
+            # Were it one seed, the frames would begin from the same noise, and look alike.
+            (own,) = np.random.SeedSequence([seed, frame]).generate_state(1)
+            given, there = drawn[:, *window], known[window]
+            painted = self._repaint(given, there, prompt, z_img, int(own), feather, options)
+            drawn[:, *window], known[window] = painted, True
+        return drawn[:, *asked]
+
+    def _z_img(self, prompt: str | None, picture: np.ndarray) -> np.ndarray | None:
+        """Of the picture, where no prompt says what to draw."""
+        return self.encode_image(picture[None]) if prompt is None else None
+
+    def _repaint(
+        self,
+        pictures: np.ndarray,
+        known: np.ndarray,
+        prompt: str | None,
+        z_img: np.ndarray | None,
+        seed: int,
+        feather: int | None,
+        options: Mapping[str, Any],
+    ) -> np.ndarray:
+        """Pictures [n, s, s, 3] of `image_size` s with what is not known (bool [s, s]) drawn."""
+        n, size = len(pictures), self.image_size
+        feather = size // 32 if feather is None else arguments.whole("feather", feather, 0)
+        alpha = np.broadcast_to(known[..., None] * np.uint8(255), (n, size, size, 1))
+        given = {"z_img": z_img, "known": np.concatenate([pictures, alpha], axis=-1)}
+        drawn = self._resampling().stream(prompt, n, seed, **given, **options)
+        return masks.paste(pictures, known, np.concatenate(list(drawn)), feather)
+
+    def _resampling(self) -> Self:
+        """The model that can draw what fits to what is known: its decoder goes over every step
+        again and again, where it was not taught to see that."""
+        if self.decoder.network.inpaints:
+            return self
+        settings = dataclasses.replace(
+            self.decoder.settings, solver="ddim", eta=0.0, repeats=_REPEATS
+        )
+        decoder = dataclasses.replace(self.decoder, settings=settings)
+        return dataclasses.replace(self, decoder=decoder)
 
 
 def _between(what: str, a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ part is [b, h, w, 4]: its colours in [-1, 1], 0 where they are not known, and th
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,11 @@ def _boxes(key: Array, batch: int, place: Array) -> Array:
     count = jax.random.randint(key_count, (batch, 1), 1, _MOST_BOXES + 1)
     side = jax.random.uniform(key_side, (batch, _MOST_BOXES, 2), minval=0.15, maxval=0.7)
     corner = jax.random.uniform(key_corner, (batch, _MOST_BOXES, 2)) * (1 - side)
-    inside = (corner[..., None] <= place) & (place < (corner + side)[..., None])  # b k 2 size
+    low, high = corner[..., None], (corner + side)[..., None]
+    inside = (low <= place[None, None, None]) & (place[None, None, None] < high)  # b k 2 size
     each = inside[:, :, 0, :, None] & inside[:, :, 1, None, :]  # b k h w
-    return (each & (jnp.arange(_MOST_BOXES) < count)[..., None, None]).any(axis=1)
+    there = jnp.arange(_MOST_BOXES)[None] < count
+    return (each & there[..., None, None]).any(axis=1)
 
 
 def _strokes(key: Array, batch: int, place: Array) -> Array:
@@ -75,6 +79,7 @@ def _sides(key: Array, batch: int, place: Array) -> Array:
     key_axis, key_end, key_share = jax.random.split(key, 3)
     share = jax.random.uniform(key_share, (batch, 2, 1), minval=0.2, maxval=0.8)
     far = jax.random.bernoulli(key_end, 0.5, (batch, 2, 1))
+    place = place[None, None]
     one = jnp.where(far, place > 1 - share, place < share)  # b 2 size
     which = jax.random.randint(key_axis, (batch, 1, 1), 0, 3)  # rows, columns, both
     rows, columns = one[:, 0, :, None], one[:, 1, None, :]
@@ -86,12 +91,13 @@ def partly_known(pictures: Array, mask: Array) -> Array:
     return jnp.concatenate([pictures * mask, mask], axis=-1)
 
 
-def shrunk(known: Array, size: int) -> Array:
-    """Pictures known in part [b, h, w, 4], at `size`: a pixel is known where all that it covers
-    is."""
-    mean = images.resize(known, size, "area")
-    mask = (mean[..., 3:] > 1 - 1e-4).astype(known.dtype)
-    return partly_known(mean[..., :3], mask)
+@functools.partial(jax.jit, static_argnums=1)
+def known_at(known: Array, size: int) -> Array:
+    """Pictures uint8 [b, h, w, 4], known where alpha is 255, at `size` -> [b, size, size, 4]: a
+    pixel is known where all that it covers is."""
+    mask = (known[..., 3:] == 255).astype(jnp.float32)
+    mask = (images.resize(mask, size, "area") > 1 - 1e-4).astype(jnp.float32)
+    return partly_known(images.resize(images.to_float(known[..., :3]), size, "area"), mask)
 
 
 def paste(given: np.ndarray, known: np.ndarray, drawn: np.ndarray, feather: int) -> np.ndarray:

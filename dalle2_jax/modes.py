@@ -31,6 +31,8 @@ MODES = {
     "variations": Mode((1, _MANY), (0, 0), "--image A"),
     "interpolate": Mode((1, 2), (0, 1), '--image A --image B, or --prompt "..."'),
     "text_diff": Mode((1, 1), (1, 1), '--image A --prompt "..."'),
+    "inpaint": Mode((1, 1), (0, 1), '--image A --mask M --prompt "..."'),
+    "outpaint": Mode((1, 1), (0, 1), '--image A --right 64 --prompt "..."'),
 }
 
 MODE = flags.DEFINE_enum("mode", GENERATE, [GENERATE, *MODES], "What to do; see docs/pictures.md.")
@@ -41,9 +43,36 @@ THETA = flags.DEFINE_float("theta", 0.5, "Of text_diff: the share of the way tha
 OLD_PROMPT = flags.DEFINE_string("old_prompt", "a photo", "Of text_diff: what --image shows.")
 X_T = flags.DEFINE_enum("x_t", "slerp", ["slerp", "fixed"], "Of interpolate, between pictures.")
 
+MASK = flags.DEFINE_string(
+    "mask", None, "Of inpaint: white, or alpha 0, where --image is drawn anew; else its own alpha."
+)
+PREVIEW_MASK = flags.DEFINE_bool(
+    "preview_mask", False, "Of inpaint and outpaint: show what would be drawn, and draw nothing."
+)
+FEATHER = flags.DEFINE_integer(
+    "feather", None, "Of these two: pixels over which old and new pass into each other.", 0
+)
+SIDES = {
+    side: flags.DEFINE_integer(side, 0, f"Of outpaint: pixels to add {where}.", 0)
+    for side, where in {
+        "left": "on the left",
+        "right": "on the right",
+        "up": "above",
+        "down": "below",
+    }.items()
+}
+
 
 def check(prompts: Sequence[str]) -> None:
-    """UserError for pictures or prompts that the mode does not take."""
+    """UserError for pictures, prompts and flags that the mode does not take."""
+    if MASK.value is not None and MODE.value != "inpaint":
+        raise UserError(f"--mask={MASK.value} goes with --mode=inpaint, not {MODE.value}")
+    added = [side for side, flag in SIDES.items() if flag.value]
+    if (MODE.value == "outpaint") != bool(added):
+        told = f"--{added[0]} goes with" if added else "say by --left, --right, --up, --down with"
+        raise UserError(f"{told} --mode=outpaint how many pixels are added")
+    if PREVIEW_MASK.value and MODE.value not in ("inpaint", "outpaint"):
+        raise UserError(f"--preview_mask goes with --mode=inpaint or outpaint, not {MODE.value}")
     if MODE.value == GENERATE:
         if IMAGE.value:
             raise UserError(f"--image={IMAGE.value[0]}: say by --mode what to do with it")

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dalle2_jax import remote
-from dalle2_jax.data.decode import DamagedImage, decode
+from dalle2_jax.data.decode import DamagedImage, decode, transparent
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import replacing
 
@@ -117,10 +117,26 @@ def read(path: str | Path) -> np.ndarray:
     So it is that training reads pictures, see `data.decode`. Raises UserError for a file that is
     missing, damaged, no picture, or too large.
     """
+    return _read(path, decode)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Which pixels of a picture are to be drawn anew, bool [h, w], from a file that shows it: where
+    alpha is 0 or, if it is so nowhere, where it is white. UserError as of `read`."""
+    erased = _read(path, transparent)
+    return erased if erased.any() else read(path).mean(axis=-1) > 127.5
+
+
+def read_erased(path: str | Path) -> np.ndarray:
+    """Where a picture's alpha is 0, bool [h, w]. UserError as of `read`."""
+    return _read(path, transparent)
+
+
+def _read(path: str | Path, decoded: Callable[[bytes], np.ndarray]) -> np.ndarray:
     path = remote.to_path(path)
     try:
         with remote.told("cannot read", path):
-            return decode(path.read_bytes())
+            return decoded(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (DamagedImage, ValueError) as error:  # or a name that no file can have

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dalle2_jax import modes, pictures
+from dalle2_jax import arguments, canvas, modes, pictures
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.drawing import Bars
+from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
 _MOVING_MS = 150  # of a picture of an animation
@@ -36,6 +38,10 @@ class Asked:
     n: int
     seed: int
     options: Mapping[str, Any]  # of `Cascade.stream`
+
+    @property
+    def one_prompt(self) -> Sequence[str | None]:
+        return self.prompts or [None]
 
 
 def _reconstruct(model: DALLE2, asked: Asked) -> list[Strip]:
@@ -71,11 +77,71 @@ def _text_diff(model: DALLE2, asked: Asked) -> list[Strip]:
     return [Strip(drawn, labels, moves=True)]
 
 
+def _inpaint(model: DALLE2, asked: Asked) -> list[Strip]:
+    picture, mask = _given()
+    _say_how(model)
+    told: dict[str, Any] = {"feather": modes.FEATHER.value, **asked.options}
+    drawn = model.inpaint(picture, mask, *asked.one_prompt, asked.n, asked.seed, **told)
+    given, erased = canvas.fitted(picture, mask, model.image_size)
+    labels = ["given", "mask", *(f"drawn {i}" for i in range(asked.n))]
+    return [Strip((given, _tinted(given, erased), *drawn), labels)]
+
+
+def _outpaint(model: DALLE2, asked: Asked) -> list[Strip]:
+    _say_how(model)
+    told: dict[str, Any] = {"feather": modes.FEATHER.value, **_margins(), **asked.options}
+    picture = pictures.read(modes.IMAGE.value[0])
+    drawn = model.outpaint(picture, *asked.one_prompt, asked.n, asked.seed, **told)
+    return [Strip(drawn, [f"drawn {i}" for i in range(asked.n)])]
+
+
+def _say_how(model: DALLE2) -> None:
+    if not model.inpaints:
+        told = "was not taught to inpaint; each step is taken again and again (RePaint)"
+        print(f"note: {model.weights} {told}", file=sys.stderr)
+
+
+def _given() -> tuple[np.ndarray, np.ndarray]:
+    """The picture [h, w, 3] and where it is to be drawn anew, bool [h, w]."""
+    (path,) = modes.IMAGE.value
+    picture = pictures.read(path)
+    if modes.MASK.value is not None:
+        return picture, arguments.mask(pictures.read_mask(modes.MASK.value), picture.shape)
+    erased = pictures.read_erased(path)
+    if not erased.any():
+        raise UserError(f"--image={path} has no pixel of alpha 0: give a --mask")
+    return picture, erased
+
+
+def _margins() -> dict[str, int]:
+    return {side: flag.value for side, flag in modes.SIDES.items()}
+
+
+def preview(out: Path) -> Path:
+    """Writes mask.png: the picture, with what would be drawn anew in red."""
+    if modes.MODE.value == "inpaint":
+        picture, mask = _given()
+    else:
+        picture = pictures.read(modes.IMAGE.value[0])
+        picture, known, _ = canvas.extended(picture, (*_margins().values(),), 1)
+        mask = ~known
+    pictures.save_png(out / "mask.png", _tinted(picture, mask))
+    return out / "mask.png"
+
+
+def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3], in red where bool [h, w] is True."""
+    red = (0.4 * picture + 0.6 * np.array([255, 0, 0])).astype(np.uint8)
+    return np.where(mask[..., None], red, picture)
+
+
 _DRAW = {
     "reconstruct": _reconstruct,
     "variations": _variations,
     "interpolate": _interpolate,
     "text_diff": _text_diff,
+    "inpaint": _inpaint,
+    "outpaint": _outpaint,
 }
 
 
@@ -100,7 +166,10 @@ def draw(
     about |= {"hash": model.weights_hash, "settings": model.settings()}
     about |= {
         flag.name: flag.value
-        for flag in (modes.FRAMES, modes.ETA, modes.THETA, modes.OLD_PROMPT, modes.X_T)
+        for flag in (
+            *(modes.FRAMES, modes.ETA, modes.THETA, modes.OLD_PROMPT, modes.X_T),
+            *(modes.MASK, modes.FEATHER, *modes.SIDES.values()),
+        )
     }
     for row, strip in enumerate(strips):
         for place, (frame, label) in enumerate(zip(strip.frames, strip.labels, strict=True)):

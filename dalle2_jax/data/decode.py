@@ -7,7 +7,9 @@ pixels than `MAX_PIXELS`, refused before anything is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,6 +34,25 @@ def decode(
     Raises:
       DamagedImage: not a picture, cut short, or above MAX_PIXELS.
     """
+    with _opened(data) as image:
+        if image.format == "JPEG" and size is not None:
+            # Decode at half, a quarter or an eighth, never below twice the wanted size.
+            image.draft(None, (int(2 * size / crop[0]), int(2 * size / crop[0])))
+        rgb = _to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(rgb) if size is None else crop_resize(rgb, size, crop)
+
+
+def transparent(data: bytes) -> np.ndarray:
+    """Where the picture's alpha is 0, bool [h, w], upright: nowhere, if it has none. Raises as
+    `decode`."""
+    with _opened(data) as image:
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(upright.convert("RGBA"))[..., 3] == 0
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The picture's first frame; what goes wrong within is told as DamagedImage."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -39,11 +60,8 @@ def decode(
             raise DamagedImage(
                 f"{width} x {height}, above the limit of {MAX_PIXELS // 10**6} million pixels"
             )
-        if image.format == "JPEG" and size is not None:
-            # Decode at half, a quarter or an eighth, never below twice the wanted size.
-            image.draft(None, (int(2 * size / crop[0]), int(2 * size / crop[0])))
         image.seek(0)
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        yield image
     except DamagedImage:
         raise
     except Image.DecompressionBombError as e:  # Pillow's own, higher limit
@@ -56,7 +74,6 @@ def decode(
         raise DamagedImage(f"not a readable picture ({' '.join(str(e).split())[:120]})") from e
     except Exception as e:  # Pillow's plugins raise struct.error, KeyError, ... on hostile bytes
         raise DamagedImage(f"not a readable picture ({type(e).__name__})") from e
-    return np.asarray(rgb) if size is None else crop_resize(rgb, size, crop)
 
 
 def crop_resize(

@@ -1,0 +1,69 @@
+"""A canvas larger than what the model draws at once, drawn frame by frame over what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from dalle2_jax.data.decode import MAX_PIXELS, crop_resize
+from dalle2_jax.errors import UserError
+
+Window = tuple[slice, slice]
+_STRIDES = 8  # frames lie at multiples of so small a part of their side
+
+
+def fitted(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle squares of uint8 [h, w, 3] and of bool [h, w] at `size`; a pixel is masked where
+    one that it covers is."""
+    side, (top, left) = min(mask.shape), ((n - min(mask.shape)) // 2 for n in mask.shape)
+    square = Image.fromarray(mask[top : top + side, left : left + side].astype(np.uint8) * 255)
+    small = np.asarray(square.resize((size, size), Image.Resampling.BOX)) > 0
+    return crop_resize(picture, size, (1.0, 0.5, 0.5)), small
+
+
+def extended(
+    picture: np.ndarray, margins: tuple[int, int, int, int], least: int
+) -> tuple[np.ndarray, np.ndarray, Window]:
+    """The picture [h, w, 3] with (left, right, up, down) pixels around it, and further ones where
+    that is less than `least` a side.
+
+    Returns the canvas, what of it is known (bool), and the part of it that was asked for. Raises
+    UserError for more than MAX_PIXELS.
+    """
+    left, right, up, down = margins
+    h, w = picture.shape[:2]
+    height, width = up + h + down, left + w + right
+    spare_y, spare_x = max(least - height, 0), max(least - width, 0)
+    if (height + spare_y) * (width + spare_x) > MAX_PIXELS:
+        most = f"{MAX_PIXELS // 10**6} million pixels"
+        raise UserError(f"the canvas would be {width} x {height}: at most {most} can be drawn")
+    asked = slice(spare_y // 2, spare_y // 2 + height), slice(spare_x // 2, spare_x // 2 + width)
+    canvas = np.full((height + spare_y, width + spare_x, 3), 255, np.uint8)
+    known = np.zeros(canvas.shape[:2], bool)
+    top, start = asked[0].start + up, asked[1].start + left
+    canvas[top : top + h, start : start + w] = picture
+    known[top : top + h, start : start + w] = True
+    return canvas, known, asked
+
+
+def frames(known: np.ndarray, size: int, overlap: float) -> Iterator[Window]:
+    """The windows of `size` in which bool [h, w] becomes known all over, each in its turn.
+
+    Of a window at least `overlap` is known by then, where there is one; of those, that with the
+    most to draw comes first.
+    """
+    known = known.copy()
+    stride = max(1, size // _STRIDES)
+    tops, lefts = (sorted({*range(0, n - size + 1, stride), n - size}) for n in known.shape)
+    while not known.all():
+        total = np.pad(known.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+        rows, columns = np.array(tops)[:, None], np.array(lefts)[None]
+        ends = total[rows + size, columns + size] - total[rows, columns + size]
+        share = (ends - total[rows + size, columns] + total[rows, columns]) / size**2
+        rank = np.where(share >= overlap, share, 2 - share)  # the latter: the most known first
+        i, j = np.unravel_index(np.where(share == 1, np.inf, rank).argmin(), rank.shape)
+        window = slice(tops[i], tops[i] + size), slice(lefts[j], lefts[j] + size)
+        known[window] = True
+        yield window

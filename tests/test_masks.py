@@ -1,0 +1,68 @@
+"""What is known of a picture: random masks, smaller sizes, and pasting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax import masks
+
+
+@pytest.fixture(scope="module")
+def many() -> np.ndarray:
+    return np.asarray(masks.random_masks(jax.random.key(0), 512, 32))[..., 0]
+
+
+def test_masks_are_of_every_kind_and_size(many):
+    assert set(np.unique(many)) == {0.0, 1.0}
+    known = many.mean(axis=(1, 2))
+    assert (known < 0.3).mean() > 0.1 and (known > 0.7).mean() > 0.1
+    rows, columns = (many.min(axis=a) == many.max(axis=a) for a in (2, 1))
+    halves = rows.all(axis=1) | columns.all(axis=1)  # a whole side is erased
+    assert 0.15 < halves.mean() < 0.35
+    middle = many[:, 16, 16] == 0
+    border = (many[:, 0].mean(axis=1) + many[:, -1].mean(axis=1)) == 2
+    assert (middle & border).any()  # a hole
+    assert ((known > 0) & (many[:, [0, -1]].max(axis=(1, 2)) == 0)).any()  # all but an island
+
+
+def test_a_mask_is_its_keys(many):
+    again = masks.random_masks(jax.random.key(0), 512, 32)[..., 0]
+    other = masks.random_masks(jax.random.key(1), 512, 32)[..., 0]
+    np.testing.assert_array_equal(many, again)
+    assert (many != np.asarray(other)).any(axis=(1, 2)).mean() > 0.9
+
+
+def test_a_mask_covers_the_same_at_any_size():
+    """So that a crop for the upsampler looks as those of the decoder."""
+    share = [float(masks.random_masks(jax.random.key(3), 256, n).mean()) for n in (16, 64)]
+    assert share[0] == pytest.approx(share[1], abs=0.01)
+
+
+def test_a_small_pixel_is_known_where_all_it_covers_is():
+    rgba = np.full((1, 4, 4, 4), 255, np.uint8)
+    rgba[0, 0, 0] = [0, 0, 0, 0]
+    rgba[0, 3, 3, 3] = 254  # not quite
+    rgba[0, :2, 2:, :3] = 0
+    small = np.asarray(masks.known_at(jnp.asarray(rgba), 2))[0]
+    np.testing.assert_array_equal(small[..., 3], [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(small[0, 0, :3], [0, 0, 0])  # what is not known is not told
+    np.testing.assert_array_equal(small[0, 1, :3], [-1, -1, -1])
+    np.testing.assert_array_equal(small[1, 0, :3], [1, 1, 1])
+
+
+def test_pasting_keeps_the_known_to_the_bit_beyond_the_feather():
+    rng = np.random.default_rng(0)
+    given, drawn = rng.integers(0, 256, (2, 3, 12, 12, 3), np.uint8)
+    known = np.ones((12, 12), bool)
+    known[:, 6:] = False
+    sharp = masks.paste(given, known, drawn, 0)
+    np.testing.assert_array_equal(sharp[:, :, :6], given[:, :, :6])
+    np.testing.assert_array_equal(sharp[:, :, 6:], drawn[:, :, 6:])
+    soft = masks.paste(given, known, drawn, 3)
+    np.testing.assert_array_equal(soft[:, :, :3], given[:, :, :3])
+    np.testing.assert_array_equal(soft[:, :, 6:], drawn[:, :, 6:])
+    share = np.array([0.25, 0.5, 0.75])[:, None]  # from the third pixel before the edge on
+    mixed = share * drawn[:, :, 3:6] + (1 - share) * given[:, :, 3:6]
+    assert np.abs(soft[:, :, 3:6] - mixed).max() <= 0.5
+    np.testing.assert_array_equal(masks.paste(given, known | True, drawn, 3), given)
