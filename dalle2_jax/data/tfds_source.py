@@ -125,13 +125,19 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
             f"{path}: feature {caption!r} is {_line(features[caption])}; prepare it again as Text, "
             "Sequence(Text) or dicts that hold such a `text`"
         )
+    check_subset(subset, features, str(path))
+    return Prepared(path, split, builder, caption, subset)
+
+
+def check_subset(subset: str, features: Mapping[str, Any], where: str) -> None:
+    """UserError where `subset` names a feature twice, or one that is not among `features` or of
+    another kind."""
     for feature, values in parse_subset(subset).items():
         if feature not in features:
             hint = options.near_miss(feature, features)
-            raise UserError(f"{path}: subset {subset!r}: no feature {feature!r}{hint}")
+            raise UserError(f"{where}: subset {subset!r}: no feature {feature!r}{hint}")
         if wrong := _mismatch(feature, values, features[feature]):
-            raise UserError(f"{path}: subset {subset!r}: {wrong}")
-    return Prepared(path, split, builder, caption, subset)
+            raise UserError(f"{where}: subset {subset!r}: {wrong}")
 
 
 def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:

@@ -142,7 +142,11 @@ class UpsamplerTask:
         low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
         if self.degradation != "blur":  # of the crop alone, as in latent diffusion
             strength = degradation.STRENGTHS[self.degradation]
-            low = degradation.bsr(key_blur, x_0, low.shape[1], strength)
+            # Its operations are made for factors up to 4.
+            side = min(self.crop_size, 4 * low.shape[1])
+            low = degradation.bsr(
+                key_blur, images.resize(x_0, side, "area"), low.shape[1], strength
+            )
         if self.noise_std:
             key_std, key_noise = jax.random.split(key_noise)
             std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
