@@ -63,6 +63,16 @@ def report(
     return largest(lambda n: attempt(batch_size=n), where.chips, where.chip.hbm)
 
 
+def flops_by_stage(model: DALLE2, batch_size: int) -> dict[str, int]:
+    """Of drawing `batch_size` pictures, all steps counted."""
+    mesh = sharding.make_mesh({"data": -1})
+    weighed = {name: _on(mesh, PartitionSpec(), tree) for name, tree in model.params.items()}
+    counts: collections.Counter[str] = collections.Counter()
+    for name, _, calls, analytic, _ in _programs(model, weighed, mesh, batch_size):
+        counts[name] += calls * analytic
+    return dict(counts)
+
+
 def _report(
     model: DALLE2,
     weighed: Mapping[str, Params],
