@@ -58,10 +58,12 @@ def test_only_the_stages_that_a_size_needs_are_loaded(chain, tmp_path, largest):
     assert list(small.upsamplers) == ["upsampler_16"] and "upsampler_32" not in small.params
     same = largest.at_size(16).generate("a cat", seed=3)
     np.testing.assert_array_equal(small.generate("a cat", seed=3), same)
-    (folder / "upsampler_16.safetensors").write_bytes(b"nor this")
-    assert DALLE2.from_pretrained(folder, size=8).image_size == 8
     with pytest.raises(UserError, match="upsampler_32"):
         DALLE2.from_pretrained(folder, size=17)
+    (folder / "upsampler_16.safetensors").write_bytes(b"nor this")
+    assert DALLE2.from_pretrained(folder, size=8).image_size == 8
+    with pytest.raises(UserError, match="upsampler_16"):
+        DALLE2.from_pretrained(folder, size=9)
 
 
 def test_the_folder_says_the_size_unless_it_is_asked_for(chain, tmp_path):

@@ -44,7 +44,8 @@ def build(
 ) -> dict[str, int]:
     """Writes the dataset to `out` and returns pictures per split. All or nothing.
 
-    `subset` keeps some of the records, as `tfds_source.open_split` does.
+    `subset` keeps some of the records, as `tfds_source.open_split` does; a split of which it keeps
+    none is not there.
 
     The work is done in a hidden folder beside `out`, which takes its place by one rename.
 
@@ -89,7 +90,7 @@ def build(
         )
         builder.download_and_prepare(file_format="tfrecord")
         splits = builder.info.splits
-        counts = {split: int(splits[split].num_examples) for split in emoji_builder.SPLITS}
+        counts = {name: int(splits[name].num_examples) for name in splits}
         if out.exists():
             os.replace(out, temp / "replaced")
         os.replace(builder.data_dir, out)
