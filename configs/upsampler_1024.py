@@ -64,6 +64,7 @@ def tiny():
                 image_size=1024,
                 crop_fraction=0.25,
                 degradation="bsr_light",
+                degraded_share=0.5,  # of spoilt ones alone it learned to blur the true ones
                 sampling=dict(steps=4, solver="ddim", clip=("static", 1.0)),
             ),
             model=dict(

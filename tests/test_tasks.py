@@ -174,6 +174,17 @@ def test_bsr_sees_what_is_eight_times_larger_at_four_times(monkeypatch):
     assert seen == [(16, 4), (32, 8), (32, 16)]  # of crops of 32 px
 
 
+def test_a_share_of_the_small_pictures_stays_true():
+    sizes = dict(data__image_size=64, task__image_size=64, task__low_size=16)
+    told = dict(task__degradation="bsr_light", task__noise_std=0.0, **sizes)
+    pictures = batch(size=32, image_size=64)["image"]
+    for share, low_count, high_count in ((0.0, 32, 32), (0.5, 8, 24), (1.0, 0, 0)):
+        task = make("upsampler", "", task__degraded_share=share, **told)
+        low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
+        error = jnp.abs(low - images.resize(x_0, 8, "area")).max((1, 2, 3))
+        assert low_count <= (error < 1e-5).sum() <= high_count
+
+
 def test_random_shift_moves_and_keeps_the_rest():
     from dalle2_jax.tasks.clip import random_shift
 
