@@ -129,7 +129,7 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
     return Prepared(path, split, builder, caption, subset)
 
 
-def check_subset(subset: str, features: Mapping[str, Any], where: str) -> None:
+def check_subset(subset: str, features: Any, where: str) -> None:
     """UserError where `subset` names a feature twice, or one that is not among `features` or of
     another kind."""
     for feature, values in parse_subset(subset).items():
