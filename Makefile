@@ -19,12 +19,15 @@ $(shell test ! -L $(PY) -o -e $(PY) || rm -rf $(VENV))
 DEMO_OUT := out/demo
 EMOJI := data/emoji
 EMOJI_SIZE ?= 128
+EMOJI_1024 := data/emoji_1024
+# The records that the tiny configs read; drawing them at 1024 px takes minutes as it is.
+TINY_SUBSET := concrete,group=animals-nature|food-drink|objects|smileys-emotion
 TINY := runs/tiny
 JUDGE := runs/judge
 TINY_FLAGS ?=# for every stage, such as --config.num_steps=100
 # Two simulated devices of one thread each: the decoder trains at twice the speed of one core.
 TINY_XLA_FLAGS ?= --xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false
-TINY_STAGES := clip prior decoder upsampler_256
+TINY_STAGES := clip prior decoder upsampler_256 upsampler_1024
 TEST_JOBS ?= 2
 PYTEST := $(PY) -m pytest --ignore=tests/parity -n $(TEST_JOBS) --dist loadfile
 PARITY := torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
@@ -38,10 +41,10 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test test-slow test-tpu test-parity data train-tiny evals lint format typecheck clean
+.PHONY: help demo test test-slow test-tpu test-parity data train-tiny evals evals-1024 lint format typecheck clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.base ## install what drawing needs and draw pictures from a few sentences
 	$(PY) sample.py --weights tiny --n 4 --seed 0 --out $(DEMO_OUT) \
@@ -65,7 +68,7 @@ test-parity: $(VENV)/.parity ## against torch, diffusers and transformers
 
 data: $(EMOJI) ## the emoji data set, drawn from npm packages (needs npm)
 
-train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to go on
+train-tiny: $(EMOJI) $(if $(filter upsampler_1024,$(TINY_STAGES)),$(EMOJI_1024)) ## every stage in order into one model folder; run again to go on
 	@for stage in $(TINY_STAGES); do \
 		echo "== $$stage"; \
 		XLA_FLAGS="$(TINY_XLA_FLAGS)" $(PY) train.py --config=configs/$$stage.py:tiny --workdir=$(TINY)/$$stage \
@@ -76,6 +79,9 @@ train-tiny: $(EMOJI) ## every stage in order into one model folder; run again to
 evals: $(JUDGE)/model/config.json ## judge the packaged weights (trains the judge the first time)
 	$(PY) -m dalle2_jax.evals --weights tiny --judge $(JUDGE)/model --data $(EMOJI) --out out/evals \
 		--num 200 --batch_size 20 --reconstruct
+
+evals-1024: $(JUDGE)/model/config.json $(EMOJI_1024) ## what the upsamplers add up to 1024 px, and their cost
+	$(PY) -m dalle2_jax.evals.upsampling --weights tiny --judge $(JUDGE)/model --data $(EMOJI_1024)
 
 lint: $(VENV)/.dev ## ruff's rules and format
 	$(VENV)/bin/ruff check .
@@ -94,6 +100,9 @@ clean: ## remove the environment and what tests and demos made; data/ and runs/ 
 
 $(EMOJI): | $(VENV)/.train
 	$(PY) -m dalle2_jax.data.emoji --out $@ --size $(EMOJI_SIZE)
+
+$(EMOJI_1024): | $(VENV)/.train
+	$(PY) -m dalle2_jax.data.emoji --out $@ --size 1024 --subset '$(TINY_SUBSET)'
 
 $(JUDGE)/model/config.json: | $(EMOJI)
 	XLA_FLAGS="$(TINY_XLA_FLAGS)" $(PY) train.py --config=configs/clip.py:judge --workdir=$(JUDGE)

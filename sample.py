@@ -54,7 +54,7 @@ def main() -> int:
         from dalle2_jax.fit import sampling
 
         changes = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver}
-        asked = dict(batch_size=BATCH_SIZE.value, changes=changes)
+        asked = dict(batch_size=BATCH_SIZE.value, changes=changes, size=modes.SIZE.value)
         return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
     command.check()
     prompts = read_prompts()
@@ -71,7 +71,8 @@ def main() -> int:
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
         draw, steps = strips.draw, modes.STEPS if steps is None else steps
-    model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
+    model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
+    model = model.with_settings(steps, cfg_scale, solver)
     print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
     return 0
 

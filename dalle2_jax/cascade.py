@@ -65,10 +65,15 @@ class Cascade:
     params: Mapping[str, Params]
     weights: str
     weights_hash: str
+    size: int | None = None  # the side of the pictures; None: as the last stage draws them
 
     @classmethod
     def from_pretrained(
-        cls, weights: str = "tiny", dtype: str | None = None, offload: bool | None = None
+        cls,
+        weights: str = "tiny",
+        dtype: str | None = None,
+        offload: bool | None = None,
+        size: int | None = None,
     ) -> Self:
         """Loads a model.
 
@@ -79,9 +84,13 @@ class Cascade:
             offload: whether weights wait in the host's memory until their stage runs, which costs
                 their way to the device in every batch; None where they would take more than half
                 of the device's memory.
+            size: side of the pictures in pixels, from the decoder's to the last upsampler's. They
+                are drawn by the first stages that reach it, which alone are loaded, and averaged
+                down. None: as the folder's config.json says ("tiny": 128), or else the largest.
 
         Raises:
-            UserError: no name, or the folder is missing or damaged, or lacks a stage.
+            UserError: no name, or the folder is missing or damaged, or lacks a stage; a size
+                that no stage reaches.
         """
         if not isinstance(weights, str | os.PathLike):
             raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
@@ -103,7 +112,8 @@ class Cascade:
         if load.draws_from_captions(folder):
             prior = kept("prior", load.prior(folder, clip, dtype))
         decoder = kept("decoder", load.decoder(folder, clip, dtype))
-        upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
+        size = load.image_size(folder, size)
+        upsamplers = load.upsamplers(folder, decoder.image_size, dtype, size)
         upsamplers = {name: kept(name, loaded) for name, loaded in upsamplers.items()}
         if offload is None:
             stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
@@ -117,12 +127,13 @@ class Cascade:
             params=params if offload else jax.device_put(params, placement.replicated()),
             weights=str(weights),
             weights_hash=model_folder.weights_hash(folder),
+            size=size,
         )
 
     @property
     def image_size(self) -> int:
         """Side of the pictures that `generate` returns, in pixels."""
-        return [self.decoder, *self.upsamplers.values()][-1].image_size
+        return self.size or [self.decoder, *self.upsamplers.values()][-1].image_size
 
     def samplers(self) -> dict[str, StageSampler]:
         prior = {} if self.prior is None else {"prior": self.prior}
@@ -441,7 +452,7 @@ class Cascade:
         pictures = draw("decoder", self._decoder_condition(z_img, captions, text, empty))
         for name in self.upsamplers:
             pictures = draw(name, pictures)
-        return pictures
+        return images.resize(pictures, self.image_size, "area")
 
     def _encode(self, captions: Captions) -> tuple[TextEncoding, TextEncoding | None]:
         """Of b captions, and of b empty ones where a network learned no null."""

@@ -17,6 +17,7 @@ from dalle2_jax import arguments, canvas, masks
 from dalle2_jax.cascade import Cascade, Latents
 from dalle2_jax.embeddings import normalise, slerp
 from dalle2_jax.errors import UserError
+from dalle2_jax.sampling import load
 
 _REPEATS = 5  # of a step, for a decoder that was not fine-tuned to inpaint
 
@@ -30,6 +31,14 @@ class DALLE2(Cascade):
     as the folder says. More of them keep a given picture better. Further options are
     `Cascade.stream`'s. Raises UserError for what is of another type or range.
     """
+
+    def at_size(self, size: int) -> Self:
+        """The same model, drawing pictures of `size` px: at most those of its last stage, which are
+        those it was loaded for (`from_pretrained`). Raises UserError for another size."""
+        size = arguments.whole("size", size, 1)
+        ends = [s.image_size for s in (self.decoder, *self.upsamplers.values())]
+        kept = list(self.upsamplers.items())[: load.needed(size, ends)]
+        return dataclasses.replace(self, upsamplers=dict(kept), size=size)
 
     def generate(
         self,

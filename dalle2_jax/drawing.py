@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from dalle2_jax import pictures
 from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.version import __version__
 
 _ALL = "all of it"
+_GRID_SIDE = 256  # pixels of a picture in the grid at most: there may be many
 
 
 class Bars:
@@ -49,7 +51,7 @@ def draw_prompts(
         elif clip != decoder:
             told = f"CLIP reads {clip}, the decoder {decoder}"
             print(f"note: a prompt is too long, {told}", file=sys.stderr)
-    about: dict[str, Any] = {"seed": seed, "version": __version__}
+    about: dict[str, Any] = {"seed": seed, "size": model.image_size, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
     batches = model.stream(prompts, n, seed, batch_size=batch_size, progress=Bars())
@@ -57,7 +59,7 @@ def draw_prompts(
         row, number = divmod(len(drawn), n)
         name = f"{row:03d}-{pictures.slug(prompts[row])}-s{seed}-{number}.png"
         pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
-        drawn.append(picture)
+        drawn.append(crop_resize(picture, min(len(picture), _GRID_SIDE), (1.0, 0.5, 0.5)))
     grid = pictures.labelled_grid(np.stack(drawn), n, row_labels=prompts)
     pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
     return out / "grid.png"

@@ -36,6 +36,7 @@ MODES = {
 }
 
 MODE = flags.DEFINE_enum("mode", GENERATE, [GENERATE, *MODES], "What to do; see docs/pictures.md.")
+SIZE = flags.DEFINE_integer("size", None, "Side of the pictures in pixels, as 128, 512 or 1024.")
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture's file; may be given several times.")
 FRAMES = flags.DEFINE_integer("frames", 7, "Pictures of interpolate and text_diff.", 2)
 ETA = flags.DEFINE_float("eta", 0.6, "Of variations: 0 is the picture itself, 1 differs most.")

@@ -163,7 +163,7 @@ def draw(
     strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}
     about |= {"seed": seed, "version": __version__, "weights": model.weights}
-    about |= {"hash": model.weights_hash, "settings": model.settings()}
+    about |= {"size": model.image_size, "hash": model.weights_hash, "settings": model.settings()}
     about |= {
         flag.name: flag.value
         for flag in (

@@ -17,7 +17,7 @@ VARIANTS = {
     "prior": ("paper", "tpu", "karlo", "tiny"),
     "decoder": ("paper", "tpu", "karlo", "tiny"),
     "upsampler_256": ("paper", "tpu", "karlo", "tiny"),
-    "upsampler_1024": ("paper", "tpu"),
+    "upsampler_1024": ("paper", "tpu", "tiny"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
@@ -95,6 +95,12 @@ def test_parameters_of_table_3(clips):
     assert count(prior) == pytest.approx(24 * 12 * 2048**2, rel=0.03)
     assert count(shapes(task(clips, "upsampler_256"))) == pytest.approx(730e6, rel=0.03)
     assert count(shapes(task(clips, "upsampler_1024"))) == pytest.approx(282e6, rel=0.03)
+
+
+def test_the_second_tiny_upsampler_begins_where_the_first_ends_and_is_small(clips):
+    first, second = (task(clips, f"upsampler_{n}", "tiny") for n in (256, 1024))
+    assert (first.image_size, second.image_size) == (second.low_size, 1024)
+    assert 2 * count(shapes(second)) < 3.6e6  # bytes in float16: what the package has room for
 
 
 @pytest.mark.parametrize(("name", "variant"), [x for x in ALL if x[1] not in ("tiny", "judge")])
@@ -249,8 +255,10 @@ def test_tiny_stages_and_the_judging_share_one_subset():
     """A config stands alone, so each repeats it; weights and figures hold for this subset only."""
     tiny = [x for x in ALL if x[1] in ("tiny", "judge")]
     (subset,) = {get(name, variant).data.subset for name, variant in tiny}
-    evals = Path(build.__file__).parent / "evals" / "__main__.py"
-    assert f'"{subset}"' in evals.read_text()  # importing it would define its flags here
+    evals = Path(build.__file__).parent / "evals"
+    for name in ("__main__.py", "inversion.py", "upsampling.py"):
+        # importing it would define its flags here
+        assert f'"{subset}"' in (evals / name).read_text()
 
 
 def test_an_unknown_key_of_the_data_is_refused():

@@ -176,6 +176,29 @@ def test_build_round_trip(tmp_path):
     assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
+def test_a_subset_alone_is_drawn(tmp_path):
+    concepts = list(emoji_source._join(*small_sets()))
+    same = dict(size=8, concepts=concepts)
+    every = emoji.build(tmp_path / "all", **same)
+    kept = emoji.build(tmp_path / "some", **same, subset="concrete,style=noto|twemoji")
+    assert 0 < sum(kept.values()) < sum(every.values())
+    for split in SPLITS:
+        subset = "concrete,style=noto|twemoji"
+        if split not in kept:
+            with pytest.raises(UserError, match="no split"):
+                tfds_source.load_arrays(tmp_path / "some", split)
+            continue
+        theirs = tfds_source.load_arrays(tmp_path / "all", split, subset)
+        ours = tfds_source.load_arrays(tmp_path / "some", split)
+        names = [sorted(zip(x["concept_id"], x["style"], strict=True)) for x in (theirs, ours)]
+        assert names[0] == names[1] and len(names[0]) == kept[split]
+    told = (("stile=noto", "did you mean 'style'"), ("concrete=yes", "write concrete alone"))
+    for subset, why in (*told, ("style=baroque", "keeps nothing")):
+        with pytest.raises(UserError, match=why):
+            emoji.build(tmp_path / "none", **same, subset=subset)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "some"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_build_never_replaces_what_is_no_dataset(tmp_path, overwrite):
     concepts = list(emoji_source._join(*small_sets()))

@@ -216,7 +216,7 @@ def test_a_data_set_without_styles_is_told(monkeypatch):
     from dalle2_jax.data import tfds_source
 
     arrays = {"image": np.zeros((1, 4, 4, 3), np.uint8)}
-    monkeypatch.setattr(tfds_source, "load_arrays", lambda *_: arrays)
+    monkeypatch.setattr(tfds_source, "load_arrays", lambda *_, **__: arrays)
     with pytest.raises(UserError, match="concept"):
         read_groups("x", "", 1, 0)
     arrays |= {"concept": np.array(["fox"]), "style": np.array(["baroque"])}

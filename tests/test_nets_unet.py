@@ -135,6 +135,23 @@ def upsampler():
     return network, randomised(params), low
 
 
+def test_a_residual_upsampler_starts_at_the_small_picture():
+    small = dict(channels=8, channel_mults=(1, 2), num_blocks=1, groups=4)
+    x_t, low_res, t = normal(0, 2, 8, 8, 3), normal(1, 2, 8, 8, 3), jnp.array([3, 5])
+    for learned_variance in (False, True):
+        plain, residual = (
+            Upsampler(small, learned_variance=learned_variance, residual=r) for r in (False, True)
+        )
+        params = residual.init(jax.random.key(0), x_t, t, low_res)
+        out = residual.apply(params, x_t, t, low_res)
+        np.testing.assert_array_equal(out[..., :3], low_res)  # the U-Net begins as zero
+        np.testing.assert_array_equal(out[..., 3:], 0)
+        params = jax.tree.map(lambda p: p + 0.1, params)
+        added = residual.apply(params, x_t, t, low_res) - plain.apply(params, x_t, t, low_res)
+        np.testing.assert_allclose(added[..., :3], low_res, atol=1e-5)
+        np.testing.assert_array_equal(added[..., 3:], 0)
+
+
 def test_upsampler_sees_the_small_picture_and_the_time(upsampler):
     network, params, low = upsampler
     run = jax.jit(network.apply)

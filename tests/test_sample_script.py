@@ -64,6 +64,28 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
 
 
+def test_pictures_of_another_size(folder, tmp_path):
+    options = (f"--weights={folder}", f"--out={tmp_path}/out", "--size=12", "--n=1")
+    done = sample(tmp_path / "cache", "--prompt=a cat", *options)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / "000-a-cat-s0-0.png"
+    saved, about = np.asarray(Image.open(file)), pictures.read_metadata(file)
+    assert about["size"] == 12 and saved.shape == (12, 12, 3)
+    again = DALLE2.from_pretrained(folder, size=about["size"]).generate("a cat", seed=0)[0]
+    assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
+
+    done = sample(
+        *(tmp_path / "cache", "--mode=variations", f"--image={file}", "--steps=4", *options)
+    )
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / "variations-000-01-variation-0.png"
+    assert Image.open(file).size == (12, 12) and pictures.read_metadata(file)["size"] == 12
+
+    done = sample(tmp_path / "cache", "--prompt=a cat", *options, "--size=17")
+    assert done.returncode == 2
+    assert done.stderr.endswith("size=17: this model draws pictures from 8 to 16 px\n")
+
+
 def test_ctrl_c_is_one_line(folder, tmp_path):
     command = [sys.executable, "sample.py", "--prompt=a", "--n=9999", f"--out={tmp_path}/out"]
     with subprocess.Popen(

@@ -9,7 +9,7 @@ import pytest
 import small_cascade
 from small_cascade import CONFIGS, batch, config, randomised
 
-from dalle2_jax import build, images, model_folder
+from dalle2_jax import build, degradation, images, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
@@ -154,6 +154,35 @@ def test_the_upsampler_learns_from_the_same_window_twice_the_smaller_corrupted(d
     assert (places.std(axis=0)[:2] > 0.05).all()
     np.testing.assert_allclose(low.mean((1, 2)), places, atol=0.1)
     assert np.abs(low - images.resize(x_0, 8, "area")).max() > 1e-3
+
+
+def test_bsr_sees_what_is_eight_times_larger_at_four_times(monkeypatch):
+    """Its blurs and its halving are for factors up to 4; and it costs 120 n^3 a picture."""
+    seen = []
+    bsr = degradation.bsr
+
+    def spy(key, pictures, low_size, strength):
+        seen.append((pictures.shape[1], low_size))
+        return bsr(key, pictures, low_size, strength)
+
+    monkeypatch.setattr(degradation, "bsr", spy)
+    for low_size in (8, 16, 32):
+        sizes = dict(data__image_size=64, task__image_size=64, task__low_size=low_size)
+        task = make("upsampler", "", task__degradation="bsr_light", **sizes)
+        low, _ = task.corrupted_crops(batch(image_size=64)["image"], jax.random.key(0))
+        assert low.shape == (4, low_size // 2, low_size // 2, 3)
+    assert seen == [(16, 4), (32, 8), (32, 16)]  # of crops of 32 px
+
+
+def test_a_share_of_the_small_pictures_stays_true():
+    sizes = dict(data__image_size=64, task__image_size=64, task__low_size=16)
+    told = dict(task__degradation="bsr_light", task__noise_std=0.0, **sizes)
+    pictures = batch(size=32, image_size=64)["image"]
+    for share, low_count, high_count in ((0.0, 32, 32), (0.5, 8, 24), (1.0, 0, 0)):
+        task = make("upsampler", "", task__degraded_share=share, **told)
+        low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
+        error = jnp.abs(low - images.resize(x_0, 8, "area")).max((1, 2, 3))
+        assert low_count <= (error < 1e-5).sum() <= high_count
 
 
 def test_random_shift_moves_and_keeps_the_rest():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -125,13 +125,19 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
             f"{path}: feature {caption!r} is {_line(features[caption])}; prepare it again as Text, "
             "Sequence(Text) or dicts that hold such a `text`"
         )
+    check_subset(subset, features, str(path))
+    return Prepared(path, split, builder, caption, subset)
+
+
+def check_subset(subset: str, features: Any, where: str) -> None:
+    """UserError where `subset` names a feature twice, or one that is not among `features` or of
+    another kind."""
     for feature, values in parse_subset(subset).items():
         if feature not in features:
             hint = options.near_miss(feature, features)
-            raise UserError(f"{path}: subset {subset!r}: no feature {feature!r}{hint}")
+            raise UserError(f"{where}: subset {subset!r}: no feature {feature!r}{hint}")
         if wrong := _mismatch(feature, values, features[feature]):
-            raise UserError(f"{path}: subset {subset!r}: {wrong}")
-    return Prepared(path, split, builder, caption, subset)
+            raise UserError(f"{where}: subset {subset!r}: {wrong}")
 
 
 def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:
@@ -196,11 +202,13 @@ def load_arrays(
     split: str = "train",
     subset: str = "",
     image_size: int | None = None,
+    decoded: bool = True,
 ) -> dict[str, np.ndarray]:
     """A whole split in memory, in file order, for evaluation.
 
     Returns:
-      `image` uint8 [n, h, w, 3] (at the stored size, or `image_size`), `captions` object [n] of
+      `image` uint8 [n, h, w, 3] (at the stored size, or `image_size`) or, where it is not
+      `decoded`, bytes for `decode_pictures` as object [n], `captions` object [n] of
       lists of text, and every other text or scalar feature as an array [n] (`concept`, ...);
       sequences such as `tags` are object arrays of lists.
 
@@ -209,20 +217,30 @@ def load_arrays(
     """
     source = open_split(path, split, subset)
     records = read_records(source)
-    images = []
-    for i, record in enumerate(records):
-        try:
-            images.append(decode.decode(record["image"], image_size))
-        except decode.DamagedImage as e:
-            raise UserError(f"{path}: split {split!r}, record {i}: {e}; prepare it again") from e
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"{path}: pictures differ in size; pass image_size")
-    out: dict[str, np.ndarray] = {"image": np.stack(images)}
+    images = _objects([record["image"] for record in records])
+    if decoded:
+        images = decode_pictures(images, f"{path}: split {split!r}", image_size)
+    out: dict[str, np.ndarray] = {"image": images}
     out["captions"] = _objects([captions_of(r, source.caption_feature) for r in records])
     for name in records[0]:
         if name not in ("image", source.caption_feature):
             out[name] = _column([r[name] for r in records])
     return out
+
+
+def decode_pictures(
+    encoded: Sequence[bytes] | np.ndarray, where: str, image_size: int | None = None
+) -> np.ndarray:
+    """uint8 [n, h, w, 3]. UserError: one is damaged, or they differ in size and none is given."""
+    images = []
+    for i, data in enumerate(encoded):
+        try:
+            images.append(decode.decode(data, image_size))
+        except decode.DamagedImage as e:
+            raise UserError(f"{where}, picture {i}: {e}; prepare it again") from e
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{where}: pictures differ in size; pass image_size")
+    return np.stack(images)
 
 
 def _column(values: list[Any]) -> np.ndarray:

@@ -47,7 +47,7 @@ def read_groups(
 
     groups, pool = [], set()
     for name, split in SPLITS.items():
-        arrays = tfds_source.load_arrays(path, split, subset)
+        arrays = tfds_source.load_arrays(path, split, subset, decoded=False)
         if "concept" not in arrays or "style" not in arrays:
             raise UserError(f"{path}: no features `concept` and `style`: give the emoji set")
         pairs = list(zip(arrays["concept"].tolist(), arrays["style"].tolist(), strict=True))
@@ -56,6 +56,7 @@ def read_groups(
         pool |= {concept for concept, _ in pairs}
         first = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
         drawn = sorted(first, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
-        # Indexing copies: the rest of the split is free again.
-        groups.append(Group(name, drawn, arrays["image"][[first[pair] for pair in drawn]]))
+        encoded = arrays["image"][[first[pair] for pair in drawn]]
+        where = f"{path}: split {split!r}"
+        groups.append(Group(name, drawn, tfds_source.decode_pictures(encoded, where)))
     return groups, sorted(pool)

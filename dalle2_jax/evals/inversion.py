@@ -39,7 +39,7 @@ def main() -> None:
     from dalle2_jax.evals.groups import read_groups
 
     commands.keep_compiled_programs()
-    model = dataclasses.replace(DALLE2.from_pretrained(WEIGHTS.value), upsamplers={})
+    model = dataclasses.replace(DALLE2.from_pretrained(WEIGHTS.value), upsamplers={}, size=None)
     groups, _ = read_groups(DATA.value, SUBSET.value, NUM.value, seed=0)
     (held_out,) = (group for group in groups if group.name == "held-out pairs")
     pixels = images.to_float(jnp.asarray(held_out.pictures))

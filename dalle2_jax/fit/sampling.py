@@ -38,19 +38,20 @@ def report(
     changes: Mapping[str, Any],
     auto_batch: bool = False,
     thorough: bool = False,
+    size: int | None = None,
 ) -> Report:
     """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
     each stage's while it runs (`DALLE2.from_pretrained`, offload).
 
     `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
-    weights. `changes` as for DALLE2.with_settings, `thorough` as for `compile_twice`; with
-    `auto_batch` the most pictures that fit, in place of `batch_size`. Raises TooLarge, and
-    UserError as those do.
+    weights. `size` as for from_pretrained, `changes` as for DALLE2.with_settings, `thorough` as for
+    `compile_twice`; with `auto_batch` the most pictures that fit, in place of `batch_size`. Raises
+    TooLarge, and UserError as those do.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} must be 1 or more")
     where = open_slice(topology)
-    model = _shapes(weights).with_settings(**changes)
+    model = _shapes(weights, size).with_settings(**changes)
     mesh = sharding.make_mesh({"data": -1}, where.devices)
     weighed = {
         name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
@@ -60,6 +61,16 @@ def report(
     if not auto_batch:
         return attempt(batch_size=-(-batch_size // where.chips) * where.chips)
     return largest(lambda n: attempt(batch_size=n), where.chips, where.chip.hbm)
+
+
+def flops_by_stage(model: DALLE2, batch_size: int) -> dict[str, int]:
+    """Of drawing `batch_size` pictures, all steps counted."""
+    mesh = sharding.make_mesh({"data": -1})
+    weighed = {name: _on(mesh, PartitionSpec(), tree) for name, tree in model.params.items()}
+    counts: collections.Counter[str] = collections.Counter()
+    for name, _, calls, analytic, _ in _programs(model, weighed, mesh, batch_size):
+        counts[name] += calls * analytic
+    return dict(counts)
 
 
 def _report(
@@ -103,11 +114,11 @@ def _report(
     return _together(parts, where, batch_size, sizes, wait, count)
 
 
-def _shapes(weights: str) -> DALLE2:
+def _shapes(weights: str, size: int | None = None) -> DALLE2:
     """The model, of a folder, or of the configs in FOLDER/VARIANT as shapes alone."""
     folder, variant = Path(weights).parent, Path(weights).name
     if not (folder / "decoder.py").is_file():
-        return DALLE2.from_pretrained(weights, "bfloat16")  # as on a TPU
+        return DALLE2.from_pretrained(weights, "bfloat16", size=size)  # as on a TPU
     tasks, params = {}, {}
     for name in STAGES:
         path = f"{folder / name}.py:{variant}"
@@ -127,7 +138,7 @@ def _shapes(weights: str) -> DALLE2:
     clip = tasks["decoder"].clip
     params["clip"] = clip.params()
     prior, decoder, *upsamplers = (task.sampler for task in tasks.values())
-    return DALLE2(
+    model = DALLE2(
         tokenizer=Any,  # pyright: ignore[reportArgumentType]  # nothing is read
         clip=clip.network,
         prior=prior,
@@ -137,6 +148,7 @@ def _shapes(weights: str) -> DALLE2:
         weights=weights,
         weights_hash="",
     )
+    return model if size is None else model.at_size(size)
 
 
 def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:

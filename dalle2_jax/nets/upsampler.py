@@ -16,11 +16,14 @@ from dalle2_jax.types import Array
 class Upsampler(nn.Module):
     """x_t [b, h, w, 3], t [b], low_res [b, h, w, 3] (already resized) -> [b, h, w, 3 or 6].
 
-    With `inpaints` it is told what is `known` [b, h, w, 4] already: see `nets.decoder.Decoder`.
+    With `residual` the U-Net gives what `low_res` lacks of x_0 (SRDiff, 2104.14951): a network that
+    is narrower than its patches has no room to carry the picture through. With `inpaints` it is
+    told what is `known` [b, h, w, 4] already: see `nets.decoder.Decoder`.
     """
 
     unet: Mapping[str, Any]
     learned_variance: bool = False
+    residual: bool = False
     dtype: Any = jnp.float32
     inpaints: bool = False
     SECTIONS: ClassVar = {"unet": UNet}
@@ -46,4 +49,7 @@ class Upsampler(nn.Module):
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
         x = jnp.concatenate([x_t, low_res], axis=-1).astype(self.dtype)
-        return unet(x, emb, None, train, known=known if self.inpaints else None)
+        out = unet(x, emb, None, train, known=known if self.inpaints else None)
+        if self.residual:
+            out = out.at[..., : low_res.shape[-1]].add(low_res)
+        return out

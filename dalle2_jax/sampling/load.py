@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 
-from dalle2_jax import model_folder
+from dalle2_jax import arguments, model_folder
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
@@ -62,21 +62,49 @@ def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSa
     return sampler, _params(folder, "decoder")
 
 
-def upsamplers(
-    folder: Path, size: int, dtype: str = "float32"
-) -> dict[str, tuple[UpsamplerSampler, Params]]:
-    """The folder's upsamplers from `size` on, each starting where the one before ends.
+def image_size(folder: Path, asked: int | None = None) -> int | None:
+    """The side of the pictures to draw: `asked`, or the folder's default; None: the largest.
 
-    UserError: one is damaged, two start at one size, or one has no place in the chain.
+    UserError: it is no whole number.
+    """
+    if asked is not None:
+        return arguments.whole("size", asked, 1)
+    default = model_folder.read_config(folder).get("image_size")
+    name = f"{folder}/config.json: image_size"
+    return None if default is None else arguments.whole(name, default, 1)
+
+
+def upsamplers(
+    folder: Path, first: int, dtype: str = "float32", size: int | None = None
+) -> dict[str, tuple[UpsamplerSampler, Params]]:
+    """The folder's upsamplers from `first` px on, each starting where the one before ends: those
+    that pictures of `size` px need, or all.
+
+    UserError: one is damaged, two start at one size, one has no place in the chain, or no stage
+    draws pictures of that size.
     """
     entries = model_folder.read_config(folder)["stages"]
-    chain = upsampler_chain(entries, size)
-    loaded = {}
-    for stage in chain:
-        options = {"image_size": None, "separate_last_step": False}
-        sampler = _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, **options)
-        loaded[stage] = sampler, _params(folder, stage)
-    return loaded
+    options = {"image_size": None, "separate_last_step": False}
+    chain = {
+        stage: _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, **options)
+        for stage in upsampler_chain(entries, first)
+    }
+    count = needed(size, [first, *(sampler.image_size for sampler in chain.values())])
+    return {stage: (chain[stage], _params(folder, stage)) for stage in list(chain)[:count]}
+
+
+def needed(size: int | None, ends: Sequence[int]) -> int:
+    """How many upsamplers pictures of `size` px need, where the decoder and each of them in turn
+    ends at `ends`: drawn at the next larger one, they are averaged down. None: all.
+
+    UserError: smaller than the decoder's, or larger than the last one's.
+    """
+    if size is None:
+        return len(ends) - 1
+    if not ends[0] <= size <= ends[-1]:
+        told = f"from {ends[0]} to {ends[-1]} px" if len(ends) > 1 else f"of {ends[0]} px alone"
+        raise UserError(f"size={size}: this model draws pictures {told}")
+    return sum(end < size for end in ends)
 
 
 def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list[str]:

@@ -50,6 +50,7 @@ class UpsamplerTask:
     image_size: int
     crop_fraction: float = 0.25
     degradation: str = "blur"  # or "bsr" or "bsr_light", as in `degradation.STRENGTHS`
+    degraded_share: float = 1.0  # of the pictures that BSR spoils; the others stay true
     blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
     noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
     nothing_known: float = 0.5  # of the crops, where model.inpaints: see `known_in_part`
@@ -59,7 +60,8 @@ class UpsamplerTask:
 
     def __post_init__(self) -> None:
         check_range("config.task", 1, low_size=self.low_size, image_size=self.image_size)
-        shares = {"crop_fraction": self.crop_fraction, "nothing_known": self.nothing_known}
+        shares = {"crop_fraction": self.crop_fraction, "degraded_share": self.degraded_share}
+        shares["nothing_known"] = self.nothing_known
         check_range("config.task", 0, 1, **shares)
         check_range("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
         if self.degradation not in DEGRADATIONS:
@@ -156,8 +158,13 @@ class UpsamplerTask:
             low = images.gaussian_blur(low, 3, sigma * self.blur_sigma)
         low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
         if self.degradation != "blur":  # of the crop alone, as in latent diffusion
+            key_blur, key_share = jax.random.split(key_blur)
             strength = degradation.STRENGTHS[self.degradation]
-            low = degradation.bsr(key_blur, x_0, low.shape[1], strength)
+            # Its operations are made for factors up to 4.
+            seen = images.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
+            spoilt = degradation.bsr(key_blur, seen, low.shape[1], strength)
+            chosen = jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
+            low = jnp.where(chosen, spoilt, images.resize(seen, low.shape[1], "area"))
         if self.noise_std:
             key_std, key_noise = jax.random.split(key_noise)
             std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
