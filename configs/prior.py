@@ -7,7 +7,6 @@ paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Ta
        not measured).
        Table 3 gives 256 tokens of context; captions are read through CLIP's text tower here, and
        that has 77.
-       The paper draws with Analytic-DPM's variances; here with DDPM's posterior ones.
 tpu    the same with 16 heads of 128 channels, which fill the TPU's lanes, for 32 of 64
 karlo  the prior of kakaobrain/karlo-v1-alpha, 1.02B, drawn with as there; its training here is
        fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
@@ -36,7 +35,9 @@ def paper(heads):
                 name="prior",
                 embedding_scale=17.2,
                 drop_caption=0.1,
-                sampling=dict(steps=64, solver="ddpm", cfg_scale=1.0, clip=None),
+                sampling=dict(
+                    steps=64, solver="ddpm", variance="analytic", cfg_scale=1.0, clip=None
+                ),
             ),
             model=dict(
                 dim=1024,
@@ -61,7 +62,7 @@ def paper(heads):
 
 def karlo():
     config = paper(heads=32)
-    sampling = dict(steps=25, cfg_scale=4.0, clip=("static", 5.0))
+    sampling = dict(steps=25, cfg_scale=4.0, clip=("static", 5.0), variance="small")
     config.update(
         task=dict(embedding_scale=1.0, candidates=1, sampling=sampling),  # standardised, not scaled
         model=dict(dim=768, depth=20, learned_null=False, standardised=True),

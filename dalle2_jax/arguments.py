@@ -24,6 +24,16 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def prompts(value: Any) -> list[str]:
+    """One text or several, none of them empty, as a list; UserError for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"prompts must be a text or a list of texts, not {value!r}")
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError("a prompt is empty: write what is to be drawn")
+    return list(texts)
+
+
 def seeds(value: Any, count: int) -> np.ndarray:
     """One seed, or one for each of `count` prompts or pictures -> uint32 [count]; UserError for
     anything else."""

@@ -248,12 +248,8 @@ class Cascade:
         last: str = "",
     ) -> Iterator[Array]:
         """What the stage `last` draws ("": the last there is), batch by batch."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
         if prompts is not None:
-            if not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
-                raise UserError(f"prompts must be a text or a list of texts, not {prompts!r}")
-            if not prompts or not all(p.strip() for p in prompts):
-                raise UserError("a prompt is empty: write what is to be drawn")
+            prompts = arguments.prompts(prompts)
         elif z_img is None:
             raise UserError("there is nothing to draw: give prompts, z_img or both")
         if self.prior is None and z_img is None:
@@ -263,7 +259,7 @@ class Cascade:
             )
         n = arguments.whole("n", n, 1, 2**32)
         rows = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
-        captions = self.captions([None] * rows if prompts is None else list(prompts))
+        captions = self.captions([None] * rows if prompts is None else prompts)
         count = len(captions.given)
         total = count * n
         seeds = arguments.seeds(seed, count)

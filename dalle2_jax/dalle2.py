@@ -8,8 +8,9 @@ under it (`Cascade.invert`). What the product did with pictures moves in one of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.sampling import load
 
 _REPEATS = 5  # of a step, for a decoder that was not fine-tuned to inpaint
+
+
+class Ranked(NamedTuple):
+    picture: np.ndarray  # uint8 [h, w, 3]
+    index: int  # among all that were drawn of its prompt
+    score: float  # cosine of CLIP's embeddings of picture and prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,8 @@ class DALLE2(Cascade):
         prompts: str | Sequence[str] | None,
         n: int = 1,
         seed: int | Sequence[int] = 0,
+        *,
+        best_of: int | None = None,
         **options: Any,
     ) -> np.ndarray:
         """Draws n pictures of each prompt -> uint8 [len(prompts) * n, h, w, 3], prompt by prompt.
@@ -58,12 +67,43 @@ class DALLE2(Cascade):
             n: pictures a prompt, 2**32 at most; all are held at once here, not in `stream`.
             seed: an integer from 0 to 2**32 - 1, or one a prompt. Pictures i of two prompts with
                 one seed begin from the same noise.
+            best_of: draw so many of each prompt and return the n best, see `ranked`.
             **options: see `stream`.
 
         Raises:
             UserError: an argument of another type or range.
         """
-        return np.concatenate(list(self.stream(prompts, n, seed, **options)))
+        if best_of is None:
+            return np.concatenate(list(self.stream(prompts, n, seed, **options)))
+        rows = self.ranked(prompts, n, best_of, seed, **options)
+        return np.stack([one.picture for row in rows for one in row])
+
+    def ranked(
+        self,
+        prompts: str | Sequence[str] | None,
+        n: int,
+        best_of: int,
+        seed: int | Sequence[int] = 0,
+        **options: Any,
+    ) -> Iterator[list[Ranked]]:
+        """The n of `best_of` pictures of each prompt that CLIP finds nearest to it, the nearest
+        first; prompt by prompt, as they are drawn (reranking, as DALL-E 1 did: 2102.12092,
+        section 2.6). Arguments and errors are those of `generate`, and a model that cannot read
+        pictures.
+        """
+        best_of = arguments.whole("best_of", best_of, arguments.whole("n", n, 1))
+        if prompts is None:
+            raise UserError("best_of ranks pictures by their prompt: give prompts")
+        if self.clip.image is None:
+            raise UserError(f"{self.weights} has no image tower: it cannot rank pictures")
+        prompts = arguments.prompts(prompts)
+        drawn = itertools.chain.from_iterable(self.stream(prompts, best_of, seed, **options))
+        for prompt in prompts:
+            pictures = np.stack(list(itertools.islice(drawn, best_of)))
+            z_img, z_txt = self.encode_image(pictures), self.encode_text([prompt])
+            scores = normalise(z_img) @ normalise(z_txt)[0]
+            order = np.argsort(-scores, kind="stable")[:n]
+            yield [Ranked(pictures[i], int(i), float(scores[i])) for i in order]
 
     def reconstruct(
         self, pictures: np.ndarray, *, steps: int | None = None, **options: Any

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from dalle2_jax import pictures
+from dalle2_jax import modes, pictures
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.tokenizer import Tokenizer
@@ -38,7 +38,8 @@ class Bars:
 def draw_prompts(
     model: DALLE2, prompts: Sequence[str], n: int, seed: int, batch_size: int, out: Path
 ) -> Path:
-    """Writes n pictures a prompt into the folder `out`, each as soon as it is drawn.
+    """Writes n pictures a prompt into the folder `out`, each as soon as it is drawn; or of
+    --best_of the n best, with their scores.
 
     Every PNG carries its prompt, seed, settings and weights. The seed stands in its name too, so
     that another seed's pictures stay beside it. Returns the path of grid.png, this run's, a row a
@@ -54,15 +55,30 @@ def draw_prompts(
     about: dict[str, Any] = {"seed": seed, "size": model.image_size, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
-    batches = model.stream(prompts, n, seed, batch_size=batch_size, progress=Bars())
-    for picture in itertools.chain.from_iterable(batches):
+    for picture, told in _drawn(model, prompts, n, seed, batch_size):
         row, number = divmod(len(drawn), n)
         name = f"{row:03d}-{pictures.slug(prompts[row])}-s{seed}-{number}.png"
-        pictures.save_png(out / name, picture, {"prompt": prompts[row], "index": number, **about})
+        pictures.save_png(out / name, picture, {"prompt": prompts[row], **told, **about})
         drawn.append(crop_resize(picture, min(len(picture), _GRID_SIDE), (1.0, 0.5, 0.5)))
     grid = pictures.labelled_grid(np.stack(drawn), n, row_labels=prompts)
     pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
     return out / "grid.png"
+
+
+def _drawn(
+    model: DALLE2, prompts: Sequence[str], n: int, seed: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """n pictures of each prompt, each with what is its own."""
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": Bars()}
+    if (best_of := modes.BEST_OF.value) is not None:
+        for one in itertools.chain.from_iterable(
+            model.ranked(prompts, n, best_of, seed, **options)
+        ):
+            yield one.picture, {"index": one.index, "best_of": best_of, "score": one.score}
+    else:
+        batches = model.stream(prompts, n, seed, **options)
+        for place, picture in enumerate(itertools.chain.from_iterable(batches)):
+            yield picture, {"index": place % n}
 
 
 def _read_of(tokenizer: Tokenizer, prompt: str) -> str:

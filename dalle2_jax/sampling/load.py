@@ -165,12 +165,19 @@ def _sampler(
         if type(value) is not kind or (kind is int and value < 1):
             what = "true or false" if kind is bool else "a whole number from 1"
             raise UserError(f"{where}: {name} is {value!r}, not {what}")
-    parts = {
+    parts: dict[str, Any] = {
         "network": _network(network, entry["model"], where, dtype),
         "process": _build(Process, entry["diffusion"], where),
         "settings": _build(Settings, entry["sampling"], where),
+        "eps_square": _numbers(entry.get("eps_square", ()), f"{where}: eps_square"),
     }
     return _build(cls, given, where, **parts)
+
+
+def _numbers(values: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
+        raise UserError(f"{where} is {values!r}, not a list of numbers")
+    return tuple(map(float, values))
 
 
 def _network(cls: type[nn.Module], section: Any, where: str, dtype: str) -> Any:

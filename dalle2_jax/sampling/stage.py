@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion import guidance, inpainting, schedules
+from dalle2_jax.diffusion import analytic, guidance, inpainting, schedules
 from dalle2_jax.diffusion.inversion import DDIMInversion
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
@@ -37,7 +37,7 @@ class Settings:
     clip: tuple[str, float] | None = ("static", 1.0)
     spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
     eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
-    variance: str = "small"  # of ddpm, "small" or "large", where the network learned none
+    variance: str = "small"  # of ddpm, where none was learned: "small", "large" or "analytic"
     cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
     cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
     repeats: int = 1  # of a step, for a picture known in part: see `inpainting.Resampling`
@@ -99,8 +99,12 @@ class Settings:
             return None
         return guidance.within(process.training_schedule(), self.cfg_interval)
 
-    def make_solver(self, schedule: schedules.Schedule) -> Solver:
-        options = {"ddim": {"eta": self.eta}, "ddpm": {"variance": self.variance}}
+    def make_solver(
+        self, schedule: schedules.Schedule, variances: np.ndarray | None = None
+    ) -> Solver:
+        """The solver over `schedule`; `variances` are its analytic ones."""
+        variance = self.variance if variances is None else variances
+        options: dict[str, Any] = {"ddim": {"eta": self.eta}, "ddpm": {"variance": variance}}
         solver = make_solver(self.solver, schedule, **options.get(self.solver, {}))
         if self.repeats == 1:
             return solver
@@ -118,6 +122,8 @@ class StageSampler:
     network: nn.Module
     process: Process
     settings: Settings
+    eps_square: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
+    """What `analytic.measure` found in training; (): nothing did."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,8 +143,20 @@ class StageSampler:
         if given[0] != given[1]:
             told = "learned_variance is {} in model, {} in diffusion: set both alike"
             raise UserError(told.format(*given))
-        # Settings that do not go together are told before anything is drawn.
-        self.settings.make_solver(self.settings.schedule(self.process))
+        self.make_solver()  # settings that do not go together are told before anything is drawn
+
+    def make_solver(self) -> Solver:
+        schedule = self.settings.schedule(self.process)
+        if self.settings.variance != "analytic":
+            return self.settings.make_solver(schedule)
+        if self.settings.solver != "ddpm" or self.process.learned_variance:
+            raise UserError('variance="analytic" goes with solver="ddpm" and no learned variance')
+        if not self.eps_square:
+            told = 'variance="analytic" needs what training measures: export the stage again'
+            raise UserError(f"{told} (configs/prior.py), or take another")
+        total = self.process.num_timesteps
+        found = analytic.variances(schedule, total, self.eps_square)
+        return self.settings.make_solver(schedule, found)
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
         """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""
@@ -152,7 +170,7 @@ class StageSampler:
     def evaluations(self) -> int:
         """How often the network is evaluated for a batch; a guided evaluation, of twice the rows,
         counts once."""
-        return self.settings.make_solver(self.settings.schedule(self.process)).evaluations
+        return self.make_solver().evaluations
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
         """(parameters, the number of steps that they serve), in the order of sampling."""
@@ -245,7 +263,7 @@ def start(
     stage: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
 ) -> tuple[Array, PyTree]:
     x_T = init_noise(keys, shape) if noise is None else noise[0]
-    return x_T, stage.settings.make_solver(stage.settings.schedule(stage.process)).init(x_T)
+    return x_T, stage.make_solver().init(x_T)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -259,7 +277,7 @@ def advance_steps(
     noise: Array | None,
 ) -> tuple[Array, PyTree]:
     schedule = stage.settings.schedule(stage.process)
-    solver = stage.settings.make_solver(schedule)
+    solver = stage.make_solver()
     return advance(solver, _denoiser(stage, params, cond, schedule), state, ts, keys, noise)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ def make_sampler(
     """
     where = "config.task.sampling"
     settings = construct(Settings, config.task.get("sampling") or {}, where)
+    if settings.variance == "analytic":  # known at the end of training alone
+        settings = dataclasses.replace(settings, variance="small")
     try:
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
         return cls(network, process, settings, **options)

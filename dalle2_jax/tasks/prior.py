@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax import images
+from dalle2_jax.diffusion import analytic
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
@@ -81,6 +82,18 @@ class PriorTask:
         if learned:
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
         return self.sampler.condition(text)
+
+    def measure(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+        """What `Settings.variance` "analytic" draws with."""
+        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        everyone = jnp.ones(z_img.shape[:1], bool)
+        cond = self.condition(frozen, batch["tokens"], everyone)
+
+        def apply(x_t: Array, t: Array) -> Array:
+            return self.sampler.apply(params, x_t, t, cond)
+
+        x_0 = forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
+        return {"eps_square": analytic.measure(self.process, apply, x_0, key)}
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int

@@ -19,7 +19,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
 from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
-from dalle2_jax.train.step import global_batch, make_eval_step, make_preview
+from dalle2_jax.train.step import global_batch, make_eval_step, make_measure, make_preview
 from dalle2_jax.types import Params, Task
 
 READABLE = 96  # pixels: smaller previews are enlarged, so that captions have room
@@ -42,6 +42,7 @@ class SideWork:
         self._dataset = dataset
         self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
         self._preview = make_preview(task, config.sharding_rules, mesh, config.preview_size)
+        self._measure = make_measure(task, config.sharding_rules, mesh)
         self._folder = folder
 
     @functools.cached_property
@@ -95,8 +96,23 @@ class SideWork:
         scale = max(1, READABLE // size)
         return pictures.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
+    def measure(self, params: Params) -> dict[str, list[float]]:
+        """What the task measures of its network on the first batches, for the stage's entry."""
+        if self._measure is None:
+            return {}
+        key, total = stream(self._config.seed, EVAL_STREAM), {}
+        for i, batch in enumerate(self._batches):
+            args = params, self._frozen, global_batch(batch, self._mesh), jax.random.fold_in(key, i)
+            if i == 0:
+                hosts.compile_together(self._measure, *args)
+            for name, value in jax.device_get(self._measure(*args)).items():
+                total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+        return {n: np.round(x / len(self._batches), 6).tolist() for n, x in total.items()}
+
     def export(self, params: Params) -> None:
+        measured = self.measure(params)
         entry, tensors = self._task.export(_gather(params))
+        entry = {**entry, **measured}
         if jax.process_index() == 0:
             dtype = self._config.export_dtype
             model_folder.write_stage(self._folder, self._task.stage, entry, tensors, dtype)

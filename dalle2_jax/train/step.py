@@ -222,3 +222,19 @@ def make_preview(
         return shown, batch["tokens"][:rows] if "tokens" in batch else None
 
     return jax.jit(preview, out_shardings=sharding.replicated(mesh))
+
+
+def make_measure(
+    task: Task, rules: sharding.Rules, mesh: Mesh
+) -> Callable[[Params, Params, Batch, Array], dict[str, Array]] | None:
+    """(params, frozen, batch, key) -> what the task measures of its network; None: nothing."""
+    task_measure = getattr(task, "measure", None)
+    if task_measure is None:
+        return None
+
+    def measure(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
+        params = on_device(params)
+        with on_mesh(mesh, rules, params, frozen):
+            return task_measure(params, frozen, batch, key)
+
+    return jax.jit(measure, out_shardings=sharding.replicated(mesh))

@@ -71,7 +71,8 @@ class DDPM(OverSchedule):
 
     def __post_init__(self) -> None:
         if isinstance(self.variance, str) and self.variance not in ("small", "large"):
-            raise UserError(f"variance must be 'small' or 'large', not {self.variance!r}")
+            known = "'small', 'large' or 'analytic'"  # a table, by the time it comes here
+            raise UserError(f"variance must be {known}, not {self.variance!r}")
 
     @functools.cached_property
     def _log_variance(self) -> np.ndarray:
