@@ -15,7 +15,7 @@ from dalle2_jax.errors import UserError
 # isort: split
 from absl import flags
 
-from dalle2_jax import modes
+from dalle2_jax import choices, modes
 from dalle2_jax.fit import command
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
@@ -24,11 +24,6 @@ N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
-STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
-CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
-SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,..."
-)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 AUTO_BATCH = command.only_with_topology("auto_batch", "the most pictures at a time that fit.")
 
@@ -48,12 +43,10 @@ def read_prompts() -> list[str]:
 
 
 def main() -> int:
-    steps, cfg_scale = commands.choice(STEPS, int), commands.choice(CFG_SCALE, float)
-    solver = commands.choice(SAMPLER, str)
+    changes = choices.read()
     if command.TOPOLOGY.value is not None:
         from dalle2_jax.fit import sampling
 
-        changes = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver}
         asked = dict(batch_size=BATCH_SIZE.value, changes=changes, size=modes.SIZE.value)
         return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
     command.check()
@@ -70,9 +63,10 @@ def main() -> int:
         return 0
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
-        draw, steps = strips.draw, modes.STEPS if steps is None else steps
+        draw = strips.draw
+        changes["steps"] = modes.STEPS if changes["steps"] is None else changes["steps"]
     model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
-    model = model.with_settings(steps, cfg_scale, solver)
+    model = model.with_settings(**changes)
     print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
     return 0
 

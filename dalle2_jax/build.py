@@ -62,7 +62,7 @@ def defaults() -> Config:
                 accumulate=1,  # batches an update
             ),
             batch_size=64,  # of all devices together
-            num_steps=1000,  # batches
+            num_steps=1000,  # batches; 0: export the weights of init_from, measured anew
             max_minutes=0.0,  # of wall time; 0: no limit. The same command goes on
             seed=0,
             ema_decay=0.9999,
@@ -94,9 +94,11 @@ def defaults() -> Config:
 
 # (least, most) -> the settings that lie between
 _RANGES: dict[tuple[float, float], str] = {
-    (1, math.inf): "batch_size num_steps preview_size eval_batches keep max_skips "
-    "optimizer.accumulate",
-    (0, math.inf): "log_every checkpoint_every preview_every eval_every export_every max_minutes "
+    (1, math.inf): "batch_size preview_size eval_batches keep max_skips optimizer.accumulate",
+    (
+        0,
+        math.inf,
+    ): "num_steps log_every checkpoint_every preview_every eval_every export_every max_minutes "
     "max_grad_norm watchdog_seconds optimizer.learning_rate optimizer.eps optimizer.weight_decay "
     "optimizer.warmup_steps optimizer.clip_norm",
     (0, 1): "ema_decay optimizer.b1 optimizer.b2",

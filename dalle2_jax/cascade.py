@@ -20,6 +20,7 @@ from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
 from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
+from dalle2_jax.sampling.choices import Choice, chosen
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.preprocess import middle, preprocess, shrunk
 from dalle2_jax.sampling.prior import PriorSampler
@@ -29,9 +30,6 @@ from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
 Result = TypeVar("Result")
-
-Choice = Any
-"""One value for the stage(s) a setting means by default, or {stage: value}."""
 
 
 class Latents(NamedTuple):
@@ -149,34 +147,23 @@ class Cascade:
         cfg_scale: Choice = None,
         solver: Choice = None,
         eta: Choice = None,
+        cfg_interval: Choice = None,
+        cfg_rescale: Choice = None,
+        variance: Choice = None,
     ) -> Self:
-        """The same model, sampled otherwise; None keeps what the folder says.
+        """The same model, sampled otherwise (`sampling.stage.Settings` tells how); None keeps what
+        the folder says.
 
-        Each is one value or {stage: value}. One value of `steps`, `cfg_scale` or `eta` is the
-        decoder's, of `solver` (`diffusion.solvers.NAMES`) every stage's. numpy's numbers serve as
-        Python's.
+        Each is one value or {stage: value}; one value is the decoder's, of `solver`
+        (`diffusion.solvers.NAMES`) every stage's. numpy's numbers serve as Python's.
 
         Raises:
-            UserError: an unknown stage or solver, a value of another type, or steps out of range.
+            UserError: an unknown stage or solver, a value of another type or out of range, or an
+                analytic variance of a stage for which none was measured.
         """
-        settings = {name: {} for name in self.samplers()}
         choices = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver, "eta": eta}
-        for field, choice in choices.items():
-            if choice is None:
-                continue
-            if not isinstance(choice, Mapping):
-                choice = dict.fromkeys(settings if field == "solver" else ["decoder"], choice)
-            for stage, value in choice.items():
-                if stage not in settings:
-                    near = near_miss(str(stage), settings)
-                    raise UserError(f"{field}: no stage {stage!r}{near}")
-                settings[stage][field] = arguments.plain(value)
-        changed = {
-            name: dataclasses.replace(
-                sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
-            )
-            for name, sampler in self.samplers().items()
-        }
+        choices |= dict(cfg_interval=cfg_interval, cfg_rescale=cfg_rescale, variance=variance)
+        changed = chosen(self.samplers(), choices)
         prior, decoder = changed.pop("prior", None), changed.pop("decoder")
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 

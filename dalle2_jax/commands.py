@@ -121,7 +121,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(say(error))
 
 
-def choice(flag: flags.FlagHolder, kind: type) -> object:
+def choice(flag: flags.FlagHolder, kind: Callable[[str], object]) -> object:
     """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}."""
     if flag.value is None:
         return None
@@ -131,7 +131,7 @@ def choice(flag: flags.FlagHolder, kind: type) -> object:
         pairs = [part.split("=") for part in flag.value.split(",")]
         chosen = {stage.strip(): kind(value) for stage, value in pairs}
     except ValueError:
-        what = {int: "a whole number", float: "a number", str: "a name"}[kind]
+        what = {int: "a whole number", float: "a number", str: "a name"}.get(kind, "LOW:HIGH")
         raise UserError(
             f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
         ) from None

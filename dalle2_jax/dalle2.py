@@ -8,7 +8,6 @@ under it (`Cascade.invert`). What the product did with pictures moves in one of 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -88,8 +87,8 @@ class DALLE2(Cascade):
     ) -> Iterator[list[Ranked]]:
         """The n of `best_of` pictures of each prompt that CLIP finds nearest to it, the nearest
         first; prompt by prompt, as they are drawn (reranking, as DALL-E 1 did: 2102.12092,
-        section 2.6). Arguments and errors are those of `generate`, and a model that cannot read
-        pictures.
+        section 2.6). No more than a batch and n pictures are held. Arguments and errors are those
+        of `generate`, and a model that cannot read pictures.
         """
         best_of = arguments.whole("best_of", best_of, arguments.whole("n", n, 1))
         if prompts is None:
@@ -97,13 +96,17 @@ class DALLE2(Cascade):
         if self.clip.image is None:
             raise UserError(f"{self.weights} has no image tower: it cannot rank pictures")
         prompts = arguments.prompts(prompts)
-        drawn = itertools.chain.from_iterable(self.stream(prompts, best_of, seed, **options))
-        for prompt in prompts:
-            pictures = np.stack(list(itertools.islice(drawn, best_of)))
-            z_img, z_txt = self.encode_image(pictures), self.encode_text([prompt])
-            scores = normalise(z_img) @ normalise(z_txt)[0]
-            order = np.argsort(-scores, kind="stable")[:n]
-            yield [Ranked(pictures[i], int(i), float(scores[i])) for i in order]
+        z_txt, best, place = normalise(self.encode_text(prompts)), [], 0
+        for pictures in self.stream(prompts, best_of, seed, **options):
+            z_img = normalise(self.encode_image(pictures))
+            for picture, z in zip(pictures, z_img, strict=True):
+                row, index = divmod(place, best_of)
+                best.append(Ranked(picture.copy(), index, float(z @ z_txt[row])))
+                best = sorted(best, key=lambda one: -one.score)[:n]  # stable: the earlier of equals
+                place += 1
+                if place % best_of == 0:
+                    yield best
+                    best = []
 
     def reconstruct(
         self, pictures: np.ndarray, *, steps: int | None = None, **options: Any

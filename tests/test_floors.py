@@ -42,7 +42,7 @@ FLOORS = (
     },
     {"sampling", "tasks"},
     {"cascade", "dalle2", "placement", "pretrained", "train"},
-    {"app", "build", "drawing", "evals", "fit", "modes", "strips"},
+    {"app", "build", "choices", "drawing", "evals", "fit", "modes", "strips"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows between rooms of one floor: who may import whom.
@@ -64,6 +64,7 @@ ARROWS = {
     ("cascade", "placement"),
     ("cascade", "pretrained"),
     ("dalle2", "cascade"),
+    ("drawing", "modes"),
     ("evals", "fit"),
     ("fit", "build"),
     ("strips", "drawing"),

@@ -1,16 +1,23 @@
 """The best variances of the reverse process, from one number a time (Analytic-DPM, 2201.06503).
 
-    sigma_t^2 = lambda_t^2 + c_t^2 (1 - E|eps|^2 / d)                                        (1)
-    c_t       = sqrt((1 - abar_t) / a_t) - sqrt(1 - abar_{t-1} - lambda_t^2)                 (2)
+    sigma_t^2 = lambda_t^2 + c_t^2 v_t                                                       (1)
+    c_t       = sqrt(abar_{t-1}) - sqrt((1 - abar_{t-1} - lambda_t^2) abar_t / (1 - abar_t))   (2)
+    lambda_t  = eta sqrt(beta~_t): 1 is DDPM, 0 is DDIM                                      (3)
+    v_t       = E |x_0 - x_0_pred|^2 / d = (1 - abar_t) / abar_t E |eps - eps_pred|^2 / d    (4)
+    0 <= v_t <= min((1 - abar_t) / abar_t, E |x_0|^2 / d)                                    (5)
 
-where a_t = abar_t / abar_{t-1}, lambda_t^2 is DDPM's posterior variance beta~, and E|eps|^2 / d the
-mean square of the noise that the network predicts over q(x_t). That is theorem 1 told by eps, for
-which the score is -eps / sqrt(1 - abar). As the mean square lies within 0 and 1 for a network that
-predicts the mean, and is held there, (1) keeps the bounds of theorem 2.
+(1) is the paper's theorem 1, its factors regrouped so that no large one is left: c_t is what x_0
+weighs in the mean of x_{t-1}. There v_t holds 1 - E |eps_pred|^2 / d (their 1 - betabar Gamma) for
+E |eps - eps_pred|^2 / d. Both are one number where the network predicts the mean of eps, for then
+E <eps, eps_pred> = E |eps_pred|^2. Where it does not quite, (4) still gives the best variance
+(2206.07309, by the same authors), is never negative, and needs few samples; theirs is
+the small difference of two ones, to be multiplied by 1 / abar_T, which is 10^8: a network's least
+error takes its place. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
 
-Under a network's own error the noise that it predicts has a mean square of less than 1: where x_0
-is quite uncertain (many x_0 go with one x_t) (1) is more than beta~, and draws what DDPM with few
-steps would miss.
+Last steps (the paper's appendix): the last draws no noise; where x_0 is a picture in [-1, 1], the
+one before no more than E |sigma_1 noise| = 2/255, which no eye sees.                            (6)
+
+v_t is a function of abar_t alone: measured over the training schedule it serves all respaced ones.
 """
 
 from __future__ import annotations
@@ -26,35 +33,57 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.schedules import Schedule
 from dalle2_jax.types import Array
 
-KNOTS = 33  # times at which the mean square is measured: it changes slowly between
+KNOTS = 33
+_GREY_LEVEL = 2 / 255
 
 
-def knots(num_timesteps: int, count: int = KNOTS) -> np.ndarray:
-    """Times of the training schedule, int [count], from the first to the last."""
-    return np.round(np.linspace(0, num_timesteps - 1, count)).astype(int)
+def knots(num_timesteps: int) -> np.ndarray:
+    """The times at which v_t is measured, int [KNOTS], from the first to the last of the training
+    schedule; closer where there is little noise, for there it changes most."""
+    return np.round((num_timesteps - 1) * np.linspace(0, 1, KNOTS) ** 2).astype(int)
 
 
 def measure(
     process: Process, apply: Callable[[Array, Array], Array], x_0: Array, key: Array
 ) -> Array:
-    """E|eps|^2 / d at `knots`, float32 [KNOTS], over examples x_0 [b, ...]; `apply` takes (x_t, t)
-    to the network's raw output."""
+    """v_t of (4) at `knots`, float32 [KNOTS], over examples x_0 [b, ...], bounded by their mean
+    square; `apply` takes (x_t, t) to the network's raw output."""
     schedule = process.training_schedule()
 
     def at(t: Array, key: Array) -> Array:
         times = jnp.full(x_0.shape[:1], t, jnp.int32)
         x_t = q_sample(schedule, x_0, times, jax.random.normal(key, x_0.shape))
         told = process.prediction, apply(x_t, times), x_t, times, None, process.learned_variance
-        return jnp.mean(jnp.square(to_prediction(schedule, *told).eps))
+        return jnp.mean(jnp.square(to_prediction(schedule, *told).x_0 - x_0))
 
     times = jnp.asarray(knots(process.num_timesteps), jnp.int32)
-    return jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
+    found = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
+    return jnp.minimum(found, jnp.mean(jnp.square(x_0)))
 
 
-def variances(schedule: Schedule, num_timesteps: int, eps_square: Sequence[float]) -> np.ndarray:
-    """(1) for each step of a schedule, respaced or not, float64 [T]; `eps_square` as `measure` gave
-    it for the training schedule of `num_timesteps`."""
-    at = np.interp(schedule.timesteps, knots(num_timesteps, len(eps_square)), eps_square)
-    abar, prev, lambda_2 = schedule.alpha_bar, schedule.alpha_bar_prev, schedule.posterior_variance
-    c = np.sqrt((1 - abar) / schedule.alpha) - np.sqrt(np.maximum(1 - prev - lambda_2, 0))
-    return lambda_2 + c**2 * (1 - np.clip(at, 0, 1))
+def variances(
+    schedule: Schedule,
+    num_timesteps: int,
+    x_0_error: Sequence[float],
+    eta: float = 1.0,
+    pictures: bool = False,
+) -> np.ndarray:
+    """sigma_t^2 of (1) for each step of a schedule, respaced or not, float64 [T].
+
+    Args:
+        schedule: what is sampled.
+        num_timesteps: of the training schedule.
+        x_0_error: as `measure` gave it for that.
+        eta: of (3).
+        pictures: whether (6) bounds the last step but one.
+    """
+    abar, prev = schedule.alpha_bar, schedule.alpha_bar_prev
+    v = np.interp(schedule.timesteps, knots(num_timesteps), x_0_error)
+    v = np.clip(v, 0, (1 - abar) / abar)
+    lambda_2 = eta**2 * schedule.posterior_variance
+    c = np.sqrt(prev) - np.sqrt(np.maximum(1 - prev - lambda_2, 0) * abar / (1 - abar))
+    sigma_2 = lambda_2 + c**2 * v
+    sigma_2[:1] = 0
+    if pictures:
+        sigma_2[1:2] = np.minimum(sigma_2[1:2], np.pi / 2 * _GREY_LEVEL**2)
+    return sigma_2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,14 +170,17 @@ def _sampler(
         "network": _network(network, entry["model"], where, dtype),
         "process": _build(Process, entry["diffusion"], where),
         "settings": _build(Settings, entry["sampling"], where),
-        "eps_square": _numbers(entry.get("eps_square", ()), f"{where}: eps_square"),
+        "x_0_error": _numbers(entry.get("x_0_error", ()), f"{where}: x_0_error"),
     }
     return _build(cls, given, where, **parts)
 
 
 def _numbers(values: Any, where: str) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
-        raise UserError(f"{where} is {values!r}, not a list of numbers")
+    """Of 0 and more."""
+    if not isinstance(values, list | tuple) or not all(
+        type(v) in (int, float) and 0 <= v < math.inf for v in values
+    ):
+        raise UserError(f"{where} is {values!r}, not a list of numbers from 0")
     return tuple(map(float, values))
 
 

@@ -37,7 +37,8 @@ class Settings:
     clip: tuple[str, float] | None = ("static", 1.0)
     spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
     eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
-    variance: str = "small"  # of ddpm, where none was learned: "small", "large" or "analytic"
+    variance: str = "small"  # of ddpm, where none was learned; or "large", or "analytic", from
+    # `StageSampler.x_0_error`; this of ddim as well, which then draws with noise at any eta
     cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
     cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
     repeats: int = 1  # of a step, for a picture known in part: see `inpainting.Resampling`
@@ -104,7 +105,10 @@ class Settings:
     ) -> Solver:
         """The solver over `schedule`; `variances` are its analytic ones."""
         variance = self.variance if variances is None else variances
-        options: dict[str, Any] = {"ddim": {"eta": self.eta}, "ddpm": {"variance": variance}}
+        options: dict[str, Any] = {
+            "ddim": {"eta": self.eta, "variance": variances},
+            "ddpm": {"variance": variance},
+        }
         solver = make_solver(self.solver, schedule, **options.get(self.solver, {}))
         if self.repeats == 1:
             return solver
@@ -122,8 +126,8 @@ class StageSampler:
     network: nn.Module
     process: Process
     settings: Settings
-    eps_square: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
-    """What `analytic.measure` found in training; (): nothing did."""
+    x_0_error: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
+    """What `analytic.measure` found at the end of training; (): nothing did."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,17 +150,19 @@ class StageSampler:
         self.make_solver()  # settings that do not go together are told before anything is drawn
 
     def make_solver(self) -> Solver:
-        schedule = self.settings.schedule(self.process)
-        if self.settings.variance != "analytic":
-            return self.settings.make_solver(schedule)
-        if self.settings.solver != "ddpm" or self.process.learned_variance:
-            raise UserError('variance="analytic" goes with solver="ddpm" and no learned variance')
-        if not self.eps_square:
-            told = 'variance="analytic" needs what training measures: export the stage again'
-            raise UserError(f"{told} (configs/prior.py), or take another")
-        total = self.process.num_timesteps
-        found = analytic.variances(schedule, total, self.eps_square)
-        return self.settings.make_solver(schedule, found)
+        settings, schedule = self.settings, self.settings.schedule(self.process)
+        if settings.variance != "analytic" or settings.solver not in ("ddpm", "ddim"):
+            return settings.make_solver(schedule)
+        if self.process.learned_variance:
+            raise UserError('variance="analytic" goes with no learned variance: take another')
+        if len(self.x_0_error) != analytic.KNOTS:
+            told = 'variance="analytic" needs x_0_error, which a prior\'s training measures: see'
+            raise UserError(f'{told} docs/sampling.md, or set variance="small" in config.json')
+        eta = settings.eta if settings.solver == "ddim" else 1.0
+        found = analytic.variances(
+            schedule, self.process.num_timesteps, self.x_0_error, eta, len(self.shape) == 3
+        )
+        return settings.make_solver(schedule, found)
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
         """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""

@@ -93,7 +93,7 @@ class PriorTask:
             return self.sampler.apply(params, x_t, t, cond)
 
         x_0 = forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
-        return {"eps_square": analytic.measure(self.process, apply, x_0, key)}
+        return {"x_0_error": analytic.measure(self.process, apply, x_0, key)}
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int

@@ -48,7 +48,7 @@ def train(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
     frozen = place_frozen(task.frozen(), mesh)
-    side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model)
+    side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model, dataset)
     if config.best_metric:
         names = side.metric_names(template.params) if eval_dataset else ()
         checks.check_best_metric(config, names)

@@ -18,7 +18,7 @@ from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
-from dalle2_jax.train.state import EVAL_STREAM, PREVIEW_STREAM, on_device, stream
+from dalle2_jax.train.state import EVAL_STREAM, MEASURE_STREAM, PREVIEW_STREAM, on_device, stream
 from dalle2_jax.train.step import global_batch, make_eval_step, make_measure, make_preview
 from dalle2_jax.types import Params, Task
 
@@ -36,10 +36,12 @@ class SideWork:
         mesh: Mesh,
         dataset: Dataset,
         folder: Path,
+        measured: Dataset,
     ):
-        """`dataset` is the held-out one if there is one; `folder` the model folder to write."""
+        """`dataset` is the held-out one if there is one; `folder` the model folder to write;
+        `measured` the data of training."""
         self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
-        self._dataset = dataset
+        self._dataset, self._measured = dataset, measured
         self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
         self._preview = make_preview(task, config.sharding_rules, mesh, config.preview_size)
         self._measure = make_measure(task, config.sharding_rules, mesh)
@@ -97,17 +99,20 @@ class SideWork:
         return pictures.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
     def measure(self, params: Params) -> dict[str, list[float]]:
-        """What the task measures of its network on the first batches, for the stage's entry."""
+        """What the task measures of its network, a mean over the first `eval_batches` batches of
+        training, for the stage's entry: the same of the same weights. They are read anew: the
+        training's own place in the data stays."""
         if self._measure is None:
             return {}
-        key, total = stream(self._config.seed, EVAL_STREAM), {}
-        for i, batch in enumerate(self._batches):
+        key, count = stream(self._config.seed, MEASURE_STREAM), max(self._config.eval_batches, 1)
+        total: dict[str, Any] = {}
+        for i, batch in enumerate(itertools.islice(self._measured(0), count)):
             args = params, self._frozen, global_batch(batch, self._mesh), jax.random.fold_in(key, i)
             if i == 0:
                 hosts.compile_together(self._measure, *args)
             for name, value in jax.device_get(self._measure(*args)).items():
-                total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
-        return {n: np.round(x / len(self._batches), 6).tolist() for n, x in total.items()}
+                total[name] = total.get(name, 0.0) + np.asarray(value, np.float64) / count
+        return {name: [float(f"{v:.6g}") for v in values] for name, values in total.items()}
 
     def export(self, params: Params) -> None:
         measured = self.measure(params)

@@ -20,6 +20,7 @@ from dalle2_jax.types import Array, Params, PyTree, Task
 INIT_STREAM = np.uint32(2**32 - 1)
 PREVIEW_STREAM = np.uint32(2**32 - 2)
 EVAL_STREAM = np.uint32(2**32 - 3)
+MEASURE_STREAM = np.uint32(2**32 - 4)
 
 
 # config.offload -> field of the state

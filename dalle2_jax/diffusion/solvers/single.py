@@ -6,6 +6,7 @@ DDPM, ancestral (DDPM 2006.11239, algorithm 2):
 DDIM (2010.02502, equations 12 and 16), eta = 0 deterministic, eta = 1 equal to DDPM:
     s       = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev)              (2)
     x_{t-1} = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - s^2) eps + s noise                  (3)
+Analytic-DPM (2201.06503, see `analytic`) leaves the means and takes other variances of the noise.
 
 Heun (EDM 2206.00364, algorithm 1, without churn). With alpha = sqrt(abar), sigma = sqrt(1 - abar)
 their variable is x / alpha, their noise level sigma / alpha, whose log falls by h, and their
@@ -96,9 +97,10 @@ class DDPM(OverSchedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DDIM(OverSchedule):
-    """Equations (2) and (3)."""
+    """Equations (2) and (3); `variance` float64 [T], where given, is that of the noise, not s^2."""
 
     eta: float = 0.0
+    variance: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -108,7 +110,8 @@ class DDIM(OverSchedule):
     def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.eta * np.sqrt(self.schedule.posterior_variance)  # (2), for it is eta^2 beta~
         prev = self.schedule.alpha_bar_prev
-        return np.sqrt(prev), np.sqrt(np.maximum(1 - prev - s**2, 0)), s
+        noise = s if self.variance is None else np.sqrt(self.variance)
+        return np.sqrt(prev), np.sqrt(np.maximum(1 - prev - s**2, 0)), noise
 
     def step(
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
