@@ -61,13 +61,15 @@ def main() -> int:
     if modes.PREVIEW_MASK.value:
         print(strips.preview(out))
         return 0
-    draw = draw_prompts
-    if modes.MODE.value != modes.GENERATE:
-        draw = strips.draw
-        changes["steps"] = modes.STEPS if changes["steps"] is None else changes["steps"]
-    model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
-    model = model.with_settings(**changes)
-    print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
+    told = prompts, N.value, SEED.value, BATCH_SIZE.value, out
+    generates = modes.MODE.value == modes.GENERATE
+    if changes["steps"] is None and not generates:
+        changes["steps"] = modes.STEPS
+    model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value).with_settings(**changes)
+    if generates:
+        print(draw_prompts(model, *told, modes.BEST_OF.value))
+    else:
+        print(strips.draw(model, *told))
     return 0
 
 

@@ -173,6 +173,8 @@ def complete(config: Config) -> Config:
     _merge(full, given, "")
     for (least, most), names in _RANGES.items():
         check_range("config", least, most, **{n: _at(full, n) for n in names.split()})
+    if not full.num_steps and not full.init_from:
+        raise UserError("config.num_steps=0 exports the weights of config.init_from: name them")
     if full.task.get("name") in TASKS:
         for section, cls in _task_module(full.task.name).SECTIONS.items():
             full[section] = ConfigDict(with_defaults(cls, full[section]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalle2_jax import modes, pictures
+from dalle2_jax import pictures
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.tokenizer import Tokenizer
@@ -36,10 +36,16 @@ class Bars:
 
 
 def draw_prompts(
-    model: DALLE2, prompts: Sequence[str], n: int, seed: int, batch_size: int, out: Path
+    model: DALLE2,
+    prompts: Sequence[str],
+    n: int,
+    seed: int,
+    batch_size: int,
+    out: Path,
+    best_of: int | None = None,
 ) -> Path:
     """Writes n pictures a prompt into the folder `out`, each as soon as it is drawn; or of
-    --best_of the n best, with their scores.
+    `best_of` the n best, with their scores.
 
     Every PNG carries its prompt, seed, settings and weights. The seed stands in its name too, so
     that another seed's pictures stay beside it. Returns the path of grid.png, this run's, a row a
@@ -55,7 +61,7 @@ def draw_prompts(
     about: dict[str, Any] = {"seed": seed, "size": model.image_size, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
-    for picture, told in _drawn(model, prompts, n, seed, batch_size):
+    for picture, told in _drawn(model, prompts, n, seed, batch_size, best_of):
         row, number = divmod(len(drawn), n)
         name = f"{row:03d}-{pictures.slug(prompts[row])}-s{seed}-{number}.png"
         pictures.save_png(out / name, picture, {"prompt": prompts[row], **told, **about})
@@ -66,11 +72,16 @@ def draw_prompts(
 
 
 def _drawn(
-    model: DALLE2, prompts: Sequence[str], n: int, seed: int, batch_size: int
+    model: DALLE2,
+    prompts: Sequence[str],
+    n: int,
+    seed: int,
+    batch_size: int,
+    best_of: int | None,
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """n pictures of each prompt, each with what is its own."""
     options: dict[str, Any] = {"batch_size": batch_size, "progress": Bars()}
-    if (best_of := modes.BEST_OF.value) is not None:
+    if best_of is not None:
         for one in itertools.chain.from_iterable(
             model.ranked(prompts, n, best_of, seed, **options)
         ):

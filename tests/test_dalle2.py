@@ -137,6 +137,7 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         "variance": "small",
         "cfg_interval": None,
         "cfg_rescale": 0.0,
+        "repeats": 1,
     }
     one = model.with_settings(steps=3, cfg_scale=5.0, solver="dpm++")
     assert one.settings()["decoder"]["steps"] == 3 and one.settings()["prior"]["steps"] == 4
@@ -146,6 +147,12 @@ def test_settings_are_the_folders_until_changed(model, pictures):
     many = model.with_settings(steps={"prior": 2, "upsampler_16": 1}, solver={"prior": "ddpm"})
     assert [s["steps"] for s in many.settings().values()] == [2, 4, 1]
     assert [s["solver"] for s in many.settings().values()] == ["ddpm", "ddim", "ddim"]
+    guided = model.with_settings(
+        cfg_interval=np.array([0.5, 3.0]), cfg_rescale={"prior": 0.5}, variance={"decoder": "large"}
+    ).settings()
+    assert guided["decoder"]["cfg_interval"] == (0.5, 3.0)
+    assert guided["prior"]["cfg_interval"] is None and guided["prior"]["cfg_rescale"] == 0.5
+    assert [s["variance"] for s in guided.values()] == ["small", "large", "small"]
     assert model.settings() == before and model.with_settings().settings() == before
     drawn = model.generate(PROMPTS, n=3, seed=7, steps=3)
     assert not close(drawn, pictures)
@@ -164,6 +171,9 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         ({"solver": "DDIM"}, "unknown sampler 'DDIM'; did you mean 'ddim'"),
         ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number, not nan"),
+        ({"cfg_interval": 3}, "cfg_interval must be null or [low, high]"),
+        ({"cfg_rescale": {"upsampler": 1}}, "cfg_rescale: no stage 'upsampler'; did you mean"),
+        ({"variance": "analytic"}, 'variance="analytic" needs x_0_error'),
         ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
         ({"steps": np.int64(21)}, "steps must be at most 20, not 21"),
         ({"steps": np.float32(5)}, "steps must be whole numbers of 1 or more, not 5.0"),

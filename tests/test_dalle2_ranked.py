@@ -40,6 +40,19 @@ def test_of_as_many_as_are_kept_none_is_lost(model):
     assert sorted(p.tobytes() for p in kept) == sorted(p.tobytes() for p in every)
 
 
+def test_no_more_pictures_are_read_at_once_than_are_drawn(model, monkeypatch):
+    seen = []
+
+    def encode_image(self, pictures):
+        seen.append(len(pictures))
+        return np.tile(np.eye(1, 16), (len(pictures), 1))  # all alike
+
+    monkeypatch.setattr(DALLE2, "encode_image", encode_image)
+    rows = list(model.ranked(PROMPTS, 2, 12, seed=3, batch_size=8))
+    assert seen == [8, 8, 8]
+    assert [[one.index for one in row] for row in rows] == [[0, 1]] * 2  # of equals the first
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -64,7 +64,6 @@ ARROWS = {
     ("cascade", "placement"),
     ("cascade", "pretrained"),
     ("dalle2", "cascade"),
-    ("drawing", "modes"),
     ("evals", "fit"),
     ("fit", "build"),
     ("strips", "drawing"),

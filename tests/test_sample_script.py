@@ -64,6 +64,28 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
 
 
+def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
+    out = tmp_path / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--prompt=a cat", "--n=2", "--best_of=5", "--seed=3", "--batch_size=3"),
+        *(f"--weights={folder}", f"--out={out}", "--cfg_interval=decoder=0.5:3"),
+        *("--cfg_rescale=0.3", "--variance=prior=large", "--sampler=prior=ddpm"),
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (pictures.read_metadata(out / f"000-a-cat-s3-{i}.png") for i in (0, 1))
+    assert first["score"] >= second["score"] and first["best_of"] == second["best_of"] == 5
+    assert first["index"] != second["index"]
+    decoder, prior = (first["settings"][stage] for stage in ("decoder", "prior"))
+    assert decoder["cfg_interval"] == [0.5, 3.0] and decoder["cfg_rescale"] == 0.3
+    assert prior["variance"] == "large" and decoder["variance"] == "small"
+    names = ("cfg_interval", "cfg_rescale", "variance", "solver")
+    settings = {n: {stage: s[n] for stage, s in first["settings"].items()} for n in names}
+    every = DALLE2.from_pretrained(folder).generate("a cat", n=5, seed=3, **settings)
+    saved = np.asarray(Image.open(out / "000-a-cat-s3-0.png")).astype(int)
+    assert np.abs(saved - every[first["index"]].astype(int)).max() <= 2
+
+
 def test_pictures_of_another_size(folder, tmp_path):
     options = (f"--weights={folder}", f"--out={tmp_path}/out", "--size=12", "--n=1")
     done = sample(tmp_path / "cache", "--prompt=a cat", *options)
@@ -112,6 +134,11 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=a", "--steps=0"], "steps must be whole numbers of 1 or more, not 0"),
         (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
         (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),
+        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or STAGE=LOW:HIGH"),
+        (["--prompt=a", "--cfg_interval=5:3"], "cfg_interval must be null or [low, high]"),
+        (["--prompt=a", "--cfg_rescale=prior=2"], "cfg_rescale must be a number within 0 and 1"),
+        (["--prompt=a", "--variance=analytic"], 'variance="analytic" needs x_0_error'),
+        (["--prompt=a", "--n=3", "--best_of=2"], "best_of must be a whole number from 3, not 2"),
         (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
         (["--prompt=a", "--out="], "the folder to write to has no name"),
         (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
