@@ -25,14 +25,14 @@ CFG_RESCALE = flags.DEFINE_string(
 VARIANCE = flags.DEFINE_string(
     "variance", None, "Of ddpm's noise: STAGE=small, large or analytic,..."
 )
+_NAMES = {"solver": SAMPLER, "variance": VARIANCE}
 
 
 def read() -> dict[str, Any]:
     """The arguments of `with_settings`; UserError for a flag that cannot be read."""
-    kinds = {STEPS: int, CFG_SCALE: float, SAMPLER: str, CFG_RESCALE: float, VARIANCE: str}
-    chosen = {flag.name: commands.choice(flag, kind) for flag, kind in kinds.items()}
-    chosen["solver"] = chosen.pop("sampler")
-    return chosen | {"cfg_interval": commands.choice(CFG_INTERVAL, interval)}
+    kinds = [(STEPS, int), (CFG_SCALE, float), (CFG_INTERVAL, interval), (CFG_RESCALE, float)]
+    chosen = {flag.name: commands.choice(flag, kind) for flag, kind in kinds}
+    return chosen | {name: commands.choice(flag, str) for name, flag in _NAMES.items()}
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -171,7 +171,7 @@ def test_settings_are_the_folders_until_changed(model, pictures):
         ({"solver": "DDIM"}, "unknown sampler 'DDIM'; did you mean 'ddim'"),
         ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number, not nan"),
-        ({"cfg_interval": 3}, "cfg_interval must be null or [low, high]"),
+        ({"cfg_interval": 3}, "cfg_interval must be null or"),
         ({"cfg_rescale": {"upsampler": 1}}, "cfg_rescale: no stage 'upsampler'; did you mean"),
         ({"variance": "analytic"}, 'variance="analytic" needs x_0_error'),
         ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
