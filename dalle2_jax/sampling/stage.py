@@ -147,10 +147,10 @@ class StageSampler:
 
     def make_solver(self) -> Solver:
         schedule = self.settings.schedule(self.process)
-        if self.settings.variance != "analytic":
+        if (self.settings.variance, self.settings.solver) != ("analytic", "ddpm"):
             return self.settings.make_solver(schedule)
-        if self.settings.solver != "ddpm" or self.process.learned_variance:
-            raise UserError('variance="analytic" goes with solver="ddpm" and no learned variance')
+        if self.process.learned_variance:
+            raise UserError('variance="analytic" goes with no learned variance: take another')
         if not self.eps_square:
             told = 'variance="analytic" needs what training measures: export the stage again'
             raise UserError(f"{told} (configs/prior.py), or take another")
