@@ -20,15 +20,18 @@ from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
 from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
+from dalle2_jax.sampling.ar_prior import ARPriorSampler
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.preprocess import middle, preprocess, shrunk
 from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.priors import NoPrior, choose
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
 Result = TypeVar("Result")
+Prior = PriorSampler | ARPriorSampler | NoPrior
 
 Choice = Any
 """One value for the stage(s) a setting means by default, or {stage: value}."""
@@ -59,12 +62,13 @@ class Cascade:
 
     tokenizer: Tokenizer
     clip: CLIP
-    prior: PriorSampler | None  # None: the model draws from other pictures' z_img alone
+    prior: Prior | None  # None: the model draws from other pictures' z_img alone
     decoder: DecoderSampler
     upsamplers: Mapping[str, UpsamplerSampler]
     params: Mapping[str, Params]
     weights: str
     weights_hash: str
+    priors: Mapping[str, Prior] = dataclasses.field(default_factory=dict)  # by stage
 
     @classmethod
     def from_pretrained(
@@ -99,9 +103,7 @@ class Cascade:
             return loaded[0]
 
         clip = kept("clip", load.clip(folder, dtype))
-        prior = None
-        if load.draws_from_captions(folder):
-            prior = kept("prior", load.prior(folder, clip, dtype))
+        priors = {n: kept(n, made) for n, made in load.priors(folder, clip, dtype).items()}
         decoder = kept("decoder", load.decoder(folder, clip, dtype))
         upsamplers = load.upsamplers(folder, decoder.image_size, dtype)
         upsamplers = {name: kept(name, loaded) for name, loaded in upsamplers.items()}
@@ -111,7 +113,8 @@ class Cascade:
         return cls(
             tokenizer=_tokenizer(clip.text),
             clip=clip,
-            prior=prior,
+            prior=next(iter(priors.values()), None),
+            priors=priors,
             decoder=decoder,
             upsamplers=upsamplers,
             params=params if offload else jax.device_put(params, placement.replicated()),
@@ -124,13 +127,18 @@ class Cascade:
         """Side of the pictures that `generate` returns, in pixels."""
         return [self.decoder, *self.upsamplers.values()][-1].image_size
 
-    def samplers(self) -> dict[str, StageSampler]:
-        prior = {} if self.prior is None else {"prior": self.prior}
+    def samplers(self) -> dict[str, Any]:
+        prior = {} if self.prior is None else {self.prior.stage: self.prior}
         return {**prior, "decoder": self.decoder, **self.upsamplers}
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """How each stage is sampled, as plain values."""
         return {name: dataclasses.asdict(s.settings) for name, s in self.samplers().items()}
+
+    def with_prior(self, name: str | None) -> Self:
+        """The same model with another prior: "diffusion", "ar" or "none" (z_txt in place of z_img);
+        None: as it is. UserError: the folder has none such."""
+        return dataclasses.replace(self, prior=choose(name, self))
 
     def with_settings(
         self,
@@ -148,25 +156,28 @@ class Cascade:
         Raises:
             UserError: an unknown stage or solver, a value of another type, or steps out of range.
         """
-        settings = {name: {} for name in self.samplers()}
+        samplers = self.samplers()
+        settings = {name: {} for name in samplers}
         choices = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver, "eta": eta}
         for field, choice in choices.items():
             if choice is None:
                 continue
+            known = [name for name, s in samplers.items() if hasattr(s.settings, field)]
             if not isinstance(choice, Mapping):
-                choice = dict.fromkeys(settings if field == "solver" else ["decoder"], choice)
+                choice = dict.fromkeys(known if field == "solver" else ["decoder"], choice)
             for stage, value in choice.items():
-                if stage not in settings:
-                    near = near_miss(str(stage), settings)
+                if stage not in known:
+                    near = near_miss(str(stage), known)
                     raise UserError(f"{field}: no stage {stage!r}{near}")
                 settings[stage][field] = arguments.plain(value)
         changed = {
             name: dataclasses.replace(
                 sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
             )
-            for name, sampler in self.samplers().items()
+            for name, sampler in samplers.items()
         }
-        prior, decoder = changed.pop("prior", None), changed.pop("decoder")
+        prior = changed.pop(self.prior.stage) if self.prior else None
+        decoder = changed.pop("decoder")
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 
     def stream(
@@ -175,6 +186,7 @@ class Cascade:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         *,
+        prior: str | None = None,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
         batch_size: int = 8,
@@ -185,6 +197,7 @@ class Cascade:
 
         Args:
             prompts, n, seed: see `generate`.
+            prior: see `with_prior`.
             z_img: [len(prompts) * n, dim], in place of what the prior would draw, or one a prompt
                 for all of its n. Where this CLIP's have unit length (`clip.unit_length`), rows of
                 another length are scaled to it, for a direction is all they say.
@@ -199,7 +212,8 @@ class Cascade:
             UserError: see `generate`; when the first batch is asked for.
         """
         options = {"z_img": z_img, "noise": noise, "batch_size": batch_size, "progress": progress}
-        for pictures in self.with_settings(**settings)._batches(prompts, n, seed, **options):
+        model = self.with_prior(prior).with_settings(**settings)
+        for pictures in model._batches(prompts, n, seed, **options):
             yield np.asarray(images.to_uint8(pictures))
 
     def sample_prior(
@@ -208,6 +222,7 @@ class Cascade:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         *,
+        prior: str | None = None,
         batch_size: int = 8,
         progress: placement.StageProgress | None = None,
         **settings: Choice,
@@ -215,7 +230,7 @@ class Cascade:
         """n z_img of each prompt, float32 [len(prompts) * n, dim]: those of which `generate` draws
         its pictures. Arguments and errors are `stream`'s."""
         options = {"batch_size": batch_size, "progress": progress, "last": "prior"}
-        model = self.with_settings(**settings)
+        model = self.with_prior(prior).with_settings(**settings)
         return np.concatenate(list(model._batches(prompts, n, seed, **options)))
 
     def _batches(
@@ -287,6 +302,8 @@ class Cascade:
             if stage not in samplers:
                 raise UserError(f"noise: no stage {stage!r}{near_miss(str(stage), samplers)}")
             sampler = samplers[stage]
+            if not isinstance(sampler, StageSampler):
+                raise UserError(f"noise: {stage} draws from no noise, but from the seed alone")
             try:
                 array = np.asarray(array, np.float32)
             except (TypeError, ValueError):
@@ -398,7 +415,7 @@ class Cascade:
         """function(the stage's parameters on the devices, *args), done before it returns: only then
         is there room for the next stage's."""
         return jax.block_until_ready(
-            function(jax.device_put(self.params[stage], placement.replicated()), *args)
+            function(jax.device_put(self.params.get(stage, {}), placement.replicated()), *args)
         )
 
     def _draw(
@@ -423,7 +440,7 @@ class Cascade:
 
         if z_img is None:
             assert self.prior is not None
-            z_img = draw("prior", self.prior.condition(text, empty))
+            z_img = draw(self.prior.stage, self.prior.condition(text, empty))
         if last == "prior":
             return z_img
         pictures = draw("decoder", self._decoder_condition(z_img, captions, text, empty))

@@ -103,9 +103,7 @@ class Transformer(nn.Module):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         return self.blocks(x.astype(self.dtype), mask, None, None)[0]
 
-    def cached(
-        self, x: Array, mask: Array, cache: Cache, at: Array | int
-    ) -> tuple[Array, Cache]:
+    def cached(self, x: Array, mask: Array, cache: Cache, at: Array | int) -> tuple[Array, Cache]:
         """x [b, m, width] at the places from `at` on of a sequence that is decoded bit by bit, and
         `mask` [.., m, n] of its places -> (the output there, the `cache` with them)."""
         return self.blocks(x.astype(self.dtype), mask, cache, at)

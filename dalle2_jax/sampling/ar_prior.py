@@ -111,9 +111,7 @@ class ARPriorSampler:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw(
-    sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array
-) -> Array:
+def draw(sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array) -> Array:
     """See `ARPriorSampler.__call__`."""
     b, k = keys.shape[0], sampler.candidates
     keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)

@@ -59,9 +59,7 @@ class ARPriorTask:
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}
 
-    def fit(
-        self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]
-    ) -> Params:
+    def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
         """The PCA of z_img and the range of each code: see `train.statistics.Fits`.
 
         Two passes over the data: its moments on the devices tell the directions, then what lies

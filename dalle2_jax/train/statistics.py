@@ -20,9 +20,7 @@ from dalle2_jax.types import Array, Batch, Params, Task
 class Fits(Protocol):
     """A Task whose parameters have a branch `statistics` that is fitted once and then stays."""
 
-    def fit(
-        self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]
-    ) -> Params:
+    def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
         """The leaves of params["statistics"], each whole on every device. `batches()` gives the
         global batches of training from the first on, without end."""
         ...
