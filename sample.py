@@ -68,7 +68,8 @@ def main() -> int:
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
         draw, steps = strips.draw, modes.STEPS if steps is None else steps
-    model = DALLE2.from_pretrained(WEIGHTS.value).with_settings(steps, cfg_scale, solver)
+    model = DALLE2.from_pretrained(WEIGHTS.value).with_prior(modes.PRIOR.value)
+    model = model.with_settings(steps, cfg_scale, solver)
     print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
     return 0
 

@@ -31,9 +31,13 @@ MODES = {
     "variations": Mode((1, _MANY), (0, 0), "--image A"),
     "interpolate": Mode((1, 2), (0, 1), '--image A --image B, or --prompt "..."'),
     "text_diff": Mode((1, 1), (1, 1), '--image A --prompt "..."'),
+    "probe": Mode((1, 1), (0, 0), "--image A"),
 }
 
 MODE = flags.DEFINE_enum("mode", GENERATE, [GENERATE, *MODES], "What to do; see docs/pictures.md.")
+PRIOR = flags.DEFINE_enum(
+    "prior", None, ["diffusion", "ar", "none"], "Of a sentence; none: z_txt in place of z_img."
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture's file; may be given several times.")
 FRAMES = flags.DEFINE_integer("frames", 7, "Pictures of interpolate and text_diff.", 2)
 ETA = flags.DEFINE_float("eta", 0.6, "Of variations: 0 is the picture itself, 1 differs most.")

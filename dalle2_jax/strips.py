@@ -71,11 +71,19 @@ def _text_diff(model: DALLE2, asked: Asked) -> list[Strip]:
     return [Strip(drawn, labels, moves=True)]
 
 
+def _probe(model: DALLE2, asked: Asked) -> list[Strip]:
+    dims = model.probe_dims()
+    drawn = model.probe(asked.images[0], dims, **asked.options)
+    labels = ["all" if k is None else f"{k} directions" for k in dims]
+    return [Strip(drawn, labels, moves=True)]
+
+
 _DRAW = {
     "reconstruct": _reconstruct,
     "variations": _variations,
     "interpolate": _interpolate,
     "text_diff": _text_diff,
+    "probe": _probe,
 }
 
 
