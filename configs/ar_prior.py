@@ -2,7 +2,7 @@
 
 python train.py --config=configs/ar_prior.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
-paper  batch 4096, 1M steps. For a v5e-64: 690 chip-days, eleven days (by FLOPs at 40 % of the
+paper  batch 4096, 1M steps. For a v5e-256: 1,420 chip-days, 5.5 days (by FLOPs at 40 % of the
        chip's peak, CLIP included, not measured).
        Table 3 gives "1B" parameters, a text encoder of 24 x 2048 and a latent decoder of 24 x 1664.
        By their shapes the encoder alone has 1.21B and the decoder 0.80B: together 2.0B, so that 1B

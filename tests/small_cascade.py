@@ -127,8 +127,13 @@ def batch(size: int = 4, image_size: int = 16) -> dict[str, jax.Array]:
 
 def write(folder, stages=tuple(CONFIGS)) -> str:
     """Writes the stages with random weights through the tasks' own export."""
+    return written_with(folder, {}, stages)
+
+
+def written_with(folder, changes, stages) -> str:
+    """As `write`, each stage's config with its `changes`."""
     for i, stage in enumerate(stages):
-        task = build.task(config(stage, clip_from=str(folder)))
+        task = build.task(config(stage, clip_from=str(folder), **changes.get(stage, {})))
         params = randomised(jax.jit(task.init)(jax.random.key(i)), i)
         entry, tensors = task.export(params)
         model_folder.write_stage(folder, task.stage, entry, tensors)

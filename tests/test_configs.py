@@ -149,7 +149,9 @@ def test_clip_of_unclip(clips):
     assert build.complete(get("clip", "tiny")).task.sam_rho == 0
 
 
-TABLE_3: dict[str, tuple] = {  # lr, batch, iterations, b2, eps, weight decay, EMA, schedule, sampling steps
+TABLE_3: dict[
+    str, tuple
+] = {  # lr, batch, iterations, b2, eps, weight decay, EMA, schedule, sampling steps
     "prior": (1.1e-4, 4096, 600_000, 0.96, 1e-6, 6.0e-2, 0.9999, "cosine", 64),
     "ar_prior": (1.6e-4, 4096, 1_000_000, 0.91, 1e-10, 4.0e-2, 0.999, None, None),
     "decoder": (1.2e-4, 2048, 800_000, 0.999, 1e-8, 0.0, 0.9999, "cosine", 250),
