@@ -179,8 +179,10 @@ class DALLE2(Cascade):
         return self.decode(latents, steps=steps, **options)
 
     def probe_dims(self) -> list[int | None]:
-        """20, 40, ... of the principal directions that are known, then all of z_img."""
-        return [*range(20, len(self._directions()[1]) + 1, 20), None]
+        """20, 40, ... and all of the principal directions that are known, then None: all of z_img,
+        of which the directions may leave out a little."""
+        most = len(self._directions()[1])
+        return [*range(20, most, 20), most, None]
 
     def _directions(self) -> tuple[np.ndarray, np.ndarray]:
         """The mean [dim] of z_img and its principal directions [k, dim]."""

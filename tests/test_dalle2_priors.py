@@ -213,7 +213,7 @@ def test_probing_needs_the_statistics(folder):
 
 
 def test_without_dims_it_goes_by_twenties_to_all(model):
-    assert model.probe_dims() == [None]  # it knows 6 directions alone
+    assert model.probe_dims() == [6, None]  # so many it knows
     found = {**model.params["ar_prior"]["statistics"], "components": np.eye(65, 70)}
     large = {**model.params, "ar_prior": {"statistics": found}}
-    assert dataclasses.replace(model, params=large).probe_dims() == [20, 40, 60, None]
+    assert dataclasses.replace(model, params=large).probe_dims() == [20, 40, 60, 65, None]
