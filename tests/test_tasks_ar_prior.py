@@ -216,7 +216,7 @@ def test_the_preview_shows_a_row_an_example(task):
     ("change", "told"),
     [
         ({"task__drop_caption": 1.5}, "config.task.drop_caption=1.5 must be within 0 and 1"),
-        ({"task__fit_batches": 0}, "config.task.fit_batches=0 must be 1 or more"),
+        ({"task__fit_batches": 0}, "config.task.fit_batches=0 are 0 pictures, which have no 6"),
         ({"task__candidates": 0}, "candidates=0 must be 1 or more"),
         ({"model__dims": DIM + 1}, f"config.model.dims={DIM + 1} must be within 1 and {DIM}"),
         ({"model__buckets": 1}, "config.model.buckets=1 must be 2 or more"),

@@ -62,11 +62,12 @@ def main() -> None:
         z_img = true
         if name != TRUE:
             seeds = draw.seeds(SEED.value, group.captions)
-            told: Any = {"prior": name, "batch_size": BATCH_SIZE.value}
-            z_img = model.sample_prior(group.captions, seed=seeds, **told)
+            asked: Any = {"prior": name, "batch_size": BATCH_SIZE.value}
+            z_img = model.sample_prior(group.captions, seed=seeds, **asked)
         found = np.sum(normalise(z_img) * normalise(true), axis=1)
         cosines[group.name, name] = float(found.mean())
-        return draw.generate(model, group.captions, **same, z_img=z_img, progress=bar.update)
+        told: Any = {**same, "progress": bar.update}
+        return draw.generate(model, group.captions, **told, z_img=z_img)
 
     total = (len(priors) + 1) * sum(len(group.pairs) for group in groups)
     with tqdm(total=total, desc="drawing", unit="picture") as bar:

@@ -91,11 +91,12 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
 
     def setup(self) -> None:
+        in_axes: Any = (nn.broadcast, 0, nn.broadcast)  # of mask, cache and place
         blocks: Any = nn.scan(
             rematerialised(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast),  # mask, cache, place
+            in_axes=in_axes,
             length=self.depth,
         )
         self.blocks = blocks(self.heads, self.activation, self.dtype, self.mlp_ratio)

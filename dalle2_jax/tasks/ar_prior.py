@@ -48,7 +48,7 @@ class ARPriorTask:
 
     def __post_init__(self) -> None:
         check_range("config.task", 0, 1, drop_caption=self.drop_caption, noise=self.noise)
-        check_range("config.task", 1, candidates=self.candidates, fit_batches=self.fit_batches)
+        check_range("config.task", 1, candidates=self.candidates)
         check_range("config.model", 2, buckets=self.network.buckets)
         check_range("config.model", 1, self.network.dim, dims=self.network.dims)
 
@@ -174,6 +174,12 @@ def from_config(config: Any) -> ARPriorTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     network = construct(ARPrior, config.model, "config.model")
     check_transformer("config.model", config.model, network.activation)
+    count = config.task.fit_batches * config.batch_size
+    if count <= network.dims:
+        raise UserError(
+            f"config.task.fit_batches={config.task.fit_batches} are {count} pictures, which have "
+            f"no {network.dims} directions (config.model.dims): raise it"
+        )
     clip = FrozenCLIP.load(config)
     where = "config.task.sampling"
     try:
