@@ -19,7 +19,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.tasks.ar_prior import directions
 from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import decay_mask
-from dalle2_jax.train.step import global_batch, on_mesh, place_frozen
+from dalle2_jax.train.step import global_batch, make_preview, on_mesh, place_frozen
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -210,6 +210,19 @@ def test_the_preview_shows_a_row_an_example(task):
     made, params = task
     shown = made.preview(params, made.frozen(), batch(), jax.random.key(0), 2)["ar_prior"]
     assert shown.shape == (2, 5, 16, 16, 3) and shown.dtype == jnp.uint8
+
+
+def test_the_preview_is_the_same_on_any_mesh(task):
+    made, params = task
+    rules, shown = ((".*", "fsdp:1"),), []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh({"fsdp": devices}, jax.devices()[:devices])
+        run = make_preview(made, rules, mesh, 8)
+        placed = jax.device_put(params, sharding.param_shardings(params, rules, mesh))
+        given = global_batch(jax.tree.map(np.asarray, batch(8)), mesh)
+        frozen = place_frozen(made.frozen(), mesh)
+        shown.append(np.asarray(run(placed, frozen, given, jax.random.key(0))[0]["ar_prior"]))
+    np.testing.assert_array_equal(*shown)
 
 
 @pytest.mark.parametrize(
