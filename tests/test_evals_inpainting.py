@@ -37,7 +37,7 @@ def test_a_step_in_colour_at_a_seam_is_seen_there_alone():
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, None, :, None], (2, 32, 32, 3))
     over, beside = seams.across(ramp, mask)
     assert over == 1.0
-    # Of 4 columns by the edge, 3 rows of neighbours beside each other and 31 above, which are alike.
+    # 4 columns lie by the edge: 3 pairs beside each other, and 31 above, which are alike.
     assert beside == pytest.approx(3 * 32 / (3 * 32 + 4 * 31))
     hole = seams.masks(32)["middle"]
     assert hole.sum() == 16 * 16 and seams.across(pictures, hole)[0] == pytest.approx(0.0)

@@ -117,6 +117,7 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
         (["--prompt=a", "--n=x"], "n"),
         (["--prompt=a", "--sede=3"], "sede"),
+        (["--prompt=a", "--prior=dalle"], "value should be one of <diffusion|ar|none>"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
