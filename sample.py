@@ -53,7 +53,8 @@ def main() -> int:
         return 0
     draw = draw_prompts
     if modes.MODE.value != modes.GENERATE:
-        draw, steps = strips.draw, modes.STEPS if steps is None else steps
+        draw, mode = strips.draw, modes.MODES[modes.MODE.value]
+        steps = mode.steps if steps is None else steps
     model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
     model = model.with_prior(modes.PRIOR.value).with_settings(steps, cfg_scale, solver)
     print(draw(model, prompts, N.value, SEED.value, BATCH_SIZE.value, out))
