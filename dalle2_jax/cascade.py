@@ -436,7 +436,7 @@ class Cascade:
         def draw(stage: str, *condition: Any) -> Array:
             told = [keys[stage], report(stage), noise.get(stage)]
             sampler: Any = self.samplers()[stage]
-            if known is not None and stage != "prior":
+            if known is not None and hasattr(sampler, "image_size"):  # it draws pictures
                 told.append(masks.known_at(known, sampler.image_size))
             return self._run(stage, sampler, *condition, *told)
 
