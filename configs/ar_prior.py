@@ -56,6 +56,7 @@ def paper(heads):
             ema_decay=0.999,
             preview_every=10_000,
             mesh=dict(data=1, fsdp=-1, tensor=1),
+            sharding_rules=(("^statistics/", "replicate"), (".*", "fsdp")),
         )
     )
 

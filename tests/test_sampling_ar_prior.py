@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_cascade import CONTEXT, DIM, WIDTH, randomised
 
@@ -124,6 +125,38 @@ def test_the_nucleus_is_the_fewest_likeliest():
         np.testing.assert_allclose(
             found[kept], p[0, jnp.asarray(kept)] / p[0, jnp.asarray(kept)].sum(), rtol=1e-5
         )
+
+
+def test_what_was_learned_is_drawn():
+    """Three captions with a z_img each, learned by heart: drawing gives their codes, and with them
+    z_img to within a bucket; without a caption it gives one of the three."""
+    z_img = jnp.asarray(np.linalg.qr(RNG.standard_normal((DIM, DIM)))[0][:B], jnp.float32)
+    params = jax.jit(NETWORK.init)(jax.random.key(0), z_img, *TEXT)["params"]
+    tx = optax.adam(1e-2)
+
+    def loss(params, keep):
+        text = TEXT._replace(txt_mask=TEXT.txt_mask & keep[:, None])
+        logits, codes = NETWORK.apply({"params": params}, z_img, *text)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+
+    @jax.jit
+    def train(params, key):
+        def step(carry, key):
+            params, state = carry
+            keep = jax.random.uniform(key, (B,)) >= 0.2
+            updates, state = tx.update(jax.grad(loss)(params, keep), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, 300))[0][0]
+
+    params = train(params, jax.random.key(1))
+    codes = NETWORK.apply({"params": params}, z_img, TEXT.z_txt, method="codes")
+    np.testing.assert_array_equal(codes_of(sampler(), params, cond_of(), keys()), codes)
+    drawn = NETWORK.apply({"params": params}, codes, method="to_z_img")
+    assert np.abs(drawn - z_img)[:, :DIMS].max() <= 1 / BUCKETS + 1e-6  # half a bucket of [-1, 1]
+    none = TEXT._replace(txt_mask=jnp.zeros_like(TEXT.txt_mask))
+    found = codes_of(sampler(top_p=0.9), params, none._asdict(), keys())
+    assert all(any(np.array_equal(row, code) for code in codes) for row in found)
 
 
 def test_a_low_temperature_comes_near_the_likeliest(params):
