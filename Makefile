@@ -27,7 +27,7 @@ JUDGE := runs/judge
 TINY_FLAGS ?=# for every stage, such as --config.num_steps=100
 # Two simulated devices of one thread each: the decoder trains at twice the speed of one core.
 TINY_XLA_FLAGS ?= --xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false
-TINY_STAGES := clip prior decoder upsampler_256 upsampler_1024
+TINY_STAGES := clip prior ar_prior decoder upsampler_256 upsampler_1024
 TEST_JOBS ?= 2
 PYTEST := $(PY) -m pytest --ignore=tests/parity -n $(TEST_JOBS) --dist loadfile
 PARITY := torch==2.13.0 diffusers==0.42.1 transformers==5.23.0

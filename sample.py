@@ -9,8 +9,7 @@ Exit status: 0 done, 2 a mistake in the input, 3 too large for --topology, 130 s
 
 from __future__ import annotations
 
-from dalle2_jax import commands, remote  # first: it tells where no library is installed
-from dalle2_jax.errors import UserError
+from dalle2_jax import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -18,28 +17,12 @@ from absl import flags
 from dalle2_jax import choices, modes
 from dalle2_jax.fit import command
 
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
 N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 AUTO_BATCH = command.only_with_topology("auto_batch", "the most pictures at a time that fit.")
-
-
-def read_prompts() -> list[str]:
-    prompts = list(PROMPT.value)
-    if PROMPTS_FILE.value:
-        try:
-            file = remote.to_path(PROMPTS_FILE.value)
-            with remote.told("cannot read", file):
-                text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    modes.check(prompts)
-    return prompts
 
 
 def main() -> int:
@@ -50,7 +33,7 @@ def main() -> int:
         asked = dict(batch_size=BATCH_SIZE.value, changes=changes, size=modes.SIZE.value)
         return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
     command.check()
-    prompts = read_prompts()
+    prompts = modes.prompts()
     # Late: a mistake in the flags and Ctrl-C are told at once.
     from dalle2_jax import pictures, strips
     from dalle2_jax.dalle2 import DALLE2
@@ -64,8 +47,9 @@ def main() -> int:
     told = prompts, N.value, SEED.value, BATCH_SIZE.value, out
     generates = modes.MODE.value == modes.GENERATE
     if changes["steps"] is None and not generates:
-        changes["steps"] = modes.STEPS
-    model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value).with_settings(**changes)
+        changes["steps"] = modes.MODES[modes.MODE.value].steps
+    model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
+    model = model.with_prior(modes.PRIOR.value).with_settings(**changes)
     if generates:
         print(draw_prompts(model, *told, modes.BEST_OF.value))
     else:

@@ -1,8 +1,8 @@
 """Trains one stage: python train.py --config=configs/decoder.py:tiny --workdir=W
 
-Configs: clip, prior, decoder, upsampler_256, upsampler_1024; variants: paper, tpu, karlo (but for
-upsampler_1024) and tiny, and clip's judge. --config.batch_size=32 changes a setting; which there
-are stands in the config's file, in `defaults` of dalle2_jax/build.py and in data/config.py there.
+Configs: clip, prior, ar_prior, decoder, upsampler_256, upsampler_1024, whose heads tell their
+variants: paper, tpu, most karlo and tiny. --config.batch_size=32 changes a setting; which there are
+stands in the config's file, in `defaults` of dalle2_jax/build.py and in data/config.py there.
 
 The same command goes on where the last one ended.
 Exit status: 0 done, or stopped by SIGTERM with everything saved, as the last line says (a scheduler

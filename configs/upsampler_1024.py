@@ -6,7 +6,8 @@ paper  300M parameters, trained on 256 px crops, batch 512, 1M steps, the small 
        BSR degradation (dalle2_jax/degradation.py; "bsr_light" is latent diffusion's gentler one).
        For a v5e-64: 280 chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
-tiny   128 -> 1024 px, trained on 256 px crops; 2 CPU cores
+tiny   128 -> 1024 px, 1.7M parameters, trained on 256 px crops; 2 CPU cores, half an hour; loss
+       0.006, 2.8 dB better than bicubic
 """
 
 from ml_collections import ConfigDict
@@ -90,7 +91,7 @@ def tiny():
                 clip_norm=1.0,
             ),
             batch_size=16,
-            num_steps=1500,
+            num_steps=750,
             ema_decay=0.995,
             log_every=50,
             checkpoint_every=500,

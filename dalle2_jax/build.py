@@ -33,6 +33,7 @@ Config = Any  # a ConfigDict: its attributes have no types
 TASKS = {
     "clip": "dalle2_jax.tasks.clip",
     "prior": "dalle2_jax.tasks.prior",
+    "ar_prior": "dalle2_jax.tasks.ar_prior",
     "decoder": "dalle2_jax.tasks.decoder",
     "upsampler": "dalle2_jax.tasks.upsampler",
 }

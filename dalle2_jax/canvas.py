@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ def fitted(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray
 
 
 def extended(
-    picture: np.ndarray, margins: tuple[int, int, int, int], least: int
+    picture: np.ndarray, margins: Sequence[int], least: int
 ) -> tuple[np.ndarray, np.ndarray, Window]:
     """The picture [h, w, 3] with (left, right, up, down) pixels around it, and further ones where
     that is less than `least` a side.

@@ -20,16 +20,19 @@ from dalle2_jax.nets.forward import forward
 from dalle2_jax.options import near_miss
 from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
+from dalle2_jax.sampling.ar_prior import ARPriorSampler
 from dalle2_jax.sampling.choices import Choice, chosen
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.preprocess import middle, preprocess, shrunk
 from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.priors import NoPrior, choose
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
 Result = TypeVar("Result")
+Prior = PriorSampler | ARPriorSampler | NoPrior
 
 
 class Latents(NamedTuple):
@@ -57,13 +60,14 @@ class Cascade:
 
     tokenizer: Tokenizer
     clip: CLIP
-    prior: PriorSampler | None  # None: the model draws from other pictures' z_img alone
+    prior: Prior | None  # None: the model draws from other pictures' z_img alone
     decoder: DecoderSampler
     upsamplers: Mapping[str, UpsamplerSampler]
     params: Mapping[str, Params]
     weights: str
     weights_hash: str
     size: int | None = None  # the side of the pictures; None: as the last stage draws them
+    priors: Mapping[str, Prior] = dataclasses.field(default_factory=dict)  # by stage
 
     @classmethod
     def from_pretrained(
@@ -106,9 +110,7 @@ class Cascade:
             return loaded[0]
 
         clip = kept("clip", load.clip(folder, dtype))
-        prior = None
-        if load.draws_from_captions(folder):
-            prior = kept("prior", load.prior(folder, clip, dtype))
+        priors = {n: kept(n, made) for n, made in load.priors(folder, clip, dtype).items()}
         decoder = kept("decoder", load.decoder(folder, clip, dtype))
         size = load.image_size(folder, size)
         upsamplers = load.upsamplers(folder, decoder.image_size, dtype, size)
@@ -119,7 +121,8 @@ class Cascade:
         return cls(
             tokenizer=_tokenizer(clip.text),
             clip=clip,
-            prior=prior,
+            prior=next(iter(priors.values()), None),
+            priors=priors,
             decoder=decoder,
             upsamplers=upsamplers,
             params=params if offload else jax.device_put(params, placement.replicated()),
@@ -133,13 +136,18 @@ class Cascade:
         """Side of the pictures that `generate` returns, in pixels."""
         return self.size or [self.decoder, *self.upsamplers.values()][-1].image_size
 
-    def samplers(self) -> dict[str, StageSampler]:
-        prior = {} if self.prior is None else {"prior": self.prior}
+    def samplers(self) -> dict[str, Any]:
+        prior = {} if self.prior is None else {self.prior.stage: self.prior}
         return {**prior, "decoder": self.decoder, **self.upsamplers}
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """How each stage is sampled, as plain values."""
         return {name: dataclasses.asdict(s.settings) for name, s in self.samplers().items()}
+
+    def with_prior(self, name: str | None) -> Self:
+        """The same model with another prior: "diffusion", "ar" or "none" (z_txt in place of z_img);
+        None: as it is. UserError: the folder has none such."""
+        return dataclasses.replace(self, prior=choose(name, self))
 
     def with_settings(
         self,
@@ -151,20 +159,20 @@ class Cascade:
         cfg_rescale: Choice = None,
         variance: Choice = None,
     ) -> Self:
-        """The same model, sampled otherwise (`sampling.stage.Settings` tells how); None keeps what
-        the folder says.
+        """The same model, sampled otherwise; None keeps what the folder says.
 
-        Each is one value or {stage: value}; one value is the decoder's, of `solver`
-        (`diffusion.solvers.NAMES`) every stage's. numpy's numbers serve as Python's.
+        Each is one value or {stage: value}. One value of `solver` (`diffusion.solvers.NAMES`) is
+        every stage's, of another the decoder's. numpy's numbers serve as Python's. What they mean:
+        see `sampling.stage.Settings`.
 
         Raises:
-            UserError: an unknown stage or solver, a value of another type or out of range, or an
-                analytic variance of a stage for which none was measured.
+            UserError: an unknown stage or solver, a value of another type, or steps out of range.
         """
         choices = {"steps": steps, "cfg_scale": cfg_scale, "solver": solver, "eta": eta}
         choices |= dict(cfg_interval=cfg_interval, cfg_rescale=cfg_rescale, variance=variance)
         changed = chosen(self.samplers(), choices)
-        prior, decoder = changed.pop("prior", None), changed.pop("decoder")
+        prior = changed.pop(self.prior.stage) if self.prior else None
+        decoder = changed.pop("decoder")
         return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=changed)
 
     def stream(
@@ -173,6 +181,7 @@ class Cascade:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         *,
+        prior: str | None = None,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
         known: np.ndarray | None = None,
@@ -184,6 +193,7 @@ class Cascade:
 
         Args:
             prompts, n, seed: see `generate`.
+            prior: see `with_prior`.
             z_img: [len(prompts) * n, dim], in place of what the prior would draw, or one a prompt
                 for all of its n. Where this CLIP's have unit length (`clip.unit_length`), rows of
                 another length are scaled to it, for a direction is all they say.
@@ -202,7 +212,8 @@ class Cascade:
         """
         options: Any = {"z_img": z_img, "noise": noise, "known": known}
         options |= {"batch_size": batch_size, "progress": progress}
-        for pictures in self.with_settings(**settings)._batches(prompts, n, seed, **options):
+        model = self.with_prior(prior).with_settings(**settings)
+        for pictures in model._batches(prompts, n, seed, **options):
             yield np.asarray(images.to_uint8(pictures))
 
     def sample_prior(
@@ -211,6 +222,7 @@ class Cascade:
         n: int = 1,
         seed: int | Sequence[int] = 0,
         *,
+        prior: str | None = None,
         batch_size: int = 8,
         progress: placement.StageProgress | None = None,
         **settings: Choice,
@@ -218,7 +230,7 @@ class Cascade:
         """n z_img of each prompt, float32 [len(prompts) * n, dim]: those of which `generate` draws
         its pictures. Arguments and errors are `stream`'s."""
         options = {"batch_size": batch_size, "progress": progress, "last": "prior"}
-        model = self.with_settings(**settings)
+        model = self.with_prior(prior).with_settings(**settings)
         return np.concatenate(list(model._batches(prompts, n, seed, **options)))
 
     def _batches(
@@ -290,6 +302,8 @@ class Cascade:
             if stage not in samplers:
                 raise UserError(f"noise: no stage {stage!r}{near_miss(str(stage), samplers)}")
             sampler = samplers[stage]
+            if not isinstance(sampler, StageSampler):
+                raise UserError(f"noise: {stage} draws from no noise, but from the seed alone")
             try:
                 array = np.asarray(array, np.float32)
             except (TypeError, ValueError):
@@ -401,7 +415,7 @@ class Cascade:
         """function(the stage's parameters on the devices, *args), done before it returns: only then
         is there room for the next stage's."""
         return jax.block_until_ready(
-            function(jax.device_put(self.params[stage], placement.replicated()), *args)
+            function(jax.device_put(self.params.get(stage, {}), placement.replicated()), *args)
         )
 
     def _draw(
@@ -423,13 +437,13 @@ class Cascade:
         def draw(stage: str, *condition: Any) -> Array:
             told = [keys[stage], report(stage), noise.get(stage)]
             sampler: Any = self.samplers()[stage]
-            if known is not None and stage != "prior":
+            if known is not None and hasattr(sampler, "image_size"):  # it draws pictures
                 told.append(masks.known_at(known, sampler.image_size))
             return self._run(stage, sampler, *condition, *told)
 
         if z_img is None:
             assert self.prior is not None
-            z_img = draw("prior", self.prior.condition(text, empty))
+            z_img = draw(self.prior.stage, self.prior.condition(text, empty))
         if last == "prior":
             return z_img
         pictures = draw("decoder", self._decoder_condition(z_img, captions, text, empty))

@@ -15,7 +15,7 @@ import numpy as np
 
 from dalle2_jax import arguments, canvas, masks
 from dalle2_jax.cascade import Cascade, Latents
-from dalle2_jax.embeddings import normalise, slerp
+from dalle2_jax.embeddings import normalise, project, slerp
 from dalle2_jax.errors import UserError
 from dalle2_jax.sampling import load
 
@@ -206,6 +206,48 @@ class DALLE2(Cascade):
         x_T = np.repeat(x_T, len(shares), axis=0)
         return self.decode(Latents(z_img, x_T), steps=steps, **options)
 
+    def probe(
+        self,
+        picture: np.ndarray,
+        dims: Sequence[int | None] | None = None,
+        *,
+        steps: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """The picture drawn from ever more of what its z_img says, one for each of `dims`
+        (section 4).
+
+        z_img is projected on its first k principal directions, those of the autoregressive prior,
+        for each k of `dims`; None there is all of z_img, and so the reconstruction. x_T stays.
+        `dims` None is `probe_dims()`.
+        """
+        dims, directions = self.probe_dims() if dims is None else list(dims), self._directions()
+        if not dims:
+            raise UserError("dims is empty: name how many directions are kept")
+        most = len(directions[1])
+        counts = [k if k is None else arguments.whole("dims", k, 0, most) for k in dims]
+        z_img, x_T = self.invert(arguments.picture("picture", picture), steps=steps, **options)
+        mean, components = directions
+        z = [z_img[0] if k is None else project(z_img[0], mean, components[:k]) for k in counts]
+        latents = Latents(np.stack(z), np.repeat(x_T, len(z), axis=0))
+        return self.decode(latents, steps=steps, **options)
+
+    def probe_dims(self) -> list[int | None]:
+        """20, 40, ... and all of the principal directions that are known, then None: all of z_img,
+        of which the directions may leave out a little."""
+        most = len(self._directions()[1])
+        return [*range(20, most, 20), most, None]
+
+    def _directions(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean [dim] of z_img and its principal directions [k, dim]."""
+        if "ar_prior" not in self.params:
+            raise UserError(
+                f"{self.weights} has no ar_prior, which knows the directions of z_img: train one "
+                "into that folder by configs/ar_prior.py"
+            )
+        found = self.params["ar_prior"]["statistics"]
+        return np.asarray(found["mean"]), np.asarray(found["components"], np.float32)
+
     @property
     def inpaints(self) -> bool:
         """Whether the networks were taught what is known of a picture; else it is drawn by
@@ -277,7 +319,7 @@ class DALLE2(Cascade):
         if not isinstance(overlap, int | float) or not 0 < overlap < 1:
             raise UserError(f"overlap must be a number between 0 and 1, not {overlap!r}")
         seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), self.image_size
-        whole, known, asked = canvas.extended(picture, (*margins,), size)
+        whole, known, asked = canvas.extended(picture, margins, size)
         drawn = np.repeat(whole[None], arguments.whole("n", n, 1), axis=0)
         z_img = self._z_img(prompt, picture)
         for frame, window in enumerate(canvas.frames(known, size, overlap)):

@@ -16,6 +16,13 @@ def normalise(z: np.ndarray) -> np.ndarray:
     return z / lengths
 
 
+def project(z: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """z [..., dim] as it is told by its mean and orthonormal directions [k, dim] alone: the nearest
+    point of the plane through `mean`. With k of 0 that is the mean itself."""
+    components = np.asarray(components, np.float64)
+    return (mean + (z - mean) @ components.T @ components).astype(np.float32)
+
+
 def slerp(a: np.ndarray, b: np.ndarray, theta: float | np.ndarray) -> np.ndarray:
     """The vector [..., dim] a share `theta` [...] of the way from a to b, over the sphere.
 

@@ -8,6 +8,7 @@ part is [b, h, w, 4]: its colours in [-1, 1], 0 where they are not known, and th
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def paste(given: np.ndarray, known: np.ndarray, drawn: np.ndarray, feather: int)
 
     if known.all():
         return given.copy()
-    away = ndimage.distance_transform_edt(known)  # 1 at the first known pixel
+    away: Any = ndimage.distance_transform_edt(known)  # 1 at the first known pixel
     share = np.clip(1 - away / (feather + 1), 0, 1)[..., None]
     mixed = np.round(share * drawn.astype(np.float64) + (1 - share) * given)
     return mixed.astype(np.uint8)

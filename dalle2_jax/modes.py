@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from absl import flags
 
+from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 
 GENERATE = "generate"
-STEPS = 50  # of the decoder, unless told: a picture is inverted and drawn again in as many
+_STEPS = 50  # of the decoder, unless told, where a picture is inverted and drawn again in as many
 _MANY = 10_000
 
 
@@ -24,6 +25,7 @@ class Mode(NamedTuple):
     images: tuple[int, int]
     prompts: tuple[int, int]
     told: str
+    steps: int | None = _STEPS
 
 
 MODES = {
@@ -31,12 +33,18 @@ MODES = {
     "variations": Mode((1, _MANY), (0, 0), "--image A"),
     "interpolate": Mode((1, 2), (0, 1), '--image A --image B, or --prompt "..."'),
     "text_diff": Mode((1, 1), (1, 1), '--image A --prompt "..."'),
-    "inpaint": Mode((1, 1), (0, 1), '--image A --mask M --prompt "..."'),
-    "outpaint": Mode((1, 1), (0, 1), '--image A --right 64 --prompt "..."'),
+    "probe": Mode((1, 1), (0, 0), "--image A"),
+    "inpaint": Mode((1, 1), (0, 1), '--image A --mask M --prompt "..."', None),
+    "outpaint": Mode((1, 1), (0, 1), '--image A --right 64 --prompt "..."', None),
 }
 
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
 MODE = flags.DEFINE_enum("mode", GENERATE, [GENERATE, *MODES], "What to do; see docs/pictures.md.")
 SIZE = flags.DEFINE_integer("size", None, "Side of the pictures in pixels, as 128, 512 or 1024.")
+PRIOR = flags.DEFINE_enum(
+    "prior", None, ["diffusion", "ar", "none"], "Of a sentence; none: z_txt in place of z_img."
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture's file; may be given several times.")
 FRAMES = flags.DEFINE_integer("frames", 7, "Pictures of interpolate and text_diff.", 2)
 ETA = flags.DEFINE_float("eta", 0.6, "Of variations: 0 is the picture itself, 1 differs most.")
@@ -93,3 +101,18 @@ def check(prompts: Sequence[str]) -> None:
     for flag, (found, (low, high)) in given.items():
         if not low <= found <= high:
             raise UserError(f"--mode={name}: {found} times {flag}; it takes {mode.told}")
+
+
+def prompts() -> list[str]:
+    """Those of the flags, checked."""
+    texts = list(PROMPT.value)
+    if PROMPTS_FILE.value:
+        try:
+            file = remote.to_path(PROMPTS_FILE.value)
+            with remote.told("cannot read", file):
+                text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file={PROMPTS_FILE.value}: {error}") from error
+        texts += [line.strip() for line in text.splitlines() if line.strip()]
+    check(texts)
+    return texts

@@ -40,8 +40,9 @@ class Asked:
     options: Mapping[str, Any]  # of `Cascade.stream`
 
     @property
-    def one_prompt(self) -> Sequence[str | None]:
-        return self.prompts or [None]
+    def prompt(self) -> str | None:
+        """Of a mode that takes one or none."""
+        return next(iter(self.prompts), None)
 
 
 def _reconstruct(model: DALLE2, asked: Asked) -> list[Strip]:
@@ -77,11 +78,18 @@ def _text_diff(model: DALLE2, asked: Asked) -> list[Strip]:
     return [Strip(drawn, labels, moves=True)]
 
 
+def _probe(model: DALLE2, asked: Asked) -> list[Strip]:
+    dims = model.probe_dims()
+    drawn = model.probe(asked.images[0], dims, **asked.options)
+    labels = ["all" if k is None else f"{k} directions" for k in dims]
+    return [Strip(drawn, labels, moves=True)]
+
+
 def _inpaint(model: DALLE2, asked: Asked) -> list[Strip]:
     picture, mask = _given()
     _say_how(model)
     told: dict[str, Any] = {"feather": modes.FEATHER.value, **asked.options}
-    drawn = model.inpaint(picture, mask, *asked.one_prompt, asked.n, asked.seed, **told)
+    drawn = model.inpaint(picture, mask, asked.prompt, asked.n, asked.seed, **told)
     given, erased = canvas.fitted(picture, mask, model.image_size)
     labels = ["given", "mask", *(f"drawn {i}" for i in range(asked.n))]
     return [Strip((given, _tinted(given, erased), *drawn), labels)]
@@ -91,7 +99,7 @@ def _outpaint(model: DALLE2, asked: Asked) -> list[Strip]:
     _say_how(model)
     told: dict[str, Any] = {"feather": modes.FEATHER.value, **_margins(), **asked.options}
     picture = pictures.read(modes.IMAGE.value[0])
-    drawn = model.outpaint(picture, *asked.one_prompt, asked.n, asked.seed, **told)
+    drawn = model.outpaint(picture, asked.prompt, asked.n, asked.seed, **told)
     return [Strip(drawn, [f"drawn {i}" for i in range(asked.n)])]
 
 
@@ -123,7 +131,7 @@ def preview(out: Path) -> Path:
         picture, mask = _given()
     else:
         picture = pictures.read(modes.IMAGE.value[0])
-        picture, known, _ = canvas.extended(picture, (*_margins().values(),), 1)
+        picture, known, _ = canvas.extended(picture, [*_margins().values()], 1)
         mask = ~known
     pictures.save_png(out / "mask.png", _tinted(picture, mask))
     return out / "mask.png"
@@ -140,6 +148,7 @@ _DRAW = {
     "variations": _variations,
     "interpolate": _interpolate,
     "text_diff": _text_diff,
+    "probe": _probe,
     "inpaint": _inpaint,
     "outpaint": _outpaint,
 }

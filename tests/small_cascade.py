@@ -62,6 +62,12 @@ CONFIGS = {
     ),
 }
 
+# Not among those that `write` writes by default: most tests draw by the diffusion prior.
+AR_PRIOR = dict(
+    task=dict(name="ar_prior", drop_caption=0.1, sampling=dict(dot_share=0.5)),
+    model=dict(dim=DIM, context_length=CONTEXT, width=WIDTH, depth=1, heads=2, dims=6, buckets=16),
+)
+
 KARLO = {  # what makes of these networks those that Karlo's are, as changes of `config`
     "clip": dict(model__unit_length=False, model__learned_temperature=False),
     "prior": dict(
@@ -93,7 +99,8 @@ KARLO = {  # what makes of these networks those that Karlo's are, as changes of 
 
 def config(stage: str, clip_from: str = "", **changes) -> ConfigDict:
     """A stage's complete config; `changes` as {"model__unet__dropout": 0.5}."""
-    given = ConfigDict({**CONFIGS[stage], "data": DATA, "clip_from": clip_from, "batch_size": 4})
+    made = AR_PRIOR if stage == "ar_prior" else CONFIGS[stage]
+    given = ConfigDict({**made, "data": DATA, "clip_from": clip_from, "batch_size": 4})
     with given.ignore_type(), given.unlocked():
         for path, value in changes.items():
             section, (*parents, last) = given, path.split("__")
@@ -120,8 +127,13 @@ def batch(size: int = 4, image_size: int = 16) -> dict[str, jax.Array]:
 
 def write(folder, stages=tuple(CONFIGS)) -> str:
     """Writes the stages with random weights through the tasks' own export."""
+    return written_with(folder, {}, stages)
+
+
+def written_with(folder, changes, stages) -> str:
+    """As `write`, each stage's config with its `changes`."""
     for i, stage in enumerate(stages):
-        task = build.task(config(stage, clip_from=str(folder)))
+        task = build.task(config(stage, clip_from=str(folder), **changes.get(stage, {})))
         params = randomised(jax.jit(task.init)(jax.random.key(i)), i)
         entry, tensors = task.export(params)
         model_folder.write_stage(folder, task.stage, entry, tensors)

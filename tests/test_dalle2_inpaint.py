@@ -145,6 +145,12 @@ def test_what_cannot_be_drawn_is_told_in_one_line(model, call, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prior", ["diffusion", "none"])
+def test_any_prior_says_what_is_drawn(model, prior):
+    drawn = model.inpaint(PICTURE, RIGHT, "a cat", seed=1, prior=prior, **SHARP)
+    assert apart(drawn[0, :, :8], PICTURE[:, :8]) == 0 and apart(drawn[0], PICTURE) > 8
+
+
 def test_resampling_goes_with_the_sampler_it_is_made_for(untaught):
     with pytest.raises(UserError, match="repeats=5 goes with ddim at eta=0, not 'ddpm'"):
         untaught.inpaint(PICTURE, RIGHT, "a cat", solver={"decoder": "ddpm"})

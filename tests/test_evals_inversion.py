@@ -31,7 +31,7 @@ def test_a_line_a_case(folder):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--num=0"], "num must be"),
+        (["--num=0"], "--num=0: 0 is not "),
         (["--data=nowhere"], "nowhere"),
         ([f"--data={FIXTURE}", "--subset=", "--steps=99"], "steps must be at most 20"),
     ],

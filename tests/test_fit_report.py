@@ -303,7 +303,9 @@ def test_what_waits_on_the_host_is_counted_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler_256", "upsampler_1024"])
+@pytest.mark.parametrize(
+    "stage", ["clip", "prior", "ar_prior", "decoder", "upsampler_256", "upsampler_1024"]
+)
 def test_the_tpu_variants_fill_their_tiles(stage):
     path = f"configs/{stage}.py:tpu"
     made = build.beside_clip(build.ConfigParser("config").parse(path), path)

@@ -73,6 +73,18 @@ def small_clip(batch_size=8 * 16, **changes):
     return made
 
 
+def test_the_ar_prior_moves_weights_alone():
+    """At the paper's width and sequence, with two blocks; its statistics are whole everywhere."""
+    path = "configs/ar_prior.py:paper"
+    made = build.beside_clip(build.ConfigParser("config").parse(path), path)
+    with made.unlocked(), made.model.unlocked():
+        made.batch_size, made.model.depth = 8 * 8, 2
+    found = training.report(made, "v5e:2x4")
+    assert "all-to-all" not in found.collectives
+    assert found.collective_bytes <= 1.1 * found.ideal_collective_bytes
+    assert found.compiled_flops / found.analytic_flops == pytest.approx(1, abs=0.1)
+
+
 def test_with_all_of_its_search_the_compiler_sends_while_it_computes():
     quick = training.report(small_clip(), "v5e:2x4")
     found = training.report(small_clip(), "v5e:2x4", thorough=True)

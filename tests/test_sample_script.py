@@ -144,6 +144,7 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
         (["--prompt=a", "--n=x"], "n"),
         (["--prompt=a", "--sede=3"], "sede"),
+        (["--prompt=a", "--prior=dalle"], "value should be one of <diffusion|ar|none>"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
@@ -199,7 +200,7 @@ def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_
             "--mode=text_diff: 0 times --prompt; it takes --image A --prom",
         ),
         (["--prompt=x", "A"], "a.png: say by --mode what to do with it"),
-        (["--mode=interpolate", "A", "B", "--frames=1"], "frames must be"),
+        (["--mode=interpolate", "A", "B", "--frames=1"], "--frames=1: 1 is not integer >= 2"),
     ],
 )
 def test_what_a_mode_does_not_take_is_told_in_one_line(flags, told, given, tmp_path):

@@ -197,15 +197,23 @@ def test_the_others_end_when_a_host_is_killed_and_all_go_on(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_trains_on_two_hosts_as_on_one(tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("clip", ("model.image.depth=1", "model.text.depth=1")),
+        # what is fitted before the first step is fitted to the pictures of both
+        ("ar_prior", ("model.depth=1", "model.dims=8", "clip_from=tiny", "task.fit_batches=8")),
+    ],
+)
+def test_the_command_trains_on_two_hosts_as_on_one(tmp_path, stage, changes):
     """train.py itself, with pictures: each host reads its share of every batch, in the order of
     one host alone."""
     script = pathlib.Path(__file__).parent.parent / "train.py"
     settings = ("source=tfds", f"path={FIXTURE}", "split=train", "subset=", "eval_split=")
-    command = [sys.executable, str(script), f"--config={script.parent}/configs/clip.py:tiny"]
+    command = [sys.executable, str(script), f"--config={script.parent}/configs/{stage}.py:tiny"]
     command += [f"--config.data.{setting}" for setting in settings]
     command += ["--config.batch_size=16", "--config.num_steps=4", "--config.log_every=1"]
-    command += ["--config.model.image.depth=1", "--config.model.text.depth=1"]
+    command += [f"--config.{change}" for change in changes]
     command += ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
     with socket.socket() as free:
         free.bind(("localhost", 0))

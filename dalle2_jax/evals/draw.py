@@ -13,6 +13,11 @@ Progress = Callable[[int], None]
 """Called with the number of pictures that were just drawn."""
 
 
+def seeds(seed: int, captions: Sequence[str]) -> list[int]:
+    """A seed of each caption's own."""
+    return [int(unit_hash("evals noise", str(seed), caption) * 2**32) for caption in captions]
+
+
 def generate(
     model: DALLE2,
     captions: Sequence[str],
@@ -28,9 +33,9 @@ def generate(
     noise the same, what is found more than without is lost by the prior, the rest by the decoder
     and the upsamplers.
     """
-    seeds = [int(unit_hash("evals noise", str(seed), caption) * 2**32) for caption in captions]
+    told = {"seed": seeds(seed, captions), "z_img": z_img, "batch_size": batch_size}
     drawn = []
-    for pictures in model.stream(captions, seed=seeds, z_img=z_img, batch_size=batch_size):
+    for pictures in model.stream(captions, **told):
         drawn.append(pictures)
         progress(len(pictures))
     return np.concatenate(drawn)

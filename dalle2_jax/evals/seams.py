@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +27,9 @@ def across(pictures: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
 
     x = pictures.astype(np.float64)
     reach = max(1, mask.shape[0] // 16)
-    near = ndimage.binary_dilation(mask, iterations=reach) & ~ndimage.binary_erosion(
-        mask, iterations=reach, border_value=1
-    )
+    grown = ndimage.binary_dilation(mask, iterations=reach)
+    shrunk: Any = ndimage.binary_erosion(mask, iterations=reach, border_value=1)
+    near = grown & ~shrunk
     over, within = [], []
     for axis in (0, 1):
         step = np.abs(np.diff(x, axis=axis + 1)).mean(axis=(0, -1))

@@ -25,6 +25,7 @@ from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, m
 from dalle2_jax.fit.training import local_bytes
 from dalle2_jax.placement import on_mesh, stored, waits
 from dalle2_jax.sampling import stage as sampling
+from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.types import Params, PyTree
 
@@ -171,11 +172,13 @@ def _programs(
         local_bytes(params["clip"]),
     )
     encoded = jax.eval_shape(functools.partial(encode_text, clip), params["clip"], tokens)
-    if model.prior is not None:
+    if isinstance(model.prior, PriorSampler):
         cond = jax.eval_shape(model.prior.condition, encoded, encoded)
         k = model.prior.rows
         cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b * k, *x.shape[1:]), x.dtype), cond)
         yield from _stage("prior", model.prior, params["prior"], cond, b * k, rows, mesh)
+    elif model.prior is not None:
+        raise UserError("--topology: of an autoregressive prior sampling is not compiled yet")
     z_img = jax.ShapeDtypeStruct((b, clip.dim), jnp.float32)
     tokens = jax.ShapeDtypeStruct((b, model.decoder.network.context_length), jnp.int32)
     cond = jax.eval_shape(model.decoder.condition, z_img, encoded, tokens, None, encoded)

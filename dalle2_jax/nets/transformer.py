@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
@@ -30,8 +31,23 @@ def causal_mask(length: int) -> Array:
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
+class Cache(NamedTuple):
+    """Keys and values of the places of a sequence that were seen; of all blocks, or of one."""
+
+    k: Array  # (depth) b n heads d
+    v: Array
+
+    def with_places(self, at: Array | int, k: Array, v: Array) -> Cache:
+        """One block's with k, v [b, m, heads, d] at the places from `at` on."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return Cache(*(write(old, x, at, 1) for old, x in zip(self, (k, v), strict=True)))
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With a `cache` x [b, m, width] stands at its places from `at` on, and looks at all of it.
+    """
 
     heads: int
     activation: str = "gelu"
@@ -39,7 +55,13 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0  # the wide layer's width, of the width
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None,
+        cache: Cache | None = None,
+        at: Array | int | None = None,
+    ) -> tuple[Array, Cache | None]:
         width = x.shape[-1]
 
         def dense(features: int, name: str) -> nn.Dense:
@@ -47,10 +69,12 @@ class Block(nn.Module):
 
         y = LayerNorm(name="norm1")(x)
         q, k, v = (split_heads(dense(width, name)(y), self.heads) for name in "qkv")
+        if cache is not None and at is not None:
+            k, v = cache = cache.with_places(at, k, v)
         x = x + dense(width, "out")(merge_heads(attention(q, k, v, mask)))
         y = dense(round(self.mlp_ratio * width), "fc1")(LayerNorm(name="norm2")(x))
         x = x + dense(width, "fc2")(ACTIVATIONS[self.activation](y))
-        return x, None  # nn.scan wants (carry, output)
+        return x, cache
 
 
 class Transformer(nn.Module):
@@ -66,14 +90,25 @@ class Transformer(nn.Module):
     remat: str | bool = "none"
     mlp_ratio: float = 4.0
 
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        blocks = nn.scan(
+    def setup(self) -> None:
+        in_axes: Any = (nn.broadcast, 0, nn.broadcast)  # of mask, cache and place
+        blocks: Any = nn.scan(
             rematerialised(Block, self.remat, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # typed by its default, 0
+            in_axes=in_axes,
             length=self.depth,
         )
-        block = blocks(self.heads, self.activation, self.dtype, self.mlp_ratio, name="blocks")
-        return block(x.astype(self.dtype), mask)[0]
+        self.blocks = blocks(self.heads, self.activation, self.dtype, self.mlp_ratio)
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        return self.blocks(x.astype(self.dtype), mask, None, None)[0]
+
+    def cached(self, x: Array, mask: Array, cache: Cache, at: Array | int) -> tuple[Array, Cache]:
+        """x [b, m, width] at the places from `at` on of a sequence that is decoded bit by bit, and
+        `mask` [.., m, n] of its places -> (the output there, the `cache` with them)."""
+        return self.blocks(x.astype(self.dtype), mask, cache, at)
+
+    def empty_cache(self, b: int, n: int, width: int) -> Cache:
+        shape = self.depth, b, n, self.heads, width // self.heads
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

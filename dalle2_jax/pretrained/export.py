@@ -194,9 +194,6 @@ def _scheduler(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     predictions, prediction = {"eps": "epsilon", "x_0": "sample"}, process.get("prediction", "eps")
     if prediction not in predictions:
         raise UserError(f"prediction is {prediction!r}, but UnCLIPScheduler has eps and x_0 alone")
-    variance = entry["sampling"].get("variance", "small")
-    if variance != "small" and not process.get("learned_variance"):
-        raise UserError(f"variance is {variance!r}, but UnCLIPScheduler has 'small' alone")
     told = {
         "_class_name": "UnCLIPScheduler",
         "num_train_timesteps": process.get("num_timesteps", 1000),

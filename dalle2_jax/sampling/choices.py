@@ -1,4 +1,4 @@
-"""A model's samplers with other settings than its folder's."""
+"""Stages sampled otherwise than their folder says."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from dalle2_jax.options import near_miss
 Choice = Any
 """One value for the stage(s) a setting means by default, or {stage: value}."""
 
+_ALL = "solver"  # one value of it is every stage's; of the others it is the decoder's
+
 
 def chosen(samplers: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[str, Any]:
-    """The samplers by stage, with those of `choices` (field of their settings -> `Choice`) that are
-    not None. One value is the decoder's, of `solver` every stage's that has one.
+    """The samplers, by stage, with {field of their settings: choice}; None is no choice.
 
-    Raises:
-        UserError: an unknown stage, or what the settings do not take.
+    UserError for a stage that is not there or has no such setting, and for a value that is none.
     """
-    changes: dict[str, dict[str, Any]] = {name: {} for name in samplers}
+    settings: dict[str, dict[str, Any]] = {name: {} for name in samplers}
     for field, choice in choices.items():
         if choice is None:
             continue
         known = [name for name, s in samplers.items() if hasattr(s.settings, field)]
         if not isinstance(choice, Mapping):
-            choice = dict.fromkeys(known if field == "solver" else ["decoder"], choice)
+            choice = dict.fromkeys(known if field == _ALL else ["decoder"], choice)
         for stage, value in choice.items():
             if stage not in known:
                 raise UserError(f"{field}: no stage {stage!r}{near_miss(str(stage), known)}")
-            changes[stage][field] = arguments.plain(value)
+            settings[stage][field] = arguments.plain(value)
     return {
         name: dataclasses.replace(
-            sampler, settings=dataclasses.replace(sampler.settings, **changes[name])
+            sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
         )
         for name, sampler in samplers.items()
     }

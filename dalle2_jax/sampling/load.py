@@ -15,11 +15,14 @@ import jax
 from dalle2_jax import arguments, model_folder
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.nets.ar_prior import ARPrior
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.options import construct
+from dalle2_jax.sampling.ar_prior import ARPriorSampler
+from dalle2_jax.sampling.ar_prior import Settings as ARSettings
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
@@ -42,9 +45,12 @@ def clip(folder: Path, dtype: str = "float32") -> tuple[CLIP, Params]:
     return clip_network(folder, dtype), _params(folder, "clip")
 
 
-def draws_from_captions(folder: Path) -> bool:
-    """Whether the folder has a prior; one of an image-variations model has none."""
-    return "prior" in model_folder.read_config(folder)["stages"]
+def priors(folder: Path, text: CLIP, dtype: str = "float32") -> dict[str, tuple[Any, Params]]:
+    """The folder's priors for the CLIP `text`, the diffusion prior first; an image-variations model
+    has none. UserError: one is damaged."""
+    stages = model_folder.read_config(folder)["stages"]
+    known = {"prior": prior, "ar_prior": ar_prior}
+    return {name: load(folder, text, dtype) for name, load in known.items() if name in stages}
 
 
 def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSampler, Params]:
@@ -54,6 +60,20 @@ def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSample
     sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype, **options)
     sampler = dataclasses.replace(sampler, unit_length=text.unit_length)
     return sampler, _params(folder, "prior")
+
+
+def ar_prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[ARPriorSampler, Params]:
+    """The folder's autoregressive prior, for the CLIP `text`. UserError: see `prior`."""
+    _check_clip(folder, "ar_prior")
+    entry, where = _entry(folder, "ar_prior", "model", "sampling")
+    options = {"candidates": ARPriorSampler.candidates}
+    given = _whole_numbers(entry, options, where)
+    parts = {
+        "network": _network(ARPrior, entry["model"], where, dtype),
+        "settings": _build(ARSettings, entry["sampling"], where),
+    }
+    sampler = _build(ARPriorSampler, given | {"unit_length": text.unit_length}, where, **parts)
+    return sampler, _params(folder, "ar_prior")
 
 
 def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
@@ -160,12 +180,7 @@ def _sampler(
     must be there. Whole numbers from 1 all, or bools where the default is one."""
     required = [name for name, default in options.items() if default is None]
     entry, where = _entry(folder, stage, "model", "diffusion", "sampling", *required)
-    given = {name: entry.get(name, default) for name, default in options.items()}
-    for name, value in given.items():
-        kind = bool if isinstance(options[name], bool) else int
-        if type(value) is not kind or (kind is int and value < 1):
-            what = "true or false" if kind is bool else "a whole number from 1"
-            raise UserError(f"{where}: {name} is {value!r}, not {what}")
+    given = _whole_numbers(entry, options, where)
     parts: dict[str, Any] = {
         "network": _network(network, entry["model"], where, dtype),
         "process": _build(Process, entry["diffusion"], where),
@@ -173,6 +188,19 @@ def _sampler(
         "x_0_error": _numbers(entry.get("x_0_error", ()), f"{where}: x_0_error"),
     }
     return _build(cls, given, where, **parts)
+
+
+def _whole_numbers(
+    entry: Mapping[str, Any], options: Mapping[str, int | None], where: str
+) -> dict[str, Any]:
+    """What the entry says of `options`, see `_sampler`."""
+    given = {name: entry.get(name, default) for name, default in options.items()}
+    for name, value in given.items():
+        kind = bool if isinstance(options[name], bool) else int
+        if type(value) is not kind or (kind is int and value < 1):
+            what = "true or false" if kind is bool else "a whole number from 1"
+            raise UserError(f"{where}: {name} is {value!r}, not {what}")
+    return given
 
 
 def _numbers(values: Any, where: str) -> tuple[float, ...]:
@@ -202,6 +230,7 @@ def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
 def network_of(stage: str) -> type[nn.Module]:
     """The class of a stage's network."""
     named: dict[str, type[nn.Module]] = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}
+    named["ar_prior"] = ARPrior
     return named.get(stage, Upsampler)
 
 
@@ -212,7 +241,7 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
         entry = entries[stage]
         network = _network(network_of(stage), entry["model"], where, "float32")
         inputs: tuple[Any, ...] = ()
-        if stage in ("prior", "decoder"):
+        if stage in ("prior", "ar_prior", "decoder"):
             inputs = (entries["clip"]["model"]["text"]["width"],)
         if "image_size" in entry:
             inputs += (entry["image_size"],)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class PriorSampler(StageSampler):
 
     candidates: int = 2
     unit_length: bool = True  # of z_img, as its CLIP has it
+    stage: ClassVar[str] = "prior"
 
     def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
         """What the network is told of b captions; `empty`, the encoding of b empty ones, guides a
@@ -63,7 +64,13 @@ class PriorSampler(StageSampler):
         each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
         x_0 = self.draw(params, each, keys, self.shape, noise, progress)
         z = forward(self.network, params, x_0, method="to_z_img")
-        z = normalise(z) if self.unit_length else z
-        nearness = jnp.einsum("bkd,bd->bk", normalise(z).reshape(b, k, -1), cond["z_txt"])
-        best = jnp.argmax(nearness, axis=1)
-        return jnp.take_along_axis(z.reshape(b, k, -1), best[:, None, None], axis=1)[:, 0]
+        return nearest_to(cond["z_txt"], z, self.unit_length)
+
+
+def nearest_to(z_txt: Array, z: Array, unit_length: bool) -> Array:
+    """Of k z_img [b * k, dim] of each caption the one with the largest dot product with its z_txt
+    [b, dim]; of unit length where so asked."""
+    z = normalise(z) if unit_length else z
+    each = z.reshape(len(z_txt), -1, z.shape[-1])  # b k dim
+    best = jnp.argmax(jnp.einsum("bkd,bd->bk", normalise(each), z_txt), axis=1)
+    return jnp.take_along_axis(each, best[:, None, None], axis=1)[:, 0]

@@ -24,7 +24,7 @@ Sampler = TypeVar("Sampler", bound=StageSampler)
 
 
 def make_sampler(
-    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **options: int
+    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **options: Any
 ) -> Sampler:
     """How previews, and later the exported model, are drawn: with `config.task.sampling`.
 

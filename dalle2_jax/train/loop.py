@@ -18,7 +18,8 @@ from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
 from dalle2_jax.train.side import Dataset, SideWork, keep_licences
-from dalle2_jax.train.state import TrainState, abstract_state, init_state
+from dalle2_jax.train.state import TrainState, abstract_state
+from dalle2_jax.train.statistics import fresh_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 from dalle2_jax.train.stop import Result, Stopper
 from dalle2_jax.types import Task
@@ -66,7 +67,7 @@ def train(
         recovery = Recovery(
             checkpoints,
             template,
-            lambda: init_state(task, optimizer, config.seed, template, config.init_from),
+            lambda: fresh_state(config, task, optimizer, template, frozen, dataset, mesh),
             config.max_skips,
             lag=0 if on_cpu else 2,
         )

@@ -18,6 +18,7 @@ from dalle2_jax.types import Array, Params, PyTree
 
 # Of the first moments. The second are never less than float32: their small steps would be lost.
 MU_DTYPES = ("float32", "bfloat16")
+STATISTICS = "statistics"  # a branch of the parameters that is fitted to data, not trained
 
 
 class Optimizer(NamedTuple):
@@ -36,11 +37,14 @@ def decay_mask(params: Params) -> PyTree:
     """True where decoupled weight decay applies: matrices and kernels.
 
     Biases, norm scales and other vectors are left alone, and so are parameters named `bias` or
-    `scale` of any rank (a stack of blocks gives them a leading axis).
+    `scale` of any rank (a stack of blocks gives them a leading axis), and what lies below
+    `STATISTICS`, where there is no gradient either.
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
+        if STATISTICS in jax.tree_util.keystr(path, simple=True, separator="/").split("/"):
+            return False
         axes = sum(size > 1 for size in leaf.shape)  # a vector may have leading axes of one
         return axes >= 2 and name not in ("bias", "scale")
 

@@ -1,0 +1,171 @@
+"""The autoregressive prior: a causal transformer over z_img's codes (unCLIP section 2.2)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.nets.clip import normalise
+from dalle2_jax.nets.layers import LayerNorm
+from dalle2_jax.nets.transformer import Cache, Transformer, causal_mask
+from dalle2_jax.types import Array
+
+EXACT = jax.lax.Precision.HIGHEST  # a TPU would else multiply in bfloat16
+
+
+class Statistics(nn.Module):
+    """z_img <-> codes: PCA, then buckets of one width over a dimension's range.
+
+    Nothing here is trained: `tasks.ar_prior` fits it once, to the embeddings of training pictures.
+    A fresh one keeps the first `dims` coordinates. Code 0 is of the dot product z_img z_txt, code
+    i of the i-th direction, by falling variance.
+    """
+
+    dim: int
+    dims: int
+    buckets: int
+
+    def setup(self) -> None:
+        zeros, f32 = nn.initializers.zeros, jnp.float32
+        self.mean = self.param("mean", zeros, (self.dim,), f32)
+        self.components = self.param("components", lambda _: jnp.eye(self.dims, self.dim))
+        self.low = self.param("low", nn.initializers.constant(-1.0), (1 + self.dims,), f32)
+        self.high = self.param("high", nn.initializers.ones, (1 + self.dims,), f32)
+
+    def values(self, z_img: Array, z_txt: Array) -> Array:
+        """z_img, z_txt [b, dim] -> what is quantised, float32 [b, 1 + dims]."""
+        # float32: drawing keeps matrices in bfloat16
+        components = self.components.astype(jnp.float32)
+        dot = jnp.sum(normalise(z_img) * normalise(z_txt), axis=1, keepdims=True)
+        along = jnp.einsum("bd,kd->bk", z_img - self.mean[None], components, precision=EXACT)
+        return jnp.concatenate([dot, along], axis=1)
+
+    def codes(self, z_img: Array, z_txt: Array) -> Array:
+        """z_img, z_txt [b, dim] -> int32 [b, 1 + dims]; what is out of range takes the last."""
+        width = jnp.maximum(self.high - self.low, 1e-6)[None]
+        share = (self.values(z_img, z_txt) - self.low[None]) / width
+        codes = jnp.floor(share * self.buckets).astype(jnp.int32)
+        return jnp.clip(codes, 0, self.buckets - 1)
+
+    def z_img(self, codes: Array) -> Array:
+        """int32 [b, 1 + dims] -> z_img float32 [b, dim] of the middles of the buckets."""
+        share = (codes[:, 1:].astype(jnp.float32) + 0.5) / self.buckets
+        along = self.low[None, 1:] + share * (self.high - self.low)[None, 1:]
+        components = self.components.astype(jnp.float32)
+        return self.mean[None] + jnp.einsum("bk,kd->bd", along, components, precision=EXACT)
+
+
+class Past(NamedTuple):
+    """What decoding keeps of the sequence so far."""
+
+    cache: Cache
+    keys: Array  # bool b n: places that hold something, or will
+
+
+class ARPrior(nn.Module):
+    """The sequence [txt_enc, z_txt, dot, codes]; the output at each place predicts the next code.
+
+    `dims` directions of z_img, each in `buckets`; "dot" is the quantised dot product of z_img and
+    z_txt. All is causal, so that a code is predicted from the caption, z_txt and the codes before
+    it; padding is masked. A caption whose `txt_mask` is empty is "no caption": its z_txt is
+    replaced by a learned vector. All codes share one table of embeddings and one output layer, for
+    a place has an embedding and an output bias of its own.
+    """
+
+    dim: int
+    context_length: int
+    width: int
+    depth: int
+    heads: int
+    dims: int
+    buckets: int = 1024
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+    remat: str | bool = "none"
+
+    def init_inputs(self, text_width: int) -> tuple[Array, ...]:
+        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
+        z, n = jnp.zeros((1, self.dim)), self.context_length
+        return z, z, jnp.zeros((1, n, text_width)), jnp.ones((1, n), bool)
+
+    def setup(self) -> None:
+        normal, zeros = nn.initializers.normal, nn.initializers.zeros
+        self.txt_enc = nn.Dense(self.width, dtype=self.dtype)
+        self.z_txt = nn.Dense(self.width, dtype=self.dtype)
+        self.null_z_txt = self.param("null_z_txt", zeros, (self.dim,), jnp.float32)
+        self.code = nn.Embed(
+            self.buckets, self.width, embedding_init=normal(0.02), dtype=self.dtype
+        )
+        shape = (self.context_length + 1 + self.dims, self.width)
+        self.positions = self.param("positions", normal(0.01), shape, jnp.float32)
+        self.transformer = Transformer(
+            self.depth, self.heads, self.activation, self.dtype, self.remat
+        )
+        self.norm = LayerNorm()
+        self.out = nn.Dense(self.buckets, use_bias=False, dtype=self.dtype)
+        self.bias = self.param("bias", zeros, (1 + self.dims, self.buckets), jnp.float32)
+        self.statistics = Statistics(self.dim, self.dims, self.buckets)
+
+    def __call__(
+        self, z_img: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
+    ) -> tuple[Array, Array]:
+        """z_img, z_txt [b, dim], txt_enc [b, n, w], txt_mask bool [b, n] -> (logits float32
+        [b, 1 + dims, buckets], the codes int32 [b, 1 + dims] that they predict)."""
+        codes = self.codes(z_img, z_txt)
+        return self.logits(codes, z_txt, txt_enc, txt_mask), codes
+
+    def codes(self, z_img: Array, z_txt: Array) -> Array:
+        """See `Statistics.codes`."""
+        return self.statistics.codes(z_img, z_txt)
+
+    def to_z_img(self, codes: Array) -> Array:
+        """See `Statistics.z_img`."""
+        return self.statistics.z_img(codes)
+
+    def logits(self, codes: Array, z_txt: Array, txt_enc: Array, txt_mask: Array) -> Array:
+        """Of each of the codes [b, 1 + dims] from those before it, [b, 1 + dims, buckets]."""
+        before = self._embed(codes[:, :-1], jnp.arange(self.dims))
+        x = jnp.concatenate([self._prefix(z_txt, txt_enc, txt_mask), before], axis=1)
+        n = txt_mask.shape[1]
+        mask = causal_mask(x.shape[1]) & self._keys(txt_mask)[:, None, None, :]
+        return self._out(self.transformer(x, mask)[:, n:]) + self.bias[None]
+
+    def prefill(self, z_txt: Array, txt_enc: Array, txt_mask: Array) -> tuple[Array, Past]:
+        """(logits [b, buckets] of code 0, the past with all that stands before it)."""
+        x, keys = self._prefix(z_txt, txt_enc, txt_mask), self._keys(txt_mask)
+        b, n = keys.shape
+        mask = causal_mask(n)[:, :, : x.shape[1]] & keys[:, None, None, :]
+        empty = self.transformer.empty_cache(b, n, self.width)
+        x, cache = self.transformer.cached(x, mask, empty, 0)
+        return self._out(x[:, -1]) + self.bias[None, 0], Past(cache, keys)
+
+    def step(self, code: Array, place: Array, past: Past) -> tuple[Array, Past]:
+        """The code int32 [b] of place 0 .. dims - 1 -> (logits [b, buckets] of the next one, the
+        past with it)."""
+        x, keys = self._embed(code[:, None], place[None]), past.keys
+        n = keys.shape[1]
+        at = n - self.dims + place
+        mask = keys & (jnp.arange(n) <= at)[None]
+        x, cache = self.transformer.cached(x, mask[:, None, None, :], past.cache, at)
+        return self._out(x[:, 0]) + self.bias[place + 1][None], Past(cache, keys)
+
+    def _prefix(self, z_txt: Array, txt_enc: Array, txt_mask: Array) -> Array:
+        n = txt_mask.shape[1]
+        z_txt = jnp.where(txt_mask.any(axis=1)[:, None], z_txt, self.null_z_txt[None])
+        x = jnp.concatenate([self.txt_enc(txt_enc), self.z_txt(z_txt)[:, None]], axis=1)
+        # What follows the caption keeps its place, however short that is.
+        places = jnp.concatenate([self.positions[:n], self.positions[None, self.context_length]])
+        return x + places[None].astype(self.dtype)
+
+    def _embed(self, codes: Array, places: Array) -> Array:
+        positions = self.positions[self.context_length + 1 + places]
+        return self.code(codes) + positions[None].astype(self.dtype)
+
+    def _keys(self, txt_mask: Array) -> Array:
+        return jnp.pad(txt_mask, ((0, 0), (0, 1 + self.dims)), constant_values=True)
+
+    def _out(self, x: Array) -> Array:
+        return self.out(self.norm(x)).astype(jnp.float32)

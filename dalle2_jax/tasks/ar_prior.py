@@ -1,0 +1,202 @@
+"""Training the autoregressive prior: cross entropy of z_img's codes (unCLIP section 2.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from dalle2_jax import images, sharding
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.ar_prior import EXACT, ARPrior, Statistics
+from dalle2_jax.nets.clip import normalise
+from dalle2_jax.nets.forward import forward
+from dalle2_jax.options import check_range, construct, plain
+from dalle2_jax.sampling.ar_prior import ARPriorSampler, Settings
+from dalle2_jax.tasks import previews
+from dalle2_jax.tasks.decoder import disturb
+from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
+from dalle2_jax.types import Array, Batch, Metrics, Params
+
+MOST_LOST = 0.01  # of z_img's variance: so many directions the paper keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class ARPriorTask:
+    """`fit_batches` of training data say what the codes are, once, before the first step.
+
+    With few pictures `noise` keeps the network from learning them by heart: z_img moves by up to
+    so much of its length (`tasks.decoder.disturb`), so that its codes change a little every time.
+    """
+
+    network: ARPrior
+    clip: FrozenCLIP
+    sampler: ARPriorSampler
+    entry: Mapping[str, Any]
+    drop_caption: float = 0.1
+    noise: float = 0.0
+    candidates: int = ARPriorSampler.candidates  # drawn for a picture
+    fit_batches: int = 64
+    stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
+    SECTIONS: ClassVar = {"sampling": Settings}
+
+    def __post_init__(self) -> None:
+        check_range("config.task", 0, 1, drop_caption=self.drop_caption, noise=self.noise)
+        check_range("config.task", 1, candidates=self.candidates)
+        check_range("config.model", 2, buckets=self.network.buckets)
+        check_range("config.model", 1, self.network.dim, dims=self.network.dims)
+
+    def init(self, key: Array) -> Params:
+        inputs = self.network.init_inputs(self.clip.network.text["width"])
+        return self.network.init(key, *inputs)["params"]
+
+    def frozen(self) -> Params:
+        return {"clip": self.clip.params()}
+
+    def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
+        """The PCA of z_img and the range of each code: see `train.statistics.Fits`.
+
+        Two passes over the data: its moments on the devices tell the directions, then what lies
+        along them its range. Logs the share of the variance that is lost.
+        """
+
+        def passed(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+            run = None
+            for batch in itertools.islice(batches(), self.fit_batches):
+                run = run or _replicated(function, batch)
+                yield run(*args, frozen["clip"], batch)
+
+        def moments(clip: Params, batch: Batch) -> tuple[Array, Array]:
+            z, _ = self._encode(clip, batch)
+            return z.mean(axis=0), jnp.einsum("bi,bj->ij", z, z, precision=EXACT) / len(z)
+
+        def ranges(given: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
+            values = forward(statistics, given, *self._encode(clip, batch), method="values")
+            return values.min(axis=0), values.max(axis=0)
+
+        n = self.network
+        statistics = Statistics(n.dim, n.dims, n.buckets)
+        total, count = None, 0
+        for found in passed(moments):
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            jax.block_until_ready(total)  # simulated devices abort when programs queue up
+            count += 1
+        assert total is not None, "there are no batches to fit to"
+        mean, components, kept = directions(*(x / count for x in total), n.dims)
+        given = {"mean": mean, "components": components}
+        given |= {"low": params["statistics"]["low"], "high": params["statistics"]["high"]}
+        low = high = None
+        for least, most in passed(ranges, given):
+            low = least if low is None else jnp.minimum(low, least)
+            high = most if high is None else jnp.maximum(high, most)
+            jax.block_until_ready((low, high))
+        kept = float(kept)
+        told = f"{n.dims} of {n.dim} directions keep {100 * kept:.2f} %"
+        logging.info("PCA of z_img: %s of the variance", told)
+        if 1 - kept > MOST_LOST:
+            cure = "raise config.model.dims"
+            logging.warning("PCA of z_img: %s, more than 1 %% is lost: %s", told, cure)
+        return {**given, "low": low, "high": high}
+
+    def _encode(self, clip: Params, batch: Batch) -> tuple[Array, Array]:
+        """(z_img, z_txt) of a batch."""
+        z_img = self.clip.encode_image(clip, images.to_float(batch["image"]))
+        return z_img, self.clip.encode_text(clip, batch["tokens"]).z_txt
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
+    ) -> tuple[Array, Metrics]:
+        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        text = self.clip.encode_text(frozen["clip"], batch["tokens"])
+        key_drop, key_noise = jax.random.split(key)
+        keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
+        if train:
+            text = text._replace(txt_mask=text.txt_mask & keep[:, None])
+            z_img = disturb(key_noise, z_img, self.noise) if self.noise else z_img
+        logits, codes = forward(self.network, params, z_img, *text)
+        chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+        nats = (jax.nn.logsumexp(logits, axis=-1) - chosen).mean(axis=0)  # a code
+        again = forward(self.network, params, codes, method="to_z_img")
+        metrics = {
+            "dot": nats[0],
+            "codes": nats[1:].mean(),
+            "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes),
+            "round_trip": jnp.sum(normalise(again) * normalise(z_img), axis=1).mean(),  # cosine
+        }
+        return nats.mean(), metrics
+
+    def preview(
+        self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
+    ) -> dict[str, Array]:
+        """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
+        pictures = images.to_float(batch["image"])
+        z_img = self.clip.encode_image(frozen["clip"], pictures)
+        text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
+        keys = jax.random.split(key, len(text.z_txt))
+        z = self.sampler(params, self.sampler.condition(text), keys)
+        return {self.stage: previews.nearest(pictures, z_img, z)}
+
+    def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
+        return self.entry, params
+
+
+def _replicated(function: Callable[..., Any], batch: Batch) -> Callable[..., Any]:
+    """`function`, jitted, whose results every device has whole."""
+    place: Any = batch["image"].sharding
+    return jax.jit(function, out_shardings=sharding.replicated(place.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def directions(mean: Array, second: Array, dims: int) -> tuple[Array, Array, Array]:
+    """E z [d] and E z z^T [d, d] -> (mean [d], the `dims` directions of the largest variance
+    [dims, d], by falling variance, and the share of the variance along them).
+
+    An eigenvector has no sign: here its largest coordinate is positive.
+    """
+    variances, vectors = jnp.linalg.eigh(second - mean[:, None] * mean[None])  # rising
+    vectors = vectors[:, ::-1].T
+    largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
+    vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=1))
+    variances = jnp.maximum(variances[::-1], 0)
+    return mean, vectors[:dims], variances[:dims].sum() / variances.sum()
+
+
+SECTIONS = {"task": ARPriorTask, "model": ARPrior}
+
+
+def from_config(config: Any) -> ARPriorTask:
+    options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
+    network = construct(ARPrior, config.model, "config.model")
+    check_transformer("config.model", config.model, network.activation)
+    count = config.task.fit_batches * config.batch_size
+    if count <= network.dims:
+        raise UserError(
+            f"config.task.fit_batches={config.task.fit_batches} are {count} pictures, which have "
+            f"no {network.dims} directions (config.model.dims): raise it"
+        )
+    clip = FrozenCLIP.load(config)
+    where = "config.task.sampling"
+    try:
+        settings = construct(Settings, config.task.get("sampling") or {}, where)
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
+    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
+    task = construct(
+        ARPriorTask,
+        options,
+        "config.task",
+        network=network,
+        clip=clip,
+        sampler=ARPriorSampler(network, settings, **drawn),
+        entry={},
+    )
+    sampling = plain(dataclasses.asdict(settings))
+    entry = {"model": plain(config.model), "sampling": sampling, "candidates": task.candidates}
+    return dataclasses.replace(task, entry={**entry, "clip": clip.hash})

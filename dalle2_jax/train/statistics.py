@@ -1,0 +1,56 @@
+"""What a task fits to its data before the first step, and nobody trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dalle2_jax.train.optimizer import STATISTICS, Optimizer
+from dalle2_jax.train.side import Dataset
+from dalle2_jax.train.state import TrainState, init_state
+from dalle2_jax.train.step import global_batch, on_mesh
+from dalle2_jax.types import Array, Batch, Params, Task
+
+
+@runtime_checkable
+class Fits(Protocol):
+    """A Task whose parameters have a branch `statistics` that is fitted once and then stays."""
+
+    def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
+        """The leaves of params["statistics"], each whole on every device. `batches()` gives the
+        global batches of training from the first on, without end."""
+        ...
+
+
+def fresh_state(
+    config: Any,
+    task: Task,
+    optimizer: Optimizer,
+    template: TrainState,
+    frozen: Params,
+    dataset: Dataset,
+    mesh: Mesh,
+) -> TrainState:
+    """The state of step 0. What a task fits to the data comes with config.init_from, if that is."""
+    state = init_state(task, optimizer, config.seed, template, config.init_from)
+    if config.init_from or not isinstance(task, Fits):
+        return state
+
+    def batches() -> Iterator[Batch]:
+        return (global_batch(local, mesh) for local in dataset(0))
+
+    with on_mesh(mesh, config.sharding_rules, state.params, frozen):
+        found: Any = jax.tree.map(np.asarray, task.fit(state.params, frozen, batches))
+
+    def put(params: Params) -> Params:  # each tree its own buffers: the state is donated
+        def leaf(old: Array, new: np.ndarray) -> Array:
+            new = new.astype(old.dtype)
+            return jax.make_array_from_callback(old.shape, old.sharding, lambda i: new[i])
+
+        return {**params, STATISTICS: jax.tree.map(leaf, params[STATISTICS], found)}
+
+    return state.replace(params=put(state.params), ema_params=put(state.ema_params))
