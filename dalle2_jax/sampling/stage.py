@@ -314,7 +314,7 @@ def _denoiser(
     denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
-    known = cond.get("known")
+    known = cond.get("known") if isinstance(cond, Mapping) else None
     return denoiser if known is None else inpainting.keeping(schedule, denoiser, known)
 
 
