@@ -44,6 +44,7 @@ class ARPriorTask:
     candidates: int = ARPriorSampler.candidates  # drawn for a picture
     fit_batches: int = 64
     stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
+    added: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
