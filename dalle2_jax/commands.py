@@ -111,6 +111,9 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):  # absl knows no -h, and exits with 1
+        for module, defined in flags.FLAGS.flags_by_module_dict().items():
+            for flag in defined if module.startswith("dalle2_jax.") else ():
+                flags.FLAGS.register_key_flag_for_module(argv[0], flag)  # or it shows none of them
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
     try:

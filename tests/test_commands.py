@@ -134,10 +134,11 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
-        (["sample.py", "-h"], 0, ["python sample.py", "--prompt"]),
+        (["sample.py", "-h"], 0, ["python sample.py", "--prompt:", "--mode:", "--steps:"]),
         (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
-        (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge"]),
-        (["-m", "dalle2_jax.data.emoji", "--help"], 0, ["--size"]),
+        (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge:", "--num:"]),
+        (["-m", "dalle2_jax.evals.upsampling", "-h"], 0, ["default: 'data/emoji_1024'"]),
+        (["-m", "dalle2_jax.data.emoji", "--help"], 0, ["--size:"]),
         (
             ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--num_processes=2"],
             2,
