@@ -16,11 +16,17 @@ _STRIDES = 8  # frames lie at multiples of so small a part of their side
 
 def fitted(picture: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The middle squares of uint8 [h, w, 3] and of bool [h, w] at `size`; a pixel is masked where
-    one that it covers is."""
+    one that it covers is. UserError: none is, in the middle."""
     side, (top, left) = min(mask.shape), ((n - min(mask.shape)) // 2 for n in mask.shape)
-    square = Image.fromarray(mask[top : top + side, left : left + side].astype(np.uint8) * 255)
-    small = np.asarray(square.resize((size, size), Image.Resampling.BOX)) > 0
-    return crop_resize(picture, size, (1.0, 0.5, 0.5)), small
+    square = slice(top, top + side), slice(left, left + side)
+    if not mask[square].any():
+        raise UserError(
+            f"the mask marks nothing of the middle {side} x {side} pixels, which alone are drawn: "
+            "cut the picture to a square around what is marked"
+        )
+    marked = Image.fromarray(mask[square].astype(np.float32))
+    small = np.asarray(marked.resize((size, size), Image.Resampling.BOX)) > 0
+    return crop_resize(picture[square], size, (1.0, 0.5, 0.5)), small
 
 
 def extended(
@@ -51,19 +57,43 @@ def extended(
 def frames(known: np.ndarray, size: int, overlap: float) -> Iterator[Window]:
     """The windows of `size` in which bool [h, w] becomes known all over, each in its turn.
 
-    Of a window at least `overlap` is known by then, where there is one; of those, that with the
+    What a window draws ends beside no pixel that is known but lies outside, unseen, where that can
+    be. At least `overlap` of it is known by then, where there is one such; of those, that with the
     most to draw comes first.
     """
     known = known.copy()
     stride = max(1, size // _STRIDES)
     tops, lefts = (sorted({*range(0, n - size + 1, stride), n - size}) for n in known.shape)
+    rows, columns = np.array(tops)[:, None], np.array(lefts)[None]
     while not known.all():
         total = np.pad(known.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-        rows, columns = np.array(tops)[:, None], np.array(lefts)[None]
         ends = total[rows + size, columns + size] - total[rows, columns + size]
         share = (ends - total[rows + size, columns] + total[rows, columns]) / size**2
         rank = np.where(share >= overlap, share, 2 - share)  # the latter: the most known first
+        unseen = _beside_unseen(known, rows, columns, size)
+        rank += np.where(unseen > 0, 4 + unseen / size, 0)  # 4: after all that have none
         i, j = np.unravel_index(np.where(share == 1, np.inf, rank).argmin(), rank.shape)
         window = slice(tops[i], tops[i] + size), slice(lefts[j], lefts[j] + size)
         known[window] = True
         yield window
+
+
+def _beside_unseen(known: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
+    """How many pixels along the sides of the windows at top [n, 1] and left [1, m] are not known,
+    but their neighbour outside is -> int [n, m]."""
+    around = np.pad(known, 1, mode="edge")
+    above, below = (~known & a for a in (around[:-2, 1:-1], around[2:, 1:-1]))
+    before, behind = (~known & a for a in (around[1:-1, :-2], around[1:-1, 2:]))
+    above, below = (np.pad(a.cumsum(axis=1), ((0, 0), (1, 0))) for a in (above, below))
+    before, behind = (np.pad(a.cumsum(axis=0), ((1, 0), (0, 0))) for a in (before, behind))
+    bottom, right = top + size, left + size
+    return (
+        above[top, right]
+        - above[top, left]
+        + below[bottom - 1, right]
+        - below[bottom - 1, left]
+        + before[bottom, left]
+        - before[top, left]
+        + behind[bottom, right - 1]
+        - behind[top, right - 1]
+    )

@@ -29,7 +29,10 @@ def test_a_canvas_that_no_memory_holds_is_told():
         canvas.extended(np.zeros((20, 30, 3), np.uint8), (0, 1_000_000, 0, 0), 64)
 
 
-@pytest.mark.parametrize("margins", [(64, 64, 64, 64), (0, 100, 0, 0), (10, 0, 0, 7), (0, 0, 0, 1)])
+MARGINS = [(64, 64, 64, 64), (0, 100, 0, 0), (10, 0, 0, 7), (0, 0, 0, 1), (0, 90, 0, 90)]
+
+
+@pytest.mark.parametrize("margins", MARGINS)
 def test_frames_fill_the_canvas_from_the_picture_on(margins):
     size, overlap = 32, 0.5
     _, known, _ = canvas.extended(np.zeros((40, 50, 3), np.uint8), margins, size)
@@ -43,6 +46,25 @@ def test_frames_fill_the_canvas_from_the_picture_on(margins):
     assert min(shares) >= overlap
     drawn = (~known).sum() / size**2
     assert len(shares) <= 2 * drawn / (1 - overlap) + 4
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (32, 32), (10, 12), (128, 70)])
+@pytest.mark.parametrize("margins", MARGINS)
+def test_nothing_is_drawn_right_beside_what_is_known_but_not_seen(margins, shape):
+    """There a hard seam would stand: the network does not see the one side of it, and no feather
+    lies over it."""
+    size = 32
+    _, known, _ = canvas.extended(np.zeros((*shape, 3), np.uint8), margins, size)
+    for rows, columns in canvas.frames(known, size, 0.5):
+        drawn = np.zeros_like(known)
+        drawn[rows, columns] = ~known[rows, columns]
+        outside = known.copy()
+        outside[rows, columns] = False
+        for axis in (0, 1):
+            far, near = (np.delete(drawn, end, axis) for end in (0, -1))
+            there, here = (np.delete(outside, end, axis) for end in (0, -1))
+            assert not (far & here).any() and not (near & there).any()
+        known[rows, columns] = True
 
 
 def test_frames_draw_what_no_frame_is_half_full_of():
@@ -65,3 +87,22 @@ def test_a_mask_is_fitted_so_that_all_that_is_marked_stays_so():
     np.testing.assert_array_equal(same, PICTURE[:, :20])
     np.testing.assert_array_equal(large, mask[:, :20])
     assert canvas.fitted(PICTURE, mask, 40)[1].sum() == 4
+    large = np.zeros((4096, 4096), bool)
+    large[9, 9] = True
+    assert canvas.fitted(np.zeros((4096, 4096, 3), np.uint8), large, 128)[1].sum() == 1
+
+
+@pytest.mark.parametrize("shape", [(20, 23), (23, 20), (20, 21), (20, 26)])
+def test_picture_and_mask_are_cut_alike(shape):
+    mask = np.zeros(shape, bool)
+    mask[8:12, 9:13] = True
+    picture = np.where(mask[..., None], np.uint8([255, 0, 0]), np.uint8(0))
+    small, marked = canvas.fitted(picture, mask, 20)
+    np.testing.assert_array_equal(marked, small[..., 0] == 255)
+
+
+def test_a_mask_outside_of_what_is_drawn_is_told():
+    mask = np.zeros((20, 60), bool)
+    mask[:, :19] = True
+    with pytest.raises(UserError, match="marks nothing of the middle 20 x 20 pixels, which alone"):
+        canvas.fitted(np.zeros((20, 60, 3), np.uint8), mask, 20)
