@@ -30,8 +30,9 @@ def main() -> int:
     if command.TOPOLOGY.value is not None:
         from dalle2_jax.fit import sampling
 
-        asked = dict(batch_size=BATCH_SIZE.value, changes=changes, size=modes.SIZE.value)
-        return command.tell(sampling.report, WEIGHTS.value, auto_batch=AUTO_BATCH.value, **asked)
+        asked = dict(batch_size=BATCH_SIZE.value, changes=changes, auto_batch=AUTO_BATCH.value)
+        drawn = dict(size=modes.SIZE.value, prior=modes.PRIOR.value)
+        return command.tell(sampling.report, WEIGHTS.value, **asked, **drawn)
     command.check()
     prompts = modes.prompts()
     # Late: a mistake in the flags and Ctrl-C are told at once.

@@ -100,7 +100,7 @@ def test_command_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--size=8"], "draws that without an upsampler"),
+        (["--size=8"], "--size=8 is drawn without an upsampler"),
         (["--size=64"], "from 8 to 16 px"),
         (["--num=0"], "--num=0"),
         (["--size=16", "--data=nowhere"], "nowhere"),

@@ -14,23 +14,13 @@ from absl import flags
 from tqdm import tqdm
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.evals import common
 from dalle2_jax.version import __version__
 
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
-JUDGE = flags.DEFINE_string(
-    "judge", "runs/judge/model", "Model folder of a CLIP that only judges (configs/clip.py:judge)."
-)
-DATA = flags.DEFINE_string("data", "data/emoji", "The emoji set, as `make data` writes it.")
-SUBSET = flags.DEFINE_string(
-    "subset",
-    "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
-    "The records asked for; give what the model was trained on. Empty: all.",
-)
 OUT = flags.DEFINE_string("out", "out/evals", "Folder for the report.")
 NUM = flags.DEFINE_integer(
     "num", 100, "Pictures a group (seen, held-out pairs, held-out concepts)."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the pairs, the candidates and the pictures.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of the decoder.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance of the decoder; 1 is off.")
@@ -46,41 +36,33 @@ def main() -> None:
     for flag in (NUM, BATCH_SIZE):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
-    if not 0 <= SEED.value < 2**32:
-        raise UserError(f"--seed={SEED.value} must lie within 0 and 2**32 - 1")
     # Late: a mistake in the flags and Ctrl-C are told at once.
     from dalle2_jax import pictures
-    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.evals import draw, report
-    from dalle2_jax.evals.groups import read_groups
-    from dalle2_jax.evals.judge import Judge
 
     commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
-    judge = Judge.load(JUDGE.value)
-    model = DALLE2.from_pretrained(WEIGHTS.value)
-    model = model.with_settings(STEPS.value, CFG_SCALE.value, SAMPLER.value)
-    if judge.is_clip(model.params["clip"]):
-        raise UserError(f"--judge={JUDGE.value} is the CLIP that draws: it would judge itself")
-    groups, pool = read_groups(DATA.value, SUBSET.value, NUM.value, SEED.value)
+    model = common.model().with_settings(STEPS.value, CFG_SCALE.value, SAMPLER.value)
+    judge = common.judge_of(model)
+    groups, pool = common.groups(NUM.value)
 
     passes = 2 if RECONSTRUCT.value else 1
     total = passes * sum(len(group.pairs) for group in groups)
     with tqdm(total=total, desc="drawing", unit="picture") as bar:
-        same = {"seed": SEED.value, "batch_size": BATCH_SIZE.value, "progress": bar.update}
+        same = {"seed": common.SEED.value, "batch_size": BATCH_SIZE.value, "progress": bar.update}
         draws = {"generated": lambda group: draw.generate(model, group.captions, **same)}
         if RECONSTRUCT.value:
             draws["from the true z_img"] = lambda group: draw.generate(
                 model, group.captions, **same, z_img=model.encode_image(group.pictures)
             )
-        scores, drawn = report.evaluate(judge, groups, pool, draws, SEED.value)
+        scores, drawn = report.evaluate(judge, groups, pool, draws, common.SEED.value)
     about = {
         "version": __version__,
         "weights": {"name": model.weights, "hash": model.weights_hash},
-        "judge": {"name": JUDGE.value, "hash": judge.weights_hash},
-        "data": {"path": DATA.value, "subset": SUBSET.value, "concepts": len(pool)},
+        "judge": {"name": common.JUDGE.value, "hash": judge.weights_hash},
+        "data": {"path": common.DATA.value, "subset": common.SUBSET.value, "concepts": len(pool)},
         "num": NUM.value,
-        "seed": SEED.value,
+        "seed": common.SEED.value,
         "settings": model.settings(),
     }
     group = next(group for group in groups if group.name == report.GRID_GROUP)

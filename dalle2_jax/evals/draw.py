@@ -23,7 +23,7 @@ def generate(
     captions: Sequence[str],
     seed: int,
     batch_size: int,
-    progress: Progress,
+    progress: Progress = lambda _: None,
     z_img: np.ndarray | None = None,
 ) -> np.ndarray:
     """One picture of each caption by the whole cascade -> uint8 [n, h, w, 3].

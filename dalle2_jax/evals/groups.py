@@ -33,9 +33,14 @@ class Group:
 
 
 def read_groups(
-    path: str | os.PathLike[str], subset: str, num: int, seed: int
+    path: str | os.PathLike[str],
+    subset: str,
+    num: int,
+    seed: int,
+    names: Sequence[str] = tuple(SPLITS),
 ) -> tuple[list[Group], list[str]]:
-    """The three groups of `num` pairs (or all there are), and every concept of the subset.
+    """The groups of these names, each of `num` pairs (or all there are), and every concept of the
+    subset.
 
     The pairs are the first in an order given by a hash of the seed and the pair: a larger `num`
     asks for these and more.
@@ -54,6 +59,8 @@ def read_groups(
         if unknown := {style for _, style in pairs} - set(STYLES):
             raise UserError(f"{path}: unknown style {min(unknown)!r}; known: {', '.join(STYLES)}")
         pool |= {concept for concept, _ in pairs}
+        if name not in names:
+            continue
         first = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
         drawn = sorted(first, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
         encoded = arrays["image"][[first[pair] for pair in drawn]]

@@ -1,8 +1,8 @@
 """How well pictures are kept: python -m dalle2_jax.evals.inversion --weights tiny
 
 Pictures of held-out pairs are inverted and drawn again by the decoder alone; a table of the PSNR at
-its resolution is printed. Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a
-mistake in the input, 130 stopped by Ctrl-C.
+its resolution is printed; nobody judges. Needs the extra `train` (it reads a data set). Exit
+status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from dalle2_jax import commands  # first: it tells where no library is installed
 from absl import flags
 from tqdm import tqdm
 
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
-DATA = flags.DEFINE_string("data", "data/emoji", "The emoji set, as `make data` writes it.")
-SUBSET = flags.DEFINE_string(
-    "subset",
-    "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
-    "The records asked for; give what the model was trained on. Empty: all.",
-)
+from dalle2_jax.evals import common
+
 NUM = flags.DEFINE_integer("num", 32, "Pictures.", 1)
 STEPS = flags.DEFINE_multi_integer("steps", [250, 100, 50, 25], "Of the decoder, each way.")
 ITERATIONS = flags.DEFINE_multi_integer("iterations", [1, 2], "Of a step of the inversion.")
@@ -35,13 +30,10 @@ def main() -> None:
     import numpy as np
 
     from dalle2_jax import images
-    from dalle2_jax.dalle2 import DALLE2
-    from dalle2_jax.evals.groups import read_groups
 
     commands.keep_compiled_programs()
-    model = dataclasses.replace(DALLE2.from_pretrained(WEIGHTS.value), upsamplers={}, size=None)
-    groups, _ = read_groups(DATA.value, SUBSET.value, NUM.value, seed=0)
-    (held_out,) = (group for group in groups if group.name == "held-out pairs")
+    model = dataclasses.replace(common.model(), upsamplers={}, size=None)
+    held_out, _ = common.held_out_pairs(NUM.value)
     pixels = images.to_float(jnp.asarray(held_out.pictures))
     given = images.resize(pixels, model.image_size, "area")
     given = np.asarray(images.to_uint8(given)).astype(float)

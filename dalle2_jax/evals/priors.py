@@ -17,20 +17,9 @@ from dalle2_jax import commands  # first: it tells where no library is installed
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.evals import common
 
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
-JUDGE = flags.DEFINE_string(
-    "judge", "runs/judge/model", "Model folder of a CLIP that only judges (configs/clip.py:judge)."
-)
-DATA = flags.DEFINE_string("data", "data/emoji", "The emoji set, as `make data` writes it.")
-SUBSET = flags.DEFINE_string(
-    "subset",
-    "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
-    "The records asked for; give what the model was trained on. Empty: all.",
-)
 NUM = flags.DEFINE_integer("num", 200, "Pictures a group.", 2)
-SEED = flags.DEFINE_integer("seed", 0, "Of the pairs and the pictures.", 0, 2**32 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures drawn at a time.", 1)
 
 TRUE = "the true z_img"
@@ -41,27 +30,24 @@ _COLUMNS = ("concept first, %", "style first, %", "CLIP score", "Frechet distanc
 def main() -> None:
     import numpy as np  # late: Ctrl-C is told at once
 
-    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.embeddings import normalise
     from dalle2_jax.evals import draw, report
-    from dalle2_jax.evals.groups import Group, read_groups
-    from dalle2_jax.evals.judge import Judge
+    from dalle2_jax.evals.groups import Group
     from dalle2_jax.sampling.priors import NAMES
 
     commands.keep_compiled_programs()
-    judge, model = Judge.load(JUDGE.value), DALLE2.from_pretrained(WEIGHTS.value)
-    if judge.is_clip(model.params["clip"]):
-        raise UserError(f"--judge={JUDGE.value} is the CLIP that draws: it would judge itself")
-    groups, pool = read_groups(DATA.value, SUBSET.value, NUM.value, SEED.value)
+    model = common.model()
+    judge = common.judge_of(model)
+    groups, pool = common.groups(NUM.value)
     priors = [name for name, stage in NAMES.items() if stage in model.priors or name == "none"]
     cosines: dict[tuple[str, str], float] = {}
-    same: Any = {"seed": SEED.value, "batch_size": BATCH_SIZE.value}
+    same: Any = {"seed": common.SEED.value, "batch_size": BATCH_SIZE.value}
 
     def drawn_by(name: str, group: Group, bar: tqdm) -> np.ndarray:
         true = model.encode_image(group.pictures)
         z_img = true
         if name != TRUE:
-            seeds = draw.seeds(SEED.value, group.captions)
+            seeds = draw.seeds(common.SEED.value, group.captions)
             asked: Any = {"prior": name, "batch_size": BATCH_SIZE.value}
             z_img = model.sample_prior(group.captions, seed=seeds, **asked)
         found = np.sum(normalise(z_img) * normalise(true), axis=1)
@@ -74,7 +60,7 @@ def main() -> None:
         draws = {
             name: lambda group, name=name: drawn_by(name, group, bar) for name in (*priors, TRUE)
         }
-        scores, _ = report.evaluate(judge, groups, pool, draws, SEED.value)
+        scores, _ = report.evaluate(judge, groups, pool, draws, common.SEED.value)
     print(to_markdown(scores, cosines))
 
 

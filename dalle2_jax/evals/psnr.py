@@ -47,7 +47,8 @@ def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> st
         ours, bicubic = [], []
         for start in range(0, len(pictures), batch_size):
             key = jax.random.fold_in(jax.random.key(seed), start)
-            true, small = _pair(key, pictures[start : start + batch_size], low, high, told)
+            key, key_spoil = jax.random.split(key)
+            true, small = _pair(key_spoil, pictures[start : start + batch_size], low, high, told)
             bicubic.append(psnr(images.resize(small, high, "bicubic"), true))
             for stage in part:
                 key, key_stage = jax.random.split(key)

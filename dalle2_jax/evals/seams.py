@@ -40,14 +40,15 @@ def across(pictures: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     return float(np.concatenate(over).mean()), float(np.concatenate(within).mean())
 
 
-def to_markdown(lines: Sequence[tuple[str, tuple[float, float], tuple[float, float]]]) -> str:
-    """A table of names, `across` of what was drawn, and of the true pictures."""
+def to_markdown(lines: Sequence[tuple[str, *tuple[tuple[float, float], ...]]]) -> str:
+    """A table of names and `across` of what was drawn, of that without a feather, and of the true
+    pictures."""
     rows = [
-        "| | over the seam | beside it | true pictures: over | beside |",
-        "|---|---|---|---|---|",
+        "| | over the seam | beside it | without feather | beside | true pictures | beside |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows += [
-        f"| {name} | {' | '.join(f'{value:.1f}' for value in (*drawn, *true))} |"
-        for name, drawn, true in lines
+        f"| {name} | {' | '.join(f'{value:.1f}' for pair in told for value in pair)} |"
+        for name, *told in lines
     ]
     return "\n".join(rows) + "\n"

@@ -19,24 +19,14 @@ from dalle2_jax import commands  # first: it tells where no library is installed
 from absl import flags
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.evals import common
 from dalle2_jax.options import near_miss
 
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
-JUDGE = flags.DEFINE_string(
-    "judge", "runs/judge/model", "Model folder of a CLIP that only judges (configs/clip.py:judge)."
-)
-DATA = flags.DEFINE_string("data", "data/emoji", "The emoji set, as `make data` writes it.")
-SUBSET = flags.DEFINE_string(
-    "subset",
-    "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
-    "The records asked for; give what the model was trained on. Empty: all.",
-)
 STAGES = flags.DEFINE_list("stages", [], "Which; all that denoise, unless told.")
 SOLVERS = flags.DEFINE_list("solvers", [], "Which; all, unless told.")
 STEPS = flags.DEFINE_multi_integer("steps", [5, 8, 12, 20], "Of each solver.", 1)
 REFERENCE = flags.DEFINE_integer("reference", 250, "Steps of DDPM.", 1)
 NUM = flags.DEFINE_integer("num", 100, "Pictures.", 2)
-SEED = flags.DEFINE_integer("seed", 0, "Of the pairs and of all noise.", 0, 2**32 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures drawn at a time.", 1)
 WITHIN = 1.05  # of the reference's distance
 
@@ -53,18 +43,13 @@ class Case(NamedTuple):
 def main() -> None:
     from tqdm import tqdm  # late: Ctrl-C is told at once
 
-    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.diffusion import solvers
     from dalle2_jax.evals import draw, report
-    from dalle2_jax.evals.groups import read_groups
-    from dalle2_jax.evals.judge import Judge
     from dalle2_jax.sampling.stage import StageSampler
 
     commands.keep_compiled_programs()
-    judge = Judge.load(JUDGE.value)
-    model = DALLE2.from_pretrained(WEIGHTS.value)
-    if judge.is_clip(model.params["clip"]):
-        raise UserError(f"--judge={JUDGE.value} is the CLIP that draws: it would judge itself")
+    model = common.model()
+    judge = common.judge_of(model)
     known = [name for name, s in model.samplers().items() if isinstance(s, StageSampler)]
     stages, names = STAGES.value or known, SOLVERS.value or solvers.NAMES
     for name in names:
@@ -72,14 +57,13 @@ def main() -> None:
     for stage in stages:
         if stage not in known:
             raise UserError(f"--stages={stage}: there is no such{near_miss(stage, known)}")
-    groups, pool = read_groups(DATA.value, SUBSET.value, NUM.value, SEED.value)
-    (group,) = (group for group in groups if group.name == report.GRID_GROUP)
+    group, pool = common.held_out_pairs(NUM.value)
 
     def case(stage: str, solver: str, steps: int) -> Case:
         drawing = model.with_settings(steps={stage: steps}, solver={stage: solver})
-        told = {"seed": SEED.value, "batch_size": BATCH_SIZE.value, "progress": lambda _: None}
+        told: Any = {"seed": common.SEED.value, "batch_size": BATCH_SIZE.value}
         draws = {"drawn": lambda group: draw.generate(drawing, group.captions, **told)}
-        scores, _ = report.evaluate(judge, [group], pool, draws, SEED.value)
+        scores, _ = report.evaluate(judge, [group], pool, draws, common.SEED.value)
         found = scores[group.name]["scores"]["drawn"]
         return Case(
             solver,

@@ -25,6 +25,8 @@ from dalle2_jax.fit.report import DoesNotFit, Report, TooLarge, compile_twice, m
 from dalle2_jax.fit.training import local_bytes
 from dalle2_jax.placement import on_mesh, stored, waits
 from dalle2_jax.sampling import stage as sampling
+from dalle2_jax.sampling.ar_prior import ARPriorSampler
+from dalle2_jax.sampling.ar_prior import draw as draw_z_img
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.types import Params, PyTree
@@ -40,19 +42,20 @@ def report(
     auto_batch: bool = False,
     thorough: bool = False,
     size: int | None = None,
+    prior: str | None = None,
 ) -> Report:
     """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
     each stage's while it runs (`DALLE2.from_pretrained`, offload).
 
     `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
-    weights. `size` as for from_pretrained, `changes` as for DALLE2.with_settings, `thorough` as for
-    `compile_twice`; with `auto_batch` the most pictures that fit, in place of `batch_size`. Raises
-    TooLarge, and UserError as those do.
+    weights. `size` as for from_pretrained, `prior` as for DALLE2.with_prior, `changes` as for
+    DALLE2.with_settings, `thorough` as for `compile_twice`; with `auto_batch` the most pictures
+    that fit, in place of `batch_size`. Raises TooLarge, and UserError as those do.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} must be 1 or more")
     where = open_slice(topology)
-    model = _shapes(weights, size).with_settings(**changes)
+    model = _shapes(weights, size).with_prior(prior).with_settings(**changes)
     mesh = sharding.make_mesh({"data": -1}, where.devices)
     weighed = {
         name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
@@ -177,8 +180,12 @@ def _programs(
         k = model.prior.rows
         cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b * k, *x.shape[1:]), x.dtype), cond)
         yield from _stage("prior", model.prior, params["prior"], cond, b * k, rows, mesh)
-    elif model.prior is not None:
-        raise UserError("--topology: of an autoregressive prior sampling is not compiled yet")
+    elif isinstance(model.prior, ARPriorSampler):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
+        cond = jax.eval_shape(model.prior.condition, encoded)
+        draw = functools.partial(draw_z_img, model.prior)
+        count = flops.of_function(draw, params["ar_prior"], cond, keys)
+        yield "ar_prior", _not_compiled, 1, count, local_bytes(params["ar_prior"])
     z_img = jax.ShapeDtypeStruct((b, clip.dim), jnp.float32)
     tokens = jax.ShapeDtypeStruct((b, model.decoder.network.context_length), jnp.int32)
     cond = jax.eval_shape(model.decoder.condition, z_img, encoded, tokens, None, encoded)
@@ -186,6 +193,11 @@ def _programs(
     for name, upsampler in model.upsamplers.items():
         cond = {"low_res": jax.ShapeDtypeStruct((b, *upsampler.shape), jnp.float32)}
         yield from _stage(name, upsampler, params[name], cond, b, rows, mesh)
+
+
+def _not_compiled() -> Any:
+    # Its codes are drawn in one scan, whose body the compiler counts once.
+    raise UserError("--topology: drawing by the autoregressive prior is not told of: set --prior")
 
 
 def _stage(
