@@ -34,6 +34,13 @@ def prompts(value: Any) -> list[str]:
     return list(texts)
 
 
+def prompt(value: Any) -> str:
+    """One text that is not empty; UserError for anything else."""
+    if not isinstance(value, str):
+        raise UserError(f"the prompt must be a text, not {value!r}")
+    return prompts(value)[0]
+
+
 def seeds(value: Any, count: int) -> np.ndarray:
     """One seed, or one for each of `count` prompts or pictures -> uint32 [count]; UserError for
     anything else."""

@@ -266,16 +266,15 @@ class Cascade:
             z_img = arguments.rows(
                 "z_img", z_img, self.clip.dim, self.clip.unit_length, (total, count)
             )
-            z_img = np.repeat(z_img, total // len(z_img), axis=0)
         noise = self._noise_rows(noise, total)
         if known is not None:
             known = arguments.known(known, self.image_size, (total, count))
-            known = np.repeat(known, total // len(known), axis=0)
         # Made batch by batch, as n may be large.
         for start, places in placement.places(total, batch_size):
             row, index = places // n, (places % n).astype(np.uint32)
             texts = jax.tree.map(lambda tokens, row=row: tokens[row], captions)
-            rows = [None if a is None else a[places] for a in (z_img, known)]
+            given = (z_img, known)  # a row for each picture, or one for all n of a prompt
+            rows = [None if a is None else a[places // (total // len(a))] for a in given]
             batch = jax.device_put((seeds[row], index, texts, *rows), placement.by_batch())
             given = {
                 name: array[:, places].reshape(len(array), -1, *array.shape[3:])

@@ -96,12 +96,14 @@ class DALLE2(Cascade):
         if self.clip.image is None:
             raise UserError(f"{self.weights} has no image tower: it cannot rank pictures")
         prompts = arguments.prompts(prompts)
-        z_txt, best, place = normalise(self.encode_text(prompts)), [], 0
+        z_txt, best, place = np.empty(0), [], 0
         for pictures in self.stream(prompts, best_of, seed, **options):
             z_img = normalise(self.encode_image(pictures))
             for picture, z in zip(pictures, z_img, strict=True):
                 row, index = divmod(place, best_of)
-                best.append(Ranked(picture.copy(), index, float(z @ z_txt[row])))
+                if index == 0:
+                    (z_txt,) = normalise(self.encode_text([prompts[row]]))
+                best.append(Ranked(picture.copy(), index, float(z @ z_txt)))
                 best = sorted(best, key=lambda one: -one.score)[:n]  # stable: the earlier of equals
                 place += 1
                 if place % best_of == 0:
@@ -221,9 +223,9 @@ class DALLE2(Cascade):
         for each k of `dims`; None there is all of z_img, and so the reconstruction. x_T stays.
         `dims` None is `probe_dims()`.
         """
-        dims, directions = self.probe_dims() if dims is None else list(dims), self._directions()
-        if not dims:
-            raise UserError("dims is empty: name how many directions are kept")
+        dims, directions = self.probe_dims() if dims is None else dims, self._directions()
+        if not isinstance(dims, Sequence) or not len(dims):
+            raise UserError(f"dims must name how many directions are kept, as [20, 40], not {dims}")
         most = len(directions[1])
         counts = [k if k is None else arguments.whole("dims", k, 0, most) for k in dims]
         z_img, x_T = self.invert(arguments.picture("picture", picture), steps=steps, **options)
@@ -250,9 +252,20 @@ class DALLE2(Cascade):
 
     @property
     def inpaints(self) -> bool:
-        """Whether the networks were taught what is known of a picture; else it is drawn by
-        resampling, which takes more steps and fits less well."""
-        return all(s.network.inpaints for s in (self.decoder, *self.upsamplers.values()))
+        """Whether the decoder was taught what is known of a picture; else parts are drawn by
+        resampling, which takes more steps and fits less well (`inpainting`)."""
+        return self.decoder.network.inpaints
+
+    def inpainting(self) -> Self:
+        """The model as it draws parts of pictures. One whose decoder was not taught to goes over
+        each step again and again, by DDIM whatever its settings say (RePaint, 2201.09865)."""
+        if self.inpaints:
+            return self
+        settings = dataclasses.replace(
+            self.decoder.settings, solver="ddim", eta=0.0, repeats=_REPEATS
+        )
+        decoder = dataclasses.replace(self.decoder, settings=settings)
+        return dataclasses.replace(self, decoder=decoder)
 
     def inpaint(
         self,
@@ -279,7 +292,8 @@ class DALLE2(Cascade):
         picture = arguments.picture("picture", picture)[0]
         mask = arguments.mask(mask, picture.shape)
         picture, mask = canvas.fitted(picture, mask, self.image_size)
-        n, z_img = arguments.whole("n", n, 1), self._z_img(prompt, picture)
+        n, prompt = arguments.whole("n", n, 1), _of_parts(prompt, options)
+        z_img = self.encode_image(picture[None]) if prompt is None else None
         given = np.repeat(picture[None], n, axis=0)
         return self._repaint(given, ~mask, prompt, z_img, seed, feather, options)
 
@@ -319,9 +333,13 @@ class DALLE2(Cascade):
         if not isinstance(overlap, int | float) or not 0 < overlap < 1:
             raise UserError(f"overlap must be a number between 0 and 1, not {overlap!r}")
         seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), self.image_size
+        n, prompt = arguments.whole("n", n, 1), _of_parts(prompt, options)
         whole, known, asked = canvas.extended(picture, margins, size)
-        drawn = np.repeat(whole[None], arguments.whole("n", n, 1), axis=0)
-        z_img = self._z_img(prompt, picture)
+        drawn = np.repeat(whole[None], n, axis=0)
+        if prompt is None:
+            z_img = self.encode_image(picture[None])
+        else:  # once: all frames are to show one thing
+            z_img = self.sample_prior(prompt, n, seed, **options)
         for frame, window in enumerate(canvas.frames(known, size, overlap)):
             # Were it one seed, the frames would begin from the same noise, and look alike.
             (own,) = np.random.SeedSequence([seed, frame]).generate_state(1)
@@ -329,10 +347,6 @@ class DALLE2(Cascade):
             painted = self._repaint(given, there, prompt, z_img, int(own), feather, options)
             drawn[:, *window], known[window] = painted, True
         return drawn[:, *asked]
-
-    def _z_img(self, prompt: str | None, picture: np.ndarray) -> np.ndarray | None:
-        """Of the picture, where no prompt says what to draw."""
-        return self.encode_image(picture[None]) if prompt is None else None
 
     def _repaint(
         self,
@@ -349,19 +363,16 @@ class DALLE2(Cascade):
         feather = size // 32 if feather is None else arguments.whole("feather", feather, 0)
         alpha = np.broadcast_to(known[..., None] * np.uint8(255), (n, size, size, 1))
         given = {"z_img": z_img, "known": np.concatenate([pictures, alpha], axis=-1)}
-        drawn = self._resampling().stream(prompt, n, seed, **given, **options)
+        drawn = self.inpainting().stream(prompt, n, seed, **given, **options)
         return masks.paste(pictures, known, np.concatenate(list(drawn)), feather)
 
-    def _resampling(self) -> Self:
-        """The model that can draw what fits to what is known: its decoder goes over every step
-        again and again, where it was not taught to see that."""
-        if self.decoder.network.inpaints:
-            return self
-        settings = dataclasses.replace(
-            self.decoder.settings, solver="ddim", eta=0.0, repeats=_REPEATS
-        )
-        decoder = dataclasses.replace(self.decoder, settings=settings)
-        return dataclasses.replace(self, decoder=decoder)
+
+def _of_parts(prompt: Any, options: Mapping[str, Any]) -> str | None:
+    """The prompt of `inpaint` and `outpaint`, checked, and their further options."""
+    for name in ("z_img", "known", "noise"):
+        if name in options:
+            raise UserError(f"{name} is not taken here: the picture, mask and prompt say it")
+    return None if prompt is None else arguments.prompt(prompt)
 
 
 def _between(what: str, a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -79,6 +79,8 @@ def check(prompts: Sequence[str]) -> None:
     """UserError for pictures, prompts and flags that the mode does not take."""
     if BEST_OF.value is not None and MODE.value != GENERATE:
         raise UserError(f"--best_of={BEST_OF.value} ranks what prompts draw, not {MODE.value}")
+    if FEATHER.value is not None and MODE.value not in ("inpaint", "outpaint"):
+        raise UserError(f"--feather goes with --mode=inpaint or outpaint, not {MODE.value}")
     if MASK.value is not None and MODE.value != "inpaint":
         raise UserError(f"--mask={MASK.value} goes with --mode=inpaint, not {MODE.value}")
     added = [side for side, flag in SIDES.items() if flag.value]

@@ -87,7 +87,6 @@ def _probe(model: DALLE2, asked: Asked) -> list[Strip]:
 
 def _inpaint(model: DALLE2, asked: Asked) -> list[Strip]:
     picture, mask = _given()
-    _say_how(model)
     told: dict[str, Any] = {"feather": modes.FEATHER.value, **asked.options}
     drawn = model.inpaint(picture, mask, asked.prompt, asked.n, asked.seed, **told)
     given, erased = canvas.fitted(picture, mask, model.image_size)
@@ -96,17 +95,18 @@ def _inpaint(model: DALLE2, asked: Asked) -> list[Strip]:
 
 
 def _outpaint(model: DALLE2, asked: Asked) -> list[Strip]:
-    _say_how(model)
     told: dict[str, Any] = {"feather": modes.FEATHER.value, **_margins(), **asked.options}
     picture = pictures.read(modes.IMAGE.value[0])
     drawn = model.outpaint(picture, asked.prompt, asked.n, asked.seed, **told)
     return [Strip(drawn, [f"drawn {i}" for i in range(asked.n)])]
 
 
-def _say_how(model: DALLE2) -> None:
+def _of_parts(model: DALLE2) -> DALLE2:
+    """The model as it draws parts of pictures; where it was not taught to, that is said."""
     if not model.inpaints:
-        told = "was not taught to inpaint; each step is taken again and again (RePaint)"
-        print(f"note: {model.weights} {told}", file=sys.stderr)
+        told = "was not taught to inpaint: each step is taken again and again by ddim (RePaint)"
+        print(f"note: the decoder of {model.weights} {told}", file=sys.stderr)
+    return model.inpainting()
 
 
 def _given() -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +129,7 @@ def preview(out: Path) -> Path:
     """Writes mask.png: the picture, with what would be drawn anew in red."""
     if modes.MODE.value == "inpaint":
         picture, mask = _given()
+        picture, mask = canvas.fitted(picture, mask, min(mask.shape))
     else:
         picture = pictures.read(modes.IMAGE.value[0])
         picture, known, _ = canvas.extended(picture, [*_margins().values()], 1)
@@ -165,9 +166,12 @@ def draw(
     """Writes what the mode makes of the pictures into the folder `out`: each as a PNG that carries
     how it was drawn, MODE.png with all and their labels, and where they move MODE.webp. Returns the
     path of MODE.png."""
-    name = modes.MODE.value
-    side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
-    images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
+    name, images = modes.MODE.value, []
+    if name in ("inpaint", "outpaint"):  # which take the whole picture, with its mask
+        model = _of_parts(model)
+    else:
+        side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
+        images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
     options = {"batch_size": batch_size, "progress": Bars()}
     strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}

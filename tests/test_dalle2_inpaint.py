@@ -1,7 +1,5 @@
 """Parts of pictures drawn anew, and pictures continued beyond their sides."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -74,7 +72,7 @@ def test_the_drawn_part_depends_on_the_kept_one(model):
 
 def test_with_everything_marked_it_is_generate(model, untaught):
     everything = np.ones((16, 16), bool)
-    for one in (model, dataclasses.replace(untaught, decoder=untaught.decoder)):
+    for one in (model, untaught):
         drawn = one.inpaint(PICTURE, everything, "a cat", n=2, seed=3)
         if one is model:
             assert apart(drawn, one.generate("a cat", n=2, seed=3)) <= 1
@@ -129,6 +127,9 @@ def test_small_pictures_are_continued_too(model):
         (lambda m: m.inpaint(PICTURE[None], RIGHT), r"picture must be uint8 \[h, w, 3\]"),
         (lambda m: m.inpaint(PICTURE, RIGHT, ""), "a prompt is empty"),
         (lambda m: m.inpaint(PICTURE, RIGHT, feather=-1), "feather must be a whole number from 0"),
+        (lambda m: m.inpaint(PICTURE, RIGHT, ["a", "b"], n=2), "the prompt must be a text, not"),
+        (lambda m: m.inpaint(PICTURE, RIGHT, z_img=np.ones((1, 16))), "z_img is not taken here"),
+        (lambda m: m.outpaint(PICTURE, left=1, known=PICTURE), "known is not taken here"),
         (lambda m: m.outpaint(PICTURE), "nothing is to be added: give left, right, up or down"),
         (lambda m: m.outpaint(PICTURE, left=-1), "left must be a whole number from 0"),
         (lambda m: m.outpaint(PICTURE, left=8, overlap=1), "overlap must be a number between"),
@@ -151,6 +152,27 @@ def test_any_prior_says_what_is_drawn(model, prior):
     assert apart(drawn[0, :, :8], PICTURE[:, :8]) == 0 and apart(drawn[0], PICTURE) > 8
 
 
+def test_a_model_tells_how_it_draws_parts(model, untaught):
+    assert model.inpainting() is model
+    told = untaught.with_settings(solver={"decoder": "heun"}).inpainting().settings()["decoder"]
+    assert (told["solver"], told["eta"], told["repeats"]) == ("ddim", 0.0, 5)
+
+
+def test_all_frames_show_what_is_drawn_once(model, monkeypatch):
+    asked = []
+
+    def told(self, prompts, n, seed, *, z_img, **options):
+        asked.append(z_img)
+        return iter([np.zeros((n, 16, 16, 3), np.uint8)])
+
+    monkeypatch.setattr(DALLE2, "stream", told)
+    model.outpaint(PICTURE, "a cat", n=2, seed=1, right=32)
+    assert len(asked) > 2
+    wanted = model.sample_prior("a cat", n=2, seed=1)
+    for z_img in asked:
+        np.testing.assert_array_equal(z_img, wanted)
+
+
 def test_resampling_goes_with_the_sampler_it_is_made_for(untaught):
     with pytest.raises(UserError, match="repeats=5 goes with ddim at eta=0, not 'ddpm'"):
         untaught.inpaint(PICTURE, RIGHT, "a cat", solver={"decoder": "ddpm"})
@@ -162,6 +184,6 @@ def test_the_packaged_weights_fit_the_drawn_part_to_the_kept_one():
     prompt = "a flat emoji of a red apple"
     picture, other = tiny.generate(prompt, n=2, seed=1)
     mask = np.arange(128)[None].repeat(128, 0) >= 64
-    drawn = tiny.inpaint(picture, mask, prompt, seed=2, steps=10)
+    drawn = tiny.inpaint(picture, mask, prompt, seed=2, steps=10, feather=0)
     halves = np.where(mask[..., None], other, picture)[None]
     assert seams.across(drawn, mask)[0] < 0.7 * seams.across(halves, mask)[0]

@@ -1,4 +1,4 @@
-"""sample.py --mode inpaint and outpaint, and --best_of, as a user types them."""
+"""sample.py --mode inpaint and outpaint as a user types them."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,8 @@ def test_a_mask_is_white_or_clear_or_the_pictures_own_alpha(way, files, folder, 
         assert (picture[:, 8:] != given[:, 8:]).any()
     assert (mask[:, 8:, 0] >= mask[:, 8:, 1]).all()  # in red
     np.testing.assert_array_equal(mask[:, :8], given[:, :8])
-    assert pictures.read_metadata(out / files_of[2])["feather"] == 0
+    about = pictures.read_metadata(out / files_of[2])
+    assert about["feather"] == 0 and about["settings"]["decoder"]["repeats"] == 5
 
 
 def test_a_preview_draws_nothing(files, tmp_path):
@@ -73,19 +74,6 @@ def test_a_picture_is_continued(files, folder, tmp_path):
     np.testing.assert_array_equal(drawn[:16, 4:], pictures.read(files["a"]))
 
 
-def test_the_best_of_many_carry_their_score_and_place(folder, tmp_path):
-    out = tmp_path / "out"
-    done = sample(
-        tmp_path / "cache",
-        *("--prompt=a cat", "--n=2", "--best_of=5", "--steps=2", "--seed=3"),
-        *(f"--weights={folder}", f"--out={out}"),
-    )
-    assert done.returncode == 0, done.stderr
-    told = [pictures.read_metadata(out / f"000-a-cat-s3-{i}.png") for i in range(2)]
-    assert told[0]["score"] >= told[1]["score"] and told[0]["best_of"] == 5
-    assert {one["index"] for one in told} <= set(range(5))
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -99,6 +87,7 @@ def test_the_best_of_many_carry_their_score_and_place(folder, tmp_path):
         (["--mode=outpaint", "a", "--left=-3"], "--left=-3"),
         (["--prompt=x", "--mask=white"], "goes with --mode=inpaint, not generate"),
         (["--prompt=x", "--preview_mask"], "--preview_mask goes with --mode=inpaint or outpaint"),
+        (["--prompt=x", "--feather=3"], "--feather goes with --mode=inpaint or outpaint"),
         (["--mode=variations", "a", "--best_of=3"], "--best_of=3 ranks what prompts draw"),
         (["--prompt=x", "--best_of=0"], "--best_of=0"),
     ],
