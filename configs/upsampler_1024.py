@@ -6,6 +6,8 @@ paper  300M parameters, trained on 256 px crops, batch 512, 1M steps, the small 
        BSR degradation (dalle2_jax/degradation.py; "bsr_light" is latent diffusion's gentler one).
        For a v5e-64: 280 chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
+inpaint  `paper` told what is known of the large picture, as in upsampler_256.py:
+       --config.init_from=MODEL
 tiny   128 -> 1024 px, 1.7M parameters, trained on 256 px crops; 2 CPU cores, half an hour; loss
        0.006, 2.8 dB better than bicubic
 """
@@ -20,7 +22,9 @@ def get_config(variant="paper"):
         return tiny()
     if variant in ("paper", "tpu"):
         return paper(channels=192 if variant == "paper" else 256)
-    raise ValueError(f"upsampler_1024 has no variant {variant!r}: paper, tpu, tiny")
+    if variant == "inpaint":
+        return inpaint()
+    raise ValueError(f"upsampler_1024 has no variant {variant!r}: paper, tpu, inpaint, tiny")
 
 
 def paper(channels):
@@ -54,6 +58,13 @@ def paper(channels):
             mesh=dict(data=1, fsdp=-1, tensor=1),
         )
     )
+
+
+def inpaint():
+    """Not in the paper, and GLIDE tells no numbers: a tenth of the rate, an eighth of the steps."""
+    config = paper(channels=192)
+    config.update(model=dict(inpaints=True), optimizer=dict(learning_rate=1e-5), num_steps=125_000)
+    return config
 
 
 def tiny():

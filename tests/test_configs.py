@@ -16,9 +16,9 @@ VARIANTS = {
     "clip": ("paper", "tpu", "tiny", "judge", "b32", "b16", "l14", "karlo"),
     "prior": ("paper", "tpu", "karlo", "tiny"),
     "ar_prior": ("paper", "tpu", "tiny"),
-    "decoder": ("paper", "tpu", "karlo", "tiny"),
-    "upsampler_256": ("paper", "tpu", "karlo", "tiny"),
-    "upsampler_1024": ("paper", "tpu", "tiny"),
+    "decoder": ("paper", "tpu", "karlo", "inpaint", "tiny"),
+    "upsampler_256": ("paper", "tpu", "karlo", "inpaint", "tiny"),
+    "upsampler_1024": ("paper", "tpu", "inpaint", "tiny"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
@@ -50,8 +50,12 @@ FROZEN = ("prior", "ar_prior", "decoder")  # what learns on a trained CLIP
 def task(clips, name, variant="paper", **changes):
     config = get(name, variant, **changes)
     if name in FROZEN:
-        config.clip_from = clips[variant]
+        config.clip_from = clips[clip_of(variant)]
     return build.task(build.complete(config))
+
+
+def clip_of(variant: str) -> str:
+    return "paper" if variant == "inpaint" else variant
 
 
 def shapes(task):
@@ -76,7 +80,11 @@ def test_every_variant_builds_its_network(clips, name, variant):
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "tokens": jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32),
     }
-    frozen = {"clip": shapes(task(clips, "clip", variant))} if config.task.name in FROZEN else {}
+    frozen = (
+        {"clip": shapes(task(clips, "clip", clip_of(variant)))}
+        if config.task.name in FROZEN
+        else {}
+    )
     loss = jax.value_and_grad(functools.partial(made.loss, train=True), has_aux=True)
     key = jax.eval_shape(lambda: jax.random.key(0))
     (value, metrics), grad = jax.eval_shape(loss, params, frozen, batch, key)
@@ -102,6 +110,15 @@ def test_parameters_of_table_3(clips):
     assert round(count(ar_prior) / 1e9) == 1
     assert count(shapes(task(clips, "upsampler_256"))) == pytest.approx(730e6, rel=0.03)
     assert count(shapes(task(clips, "upsampler_1024"))) == pytest.approx(282e6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["decoder", "upsampler_256", "upsampler_1024"])
+def test_inpainting_adds_one_layer_to_the_papers_network(clips, name):
+    made, paper = (task(clips, name, variant) for variant in ("inpaint", "paper"))
+    taught, before = shapes(made), shapes(paper)
+    added = taught["unet"].pop(made.added)
+    assert taught == before
+    assert [x.shape for x in jax.tree.leaves(added)] == [(3, 3, 4, made.network.unet["channels"])]
 
 
 def test_the_second_tiny_upsampler_begins_where_the_first_ends_and_is_small(clips):
