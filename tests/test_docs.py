@@ -11,7 +11,7 @@ from dalle2_jax import build
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     name: (DOCS / name).read_text(encoding="utf-8")
-    for name in ("pictures.md", "sampling.md", "tpu.md", "weights.md")
+    for name in ("pictures.md", "sampling.md", "tpu.md", "upsampling.md", "weights.md")
 }
 BLOCKS = [
     block
