@@ -55,7 +55,8 @@ def resize(images: jax.Array, size: int | tuple[int, int], method: Method = "are
         return _sum([rows[:, :, j::fx] for j in range(fx)]) / fx
     rows = jnp.asarray(_area_weights(h, height), images.dtype)
     columns = jnp.asarray(_area_weights(w, width), images.dtype)
-    return jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns)
+    exact = jax.lax.Precision.HIGHEST  # a TPU would else multiply in bfloat16
+    return jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns, precision=exact)
 
 
 def _nearest(n_in: int, n_out: int) -> np.ndarray:

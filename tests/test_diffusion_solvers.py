@@ -183,5 +183,5 @@ def test_mistakes_are_named() -> None:
         solvers.make_solver("dpm++", FULL, eta=1.0)
     with pytest.raises(UserError, match="eta must be"):
         solvers.make_solver("ddim", FULL, eta=2.0)
-    with pytest.raises(UserError, match="'small', 'large' or 'analytic', not 'medium'"):
+    with pytest.raises(UserError, match="'small', 'large' or a table, not 'medium'"):
         solvers.make_solver("ddpm", FULL, variance="medium")

@@ -37,6 +37,14 @@ def test_area_is_the_mean_of_the_footprint(pictures, size):
     np.testing.assert_allclose(images.resize(pictures, size, "area"), want, atol=1e-6)
 
 
+def test_area_multiplies_in_float32_on_every_machine(pictures):
+    """A TPU's bfloat16 would make of a mask of ones no mask of ones."""
+    made = jax.make_jaxpr(lambda x: images.resize(x, (10, 7), "area"))(pictures)
+    products = [e for e in made.eqns if e.primitive.name == "dot_general"]
+    exact = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert products and all(e.params["precision"] == exact for e in products)
+
+
 def test_area_keeps_the_mean(pictures):
     for size in [(6, 4), (7, 5)]:
         small = images.resize(pictures, size, "area")

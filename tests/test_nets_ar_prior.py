@@ -81,6 +81,18 @@ def test_the_call_gives_codes_and_their_logits(params, logits):
     np.testing.assert_allclose(out, logits(codes), rtol=1e-5, atol=1e-5)
 
 
+def test_logits_are_never_rounded_to_bfloat16(params):
+    """A cross entropy of many buckets sees it."""
+    network = NETWORK.clone(dtype=jnp.bfloat16)
+    params = {"params": params["params"] | {"bias": jnp.zeros((1 + DIMS, BUCKETS))}}
+    whole = network.apply(params, CODES, **TEXT, method="logits")
+    first, past = network.apply(params, *TEXT.values(), method="prefill")
+    one, _ = network.apply(params, CODES[:, 0], jnp.int32(0), past, method="step")
+    for found in (whole, first, one):
+        assert found.dtype == jnp.float32
+        assert (found == found.astype(jnp.bfloat16)).mean() < 0.1
+
+
 def test_all_but_the_statistics_has_a_gradient(params):
     weights = normal(5, B, 1 + DIMS, BUCKETS)
 

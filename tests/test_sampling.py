@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,8 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.options import construct
+from dalle2_jax.sampling.ar_prior import Settings as ARSettings
+from dalle2_jax.sampling.choices import chosen
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
@@ -143,6 +146,64 @@ def test_an_interval_of_another_shape_is_refused(interval):
 def test_a_rescale_out_of_range_is_refused(value):
     with pytest.raises(UserError, match="cfg_rescale must be a number within 0 and 1, not"):
         Settings(cfg_rescale=value)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "unipc"])
+@pytest.mark.parametrize("value", ["smal", None, 1.0, ("small",)])
+def test_an_unknown_variance_is_refused(value, solver):
+    with pytest.raises(UserError, match="variance must be 'small', 'large' or 'analytic', not"):
+        Settings(solver=solver, variance=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"solver": "dpm++"}, "goes with ddim at eta=0, not dpm++ at eta=0"),
+        ({"eta": 0.5}, "goes with ddim at eta=0, not ddim at eta=0.5"),
+        ({"variance": "analytic"}, 'does not go with variance="analytic"'),
+    ],
+)
+def test_repeats_of_another_solver_are_refused(given, told):
+    why = "(RePaint's resampling, for a decoder that was not taught to inpaint)"
+    with pytest.raises(UserError, match=re.escape(f"repeats=5 {why} {told}")):
+        Settings(repeats=5, **given)
+    assert Settings(repeats=5).repeats == 5
+
+
+def test_a_choice_tells_a_stage_that_is_not_there_from_a_setting_it_lacks():
+    there = {"ar_prior": dataclasses.make_dataclass("AR", [("settings", ARSettings)])(ARSettings())}
+    there |= {"decoder": sampler()}
+    for choice, told in (
+        ({"decodr": 3}, "steps: no stage 'decodr'; did you mean 'decoder'"),
+        ({"ar_prior": 3}, "steps is no setting of ar_prior, but of decoder"),
+    ):
+        with pytest.raises(UserError, match=told):
+            chosen(there, {"steps": choice})
+    with pytest.raises(UserError, match=r"variance must be 'small', .* not 'smal'"):
+        chosen(there, {"variance": "smal"})
+    assert chosen(there, {"steps": 3})["decoder"].settings.steps == 3
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_inversion_repeats_nothing(parts):
+    class Half(UpsamplerSampler):
+        def apply(self, params, x_t, t, cond):
+            return 0.5 * x_t + params["pull"] * cond["low_res"]
+
+    x_0 = jnp.linspace(-1, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    params = {"first": {"pull": jnp.float32(0.1)}, "last": {"pull": jnp.float32(0.3)}}
+    params = params if parts else params["first"]
+    found, seen = [], []
+    for repeats in (1, 3):
+        settings = Settings(steps=4, clip=None, repeats=repeats)
+        made = Half(Nothing(), PROCESS, settings, image_size=4, separate_last_step=parts)
+        told = []
+        found.append(
+            made.invert(params, {"low_res": x_0}, x_0, progress=lambda *x, to=told: to.append(x))
+        )
+        seen.append(told)
+    np.testing.assert_array_equal(*found)
+    assert seen[0] == seen[1] and seen[0][-1] == (4, 4)
 
 
 def test_settings_come_from_json():

@@ -17,7 +17,8 @@ from dalle2_jax.errors import UserError
 def chain(folder, tmp_path_factory):
     """8 px, then 16, then 32."""
     chain = shutil.copytree(folder, tmp_path_factory.mktemp("chain") / "model")
-    changes = dict(task__low_size=16, task__image_size=32, model__residual=True)
+    changes = dict(task__low_size=16, task__image_size=32)
+    changes |= dict(model__residual=True, diffusion__prediction="x_0")
     task = build.task(small_cascade.config("upsampler", **changes))
     params = small_cascade.randomised(task.init(jax.random.key(9)), 9)
     model_folder.write_stage(chain, task.stage, *task.export(params))

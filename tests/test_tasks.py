@@ -1,6 +1,7 @@
 """Every task: its loss learns one batch, drops what it should, and its export builds it again."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,34 @@ def test_a_share_of_the_small_pictures_stays_true():
         assert low_count <= (error < 1e-5).sum() <= high_count
 
 
+@pytest.mark.parametrize("stage", ["decoder", "upsampler"])
+def test_what_is_known_has_a_key_of_its_own(stage, clip_folder, monkeypatch):
+    """Else masks would go with the times, the noise or the captions that are left out."""
+    task = make(stage, clip_folder, model__inpaints=True)
+    module, used = sys.modules[type(task).__module__], []
+
+    def spy(key, *arguments, **options):
+        used.append(key)
+        return uniform(jax.random.clone(key), *arguments, **options)
+
+    def known_in_part(key, *arguments):
+        used.insert(0, key)
+        return masked(key, *arguments)
+
+    def denoising_loss(process, apply, x_0, key, times=None):
+        used.append(key)
+        return jnp.float32(0), {}
+
+    uniform, masked = jax.random.uniform, module.known_in_part
+    monkeypatch.setattr(jax.random, "uniform", spy)
+    monkeypatch.setattr(module, "known_in_part", known_in_part)
+    monkeypatch.setattr(module, "denoising_loss", denoising_loss)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    task.loss(params, task.frozen(), batch(), jax.random.key(0), True)
+    known, *others = (tuple(jax.random.key_data(key).tolist()) for key in used)
+    assert others and known not in others
+
+
 def test_random_shift_moves_and_keeps_the_rest():
     from dalle2_jax.tasks.clip import random_shift
 
@@ -316,6 +345,24 @@ def test_settings_that_cannot_be_sampled_with_are_refused(stage, key, value, tol
         ),
         ("upsampler", {"task__crop_fraction": 1.5}, "crop_fraction=1.5 must be within 0 and 1"),
         ("upsampler", {"task__degradation": "bsr_ligt"}, "'bsr_ligt' .* did you mean 'bsr_light'"),
+        (
+            "upsampler",
+            {"model__residual": True},
+            "config.model.residual=True goes with config.diffusion.prediction='x_0', not 'v'",
+        ),
+        *(
+            (
+                stage,
+                {"task__sampling__variance": "analytic", "task__sampling__solver": solver},
+                'config.task.sampling.variance="analytic" is a prior\'s alone',
+            )
+            for stage, solver in (("decoder", "ddpm"), ("upsampler", "dpm++"))
+        ),
+        (
+            "prior",
+            {"task__sampling__variance": "analytic", "diffusion__learned_variance": True},
+            "False in model, True in diff",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):

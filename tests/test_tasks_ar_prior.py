@@ -150,6 +150,18 @@ def test_the_statistics_are_fitted_once_and_stay(clip_folder, tmp_path, monkeypa
     assert len(shown) == 1 and "ar_prior" in shown[0].name
 
 
+@pytest.mark.usefixtures("one_device")
+def test_weights_of_another_clip_are_no_start(clip_folder, tmp_path):
+    """What was fitted to its embeddings stays, and says nothing of this one's."""
+    small_cascade.write(tmp_path / "start", ["clip", "ar_prior"])
+    other = shutil.copytree(clip_folder, tmp_path / "other")
+    entry, tensors = (f(other, "clip") for f in (model_folder.read_stage, model_folder.read_params))
+    model_folder.write_stage(other, "clip", entry, randomised(tensors, 7))
+    with pytest.raises(UserError, match="start: its ar_prior was fitted to another CLIP") as error:
+        run(other, tmp_path / "w", 1, init_from=str(tmp_path / "start"))
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_fitted_is_not_decayed(clip_folder):
     task = make(clip_folder)
     mask = decay_mask(jax.eval_shape(task.init, jax.random.key(0)))
@@ -229,10 +241,17 @@ def test_the_preview_is_the_same_on_any_mesh(task):
     ("change", "told"),
     [
         ({"task__drop_caption": 1.5}, "config.task.drop_caption=1.5 must be within 0 and 1"),
-        ({"task__fit_batches": 0}, "config.task.fit_batches=0 are 0 pictures, which have no 6"),
-        ({"task__candidates": 0}, "candidates=0 must be 1 or more"),
-        ({"model__dims": DIM + 1}, f"config.model.dims={DIM + 1} must be within 1 and {DIM}"),
-        ({"model__buckets": 1}, "config.model.buckets=1 must be 2 or more"),
+        ({"task__fit_batches": 1}, "config.task.fit_batches=1 are 4 pictures, which have no 6"),
+        ({"task__fit_batches": 0}, "config.task.fit_batches must be a whole number from 1, not 0"),
+        ({"task__fit_batches": "x"}, "config.task.fit_batches must be a whole .*, not 'x'"),
+        ({"task__fit_batches": 2.5}, "config.task.fit_batches must be a whole .*, not 2.5"),
+        ({"task__candidates": 0}, "config.task.candidates must be a whole number from 1, not 0"),
+        ({"task__candidates": 1.5}, "config.task.candidates must be a whole .*, not 1.5"),
+        ({"model__dims": DIM + 1}, f"config.model.dims must be .* from 1 to {DIM}, not {DIM + 1}"),
+        ({"model__dims": 2.5}, "config.model.dims must be a whole .*, not 2.5"),
+        ({"model__dims": "6"}, "config.model.dims must be a whole .*, not '6'"),
+        ({"model__buckets": 1}, "config.model.buckets must be a whole number from 2, not 1"),
+        ({"model__buckets": 16.0}, "config.model.buckets must be a whole .*, not 16.0"),
         ({"model__heads": 3}, "config.model.heads=3 must divide config.model.width=16"),
         ({"model__context_length": CONTEXT + 1}, "set --config.model.context_length=8"),
         ({"task__sampling__dot_share": 0}, "config.task.sampling: dot_share must be a finite"),

@@ -56,6 +56,8 @@ def test_a_prior_is_exported_with_what_analytic_variances_need(tmp_path):
     assert np.abs(z["analytic ddim"] - z["ddim"]).max() > 1e-3
     with pytest.raises(UserError, match='variance="analytic" needs x_0_error'):
         drawing.with_settings(solver={"decoder": "ddpm"}, variance="analytic")
+    with pytest.raises(UserError, match=r"variance must be 'small', .* not 'smal'"):
+        drawing.with_settings(variance="smal")
 
 
 @pytest.mark.usefixtures("compile_once", "one_device")

@@ -14,8 +14,7 @@ E <eps, eps_pred> = E |eps_pred|^2. Where it does not quite, (4) still gives the
 the small difference of two ones, to be multiplied by 1 / abar_T, which is 10^8: a network's least
 error takes its place. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
 
-Last steps (the paper's appendix): the last draws no noise; where x_0 is a picture in [-1, 1], the
-one before no more than E |sigma_1 noise| = 2/255, which no eye sees.                            (6)
+The last step draws no noise (the paper's appendix).
 
 v_t is a function of abar_t alone: measured over the training schedule it serves all respaced ones.
 """
@@ -34,7 +33,6 @@ from dalle2_jax.diffusion.schedules import Schedule
 from dalle2_jax.types import Array
 
 KNOTS = 33
-_GREY_LEVEL = 2 / 255
 
 
 def knots(num_timesteps: int) -> np.ndarray:
@@ -62,11 +60,7 @@ def measure(
 
 
 def variances(
-    schedule: Schedule,
-    num_timesteps: int,
-    x_0_error: Sequence[float],
-    eta: float = 1.0,
-    pictures: bool = False,
+    schedule: Schedule, num_timesteps: int, x_0_error: Sequence[float], eta: float = 1.0
 ) -> np.ndarray:
     """sigma_t^2 of (1) for each step of a schedule, respaced or not, float64 [T].
 
@@ -75,7 +69,6 @@ def variances(
         num_timesteps: of the training schedule.
         x_0_error: as `measure` gave it for that.
         eta: of (3).
-        pictures: whether (6) bounds the last step but one.
     """
     abar, prev = schedule.alpha_bar, schedule.alpha_bar_prev
     v = np.interp(schedule.timesteps, knots(num_timesteps), x_0_error)
@@ -84,6 +77,4 @@ def variances(
     c = np.sqrt(prev) - np.sqrt(np.maximum(1 - prev - lambda_2, 0) * abar / (1 - abar))
     sigma_2 = lambda_2 + c**2 * v
     sigma_2[:1] = 0
-    if pictures:
-        sigma_2[1:2] = np.minimum(sigma_2[1:2], np.pi / 2 * _GREY_LEVEL**2)
     return sigma_2

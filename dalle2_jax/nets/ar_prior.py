@@ -105,7 +105,7 @@ class ARPrior(nn.Module):
             self.depth, self.heads, self.activation, self.dtype, self.remat
         )
         self.norm = LayerNorm()
-        self.out = nn.Dense(self.buckets, use_bias=False, dtype=self.dtype)
+        self.out = nn.Dense(self.buckets, use_bias=False, dtype=jnp.float32)  # for the loss
         self.bias = self.param("bias", zeros, (1 + self.dims, self.buckets), jnp.float32)
         self.statistics = Statistics(self.dim, self.dims, self.buckets)
 
@@ -168,4 +168,4 @@ class ARPrior(nn.Module):
         return jnp.pad(txt_mask, ((0, 0), (0, 1 + self.dims)), constant_values=True)
 
     def _out(self, x: Array) -> Array:
-        return self.out(self.norm(x)).astype(jnp.float32)
+        return self.out(self.norm(x))

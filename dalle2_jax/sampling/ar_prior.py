@@ -82,6 +82,11 @@ class ARPriorSampler:
         """How many are drawn for a picture."""
         return self.candidates
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for a batch: once for the captions, once a code."""
+        return 1 + self.network.dims
+
     def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
         """What the network is told of b captions; it learned what no caption is."""
         del empty

@@ -29,8 +29,10 @@ def chosen(samplers: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[s
         if not isinstance(choice, Mapping):
             choice = dict.fromkeys(known if field == _ALL else ["decoder"], choice)
         for stage, value in choice.items():
-            if stage not in known:
+            if stage not in samplers:
                 raise UserError(f"{field}: no stage {stage!r}{near_miss(str(stage), known)}")
+            if stage not in known:
+                raise UserError(f"{field} is no setting of {stage}, but of {', '.join(known)}")
             settings[stage][field] = arguments.plain(value)
     return {
         name: dataclasses.replace(

@@ -76,8 +76,17 @@ class Settings:
             raise UserError(f"cfg_rescale must be a number within 0 and 1, not {value!r}")
         if type(self.repeats) is not int or self.repeats < 1:
             raise UserError(f"repeats must be a whole number of 1 or more, not {self.repeats!r}")
-        if self.repeats > 1 and (self.solver, self.eta) != ("ddim", 0):
-            raise UserError(f"repeats={self.repeats} goes with ddim at eta=0, not {self.solver!r}")
+        if self.variance not in ("small", "large", "analytic"):
+            known = "'small', 'large' or 'analytic'"
+            raise UserError(f"variance must be {known}, not {self.variance!r}")
+        if self.repeats > 1:
+            what = "RePaint's resampling, for a decoder that was not taught to inpaint"
+            told = f"repeats={self.repeats} ({what})"
+            if (self.solver, self.eta) != ("ddim", 0):
+                other = f"{self.solver} at eta={self.eta:g}"
+                raise UserError(f"{told} goes with ddim at eta=0, not {other}")
+            if self.variance == "analytic":  # a step and the way back would share one noise
+                raise UserError(f'{told} does not go with variance="analytic"')
 
     @property
     def num_steps(self) -> int:
@@ -159,9 +168,7 @@ class StageSampler:
             told = 'variance="analytic" needs x_0_error, which a prior\'s training measures: see'
             raise UserError(f'{told} docs/sampling.md, or set variance="small" in config.json')
         eta = settings.eta if settings.solver == "ddim" else 1.0
-        found = analytic.variances(
-            schedule, self.process.num_timesteps, self.x_0_error, eta, len(self.shape) == 3
-        )
+        found = analytic.variances(schedule, self.process.num_timesteps, self.x_0_error, eta)
         return settings.make_solver(schedule, found)
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
@@ -235,15 +242,17 @@ class StageSampler:
 
         `iterations` of the network a step: see `inversion.DDIMInversion`. The others: see `draw`.
         """
-        steps = self.settings.num_steps
+        # The whole picture is given: `repeats` are for one that is known in part.
+        stage = dataclasses.replace(self, settings=dataclasses.replace(self.settings, repeats=1))
+        steps = stage.settings.num_steps
         if progress is not None:
             progress(0, steps)
         x_t, done = x_0, 0
-        for part, count in reversed(self.parts(params)):
+        for part, count in reversed(stage.parts(params)):
             chunk = steps_a_call(count)
             for _ in range(0, count, chunk):
                 ts = jnp.arange(done, done + chunk)
-                x_t, done = invert_steps(self, part, cond, x_t, ts, iterations), done + chunk
+                x_t, done = invert_steps(stage, part, cond, x_t, ts, iterations), done + chunk
                 if progress is not None:
                     jax.block_until_ready(x_t)
                     progress(done, steps)

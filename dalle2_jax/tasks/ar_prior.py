@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from dalle2_jax import images, sharding
+from dalle2_jax.arguments import whole
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.ar_prior import EXACT, ARPrior, Statistics
 from dalle2_jax.nets.clip import normalise
@@ -49,9 +50,10 @@ class ARPriorTask:
 
     def __post_init__(self) -> None:
         check_range("config.task", 0, 1, drop_caption=self.drop_caption, noise=self.noise)
-        check_range("config.task", 1, candidates=self.candidates)
-        check_range("config.model", 2, buckets=self.network.buckets)
-        check_range("config.model", 1, self.network.dim, dims=self.network.dims)
+        whole("config.task.candidates", self.candidates, 1)
+        whole("config.task.fit_batches", self.fit_batches, 1)
+        whole("config.model.buckets", self.network.buckets, 2)
+        whole("config.model.dims", self.network.dims, 1, self.network.dim)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
@@ -175,12 +177,6 @@ def from_config(config: Any) -> ARPriorTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     network = construct(ARPrior, config.model, "config.model")
     check_transformer("config.model", config.model, network.activation)
-    count = config.task.fit_batches * config.batch_size
-    if count <= network.dims:
-        raise UserError(
-            f"config.task.fit_batches={config.task.fit_batches} are {count} pictures, which have "
-            f"no {network.dims} directions (config.model.dims): raise it"
-        )
     clip = FrozenCLIP.load(config)
     where = "config.task.sampling"
     try:
@@ -198,6 +194,12 @@ def from_config(config: Any) -> ARPriorTask:
         sampler=ARPriorSampler(network, settings, **drawn),
         entry={},
     )
+    count = task.fit_batches * config.batch_size
+    if count <= network.dims:
+        raise UserError(
+            f"config.task.fit_batches={task.fit_batches} are {count} pictures, which have no "
+            f"{network.dims} directions (config.model.dims): raise it"
+        )
     sampling = plain(dataclasses.asdict(settings))
     entry = {"model": plain(config.model), "sampling": sampling, "candidates": task.candidates}
     return dataclasses.replace(task, entry={**entry, "clip": clip.hash})

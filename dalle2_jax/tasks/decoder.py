@@ -47,12 +47,14 @@ class DecoderTask:
     drop_caption: float = 0.5
     noise_z_img: float = 0.0  # most that z_img is disturbed in training, see `disturb`
     nothing_known: float = 0.5  # of the pictures, where model.inpaints: see `known_in_part`
+    most_moved: float = 0.0  # of these, over white: for pictures of single things on white paper
     stage: str = dataclasses.field(default="decoder", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
         shares = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
-        check_range("config.task", 0, 1, **shares, nothing_known=self.nothing_known)
+        shares |= {"nothing_known": self.nothing_known, "most_moved": self.most_moved}
+        check_range("config.task", 0, 1, **shares)
         check_range("config.task", 0, noise_z_img=self.noise_z_img)
         check_range("config.task", 1, image_size=self.image_size)
 
@@ -84,8 +86,7 @@ class DecoderTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        key_known = jax.random.fold_in(key, 1)
-        key_z, key_txt, key_loss, key_dropout, key_noise = jax.random.split(key, 5)
+        key_z, key_txt, key_loss, key_dropout, key_noise, key_known = jax.random.split(key, 6)
         b = batch["tokens"].shape[0]
         keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
         cond = self.condition(frozen, batch, keep_txt if train else None)
@@ -95,7 +96,8 @@ class DecoderTask:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
         x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
         if train and self.network.inpaints:
-            cond["known"] = known_in_part(key_known, x_0, self.nothing_known)
+            told = self.nothing_known, self.most_moved
+            x_0, cond["known"] = known_in_part(key_known, x_0, *told)
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}

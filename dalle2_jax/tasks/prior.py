@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dalle2_jax import images
 from dalle2_jax.diffusion import analytic
+from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.forward import forward
@@ -64,16 +65,22 @@ class PriorTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
         key_drop, key_loss = jax.random.split(key)
-        keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
-        cond = self.condition(frozen, batch["tokens"], keep if train else jnp.ones_like(keep))
+        keep = jax.random.uniform(key_drop, batch["tokens"].shape[:1]) >= self.drop_caption
+        apply, x_0 = self._posed(params, frozen, batch, keep if train else jnp.ones_like(keep))
+        return denoising_loss(self.process, apply, x_0, key_loss)
+
+    def _posed(
+        self, params: Params, frozen: Params, batch: Batch, keep: Array
+    ) -> tuple[Apply, Array]:
+        """The network, told the captions but where `keep` [b] is False, and x_0 [b, dim]."""
+        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        cond = self.condition(frozen, batch["tokens"], keep)
 
         def apply(x_t: Array, t: Array) -> Array:
             return self.sampler.apply(params, x_t, t, cond)
 
-        x_0 = forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
-        return denoising_loss(self.process, apply, x_0, key_loss)
+        return apply, forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
 
     def condition(self, frozen: Params, tokens: Array, keep: Array) -> Mapping[str, Array]:
         """What the network is told of b captions, and of none where `keep` [b] is False."""
@@ -85,14 +92,8 @@ class PriorTask:
 
     def measure(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
         """What `Settings.variance` "analytic" draws with."""
-        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
-        everyone = jnp.ones(z_img.shape[:1], bool)
-        cond = self.condition(frozen, batch["tokens"], everyone)
-
-        def apply(x_t: Array, t: Array) -> Array:
-            return self.sampler.apply(params, x_t, t, cond)
-
-        x_0 = forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
+        everyone = jnp.ones(batch["tokens"].shape[:1], bool)
+        apply, x_0 = self._posed(params, frozen, batch, everyone)
         return {"x_0_error": analytic.measure(self.process, apply, x_0, key)}
 
     def preview(
@@ -131,7 +132,7 @@ def from_config(config: Any) -> PriorTask:
         network=network,
         process=process,
         clip=clip,
-        sampler=make_sampler(PriorSampler, config, network, process, **drawn),
+        sampler=make_sampler(PriorSampler, config, network, process, measured=True, **drawn),
         entry={},
     )
     kept = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}

@@ -115,12 +115,12 @@ class UpsamplerTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        key_corrupt, key_loss, key_dropout = jax.random.split(key, 3)
+        key_corrupt, key_loss, key_dropout, key_known = jax.random.split(key, 4)
         low, x_0 = self.corrupted_crops(batch["image"], key_corrupt)
         low_res = images.resize(low, self.crop_size, "bicubic")
         known = None
         if train and self.network.inpaints:
-            known = known_in_part(jax.random.fold_in(key, 1), x_0, self.nothing_known)
+            _, known = known_in_part(key_known, x_0, self.nothing_known)
 
         def loss_of(
             network: Params, keys: Sequence[Array], times: range | None = None
@@ -164,7 +164,7 @@ class UpsamplerTask:
             seen = images.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
             spoilt = degradation.bsr(key_blur, seen, low.shape[1], strength)
             chosen = jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
-            low = jnp.where(chosen, spoilt, images.resize(seen, low.shape[1], "area"))
+            low = jnp.where(chosen, spoilt, low)
         if self.noise_std:
             key_std, key_noise = jax.random.split(key_noise)
             std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
@@ -199,6 +199,11 @@ def from_config(config: Any) -> UpsamplerTask:
     options = {key: config.task[key] for key in config.task if key not in ("name", "sampling")}
     process = construct(Process, config.diffusion, "config.diffusion")
     network = construct(Upsampler, config.model, "config.model")
+    if network.residual and process.prediction != "x_0":
+        raise UserError(
+            "config.model.residual=True goes with config.diffusion.prediction='x_0', not "
+            f"{process.prediction!r}: the small picture is added to what is predicted"
+        )
     drawn = {
         "image_size": config.task.get("image_size", 1),  # `construct` tells where it lacks
         "separate_last_step": config.task.separate_last_step,

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dalle2_jax import model_folder
+from dalle2_jax.errors import UserError
 from dalle2_jax.train.optimizer import STATISTICS, Optimizer
 from dalle2_jax.train.side import Dataset
 from dalle2_jax.train.state import TrainState, init_state
@@ -35,7 +37,12 @@ def fresh_state(
     dataset: Dataset,
     mesh: Mesh,
 ) -> TrainState:
-    """The state of step 0. What a task fits to the data comes with config.init_from, if that is."""
+    """The state of step 0. What a task fits to the data comes with config.init_from, if that is.
+
+    UserError where that was fitted to another CLIP's embeddings: it would never change.
+    """
+    if config.init_from and isinstance(task, Fits):
+        _check_clip(config.init_from, task, template.params)
     state = init_state(task, optimizer, config.seed, template, config.init_from)
     if config.init_from or not isinstance(task, Fits):
         return state
@@ -54,3 +61,13 @@ def fresh_state(
         return {**params, STATISTICS: jax.tree.map(leaf, params[STATISTICS], found)}
 
     return state.replace(params=put(state.params), ema_params=put(state.ema_params))
+
+
+def _check_clip(init_from: str, task: Task, shapes: Params) -> None:
+    folder = model_folder.resolve(init_from)
+    there, here = model_folder.read_stage(folder, task.stage), task.export(shapes)[0]
+    if there.get("clip") != here.get("clip"):
+        raise UserError(
+            f"init_from={folder}: its {task.stage} was fitted to another CLIP "
+            f"({there.get('clip')}) than config.clip_from's ({here.get('clip')}): start without it"
+        )

@@ -72,7 +72,7 @@ class DDPM(OverSchedule):
 
     def __post_init__(self) -> None:
         if isinstance(self.variance, str) and self.variance not in ("small", "large"):
-            known = "'small', 'large' or 'analytic'"  # a table, by the time it comes here
+            known = "'small', 'large' or a table"
             raise UserError(f"variance must be {known}, not {self.variance!r}")
 
     @functools.cached_property
