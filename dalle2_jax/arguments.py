@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.options import near_miss
+
+MOST_HELD = 10_000
+"""Pictures that are returned at once: more would fill the memory."""
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -51,6 +55,20 @@ def seeds(value: Any, count: int) -> np.ndarray:
     return np.array([whole("seed", seed, 0, 2**32 - 1) for seed in each], np.uint32)
 
 
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float within low..high; UserError for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= high:
+        raise UserError(f"{name} must be a number within {low} and {high}, not {value!r}")
+    return float(value)
+
+
+def only(known: Sequence[str], options: Mapping[str, Any]) -> None:
+    """UserError for an option that is none of the `known`, naming the near miss."""
+    for name in options:
+        if name not in known:
+            raise UserError(f"there is no option {name!r} here{near_miss(name, known)}")
+
+
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """UserError unless the value is one of the `known`, naming the near miss."""
     if not isinstance(value, str) or value not in known:
@@ -64,12 +82,25 @@ def plain(value: Any) -> Any:
     return tuple(plain(item) for item in value) if isinstance(value, list) else value
 
 
+def array_of(name: str, value: Any) -> np.ndarray:
+    """UserError for rows of several lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:  # numpy's word for them
+        raise UserError(f"{name} must be an array, all of its rows of one length") from None
+
+
+def numbers(name: str, value: Any) -> np.ndarray:
+    """`value` as float32; UserError for what is not, or not finite."""
+    array = array_of(name, value)
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise UserError(f"{name} must be an array of finite numbers")
+    return array.astype(np.float32)
+
+
 def pictures(value: Any) -> np.ndarray:
     """`value` uint8 [b, h, w, 3], one picture at least; UserError for anything else."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # numpy's word for rows of several lengths
-        raise UserError("pictures must be uint8 [b, h, w, 3], all of one size") from None
+    array = array_of("pictures", value)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise UserError(
             f"pictures must be uint8 [b, h, w, 3], not {array.dtype} {list(array.shape)}"
@@ -81,7 +112,7 @@ def pictures(value: Any) -> np.ndarray:
 
 def picture(name: str, value: Any) -> np.ndarray:
     """`value` uint8 [h, w, 3] as a batch of one; UserError for anything else."""
-    array = np.asarray(value)
+    array = array_of(name, value)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise UserError(f"{name} must be uint8 [h, w, 3], not {array.dtype} {list(array.shape)}")
     return array[None]
@@ -90,13 +121,14 @@ def picture(name: str, value: Any) -> np.ndarray:
 def mask(value: Any, shape: Sequence[int]) -> np.ndarray:
     """`value` bool [h, w] of a picture's `shape`, True at a pixel at least; UserError for anything
     else."""
-    array = np.asarray(value)
+    array = array_of("mask", value)
     if array.dtype != bool or array.ndim != 2:
         told = f"not {array.dtype} {list(array.shape)}"
         raise UserError(f"mask must be bool [h, w], True where it is to be drawn, {told}")
     if array.shape != tuple(shape[:2]):
         (h, w), (height, width) = array.shape, shape[:2]
-        raise UserError(f"the mask is {w} x {h}, the picture {width} x {height}: make them alike")
+        told = f"the mask is {w} x {h}, the picture {width} x {height}"
+        raise UserError(f"{told}: give a mask of the picture's size")
     if not array.any():
         raise UserError("the mask leaves nothing to draw: white, or alpha 0, marks what is drawn")
     return array
@@ -104,7 +136,7 @@ def mask(value: Any, shape: Sequence[int]) -> np.ndarray:
 
 def known(value: Any, size: int, counts: Sequence[int]) -> np.ndarray:
     """`value` uint8 [one of counts, size, size, 4]; UserError for anything else."""
-    array = np.asarray(value)
+    array = array_of("known", value)
     if array.dtype != np.uint8 or array.shape not in [(n, size, size, 4) for n in counts]:
         told = f"not {array.dtype} {list(array.shape)}"
         raise UserError(f"known must be uint8 {[counts[0], size, size, 4]}, {told}")

@@ -54,6 +54,13 @@ def extended(
     return canvas, known, asked
 
 
+def estimate(shape: Sequence[int], margins: Sequence[int], size: int) -> int:
+    """About how many `frames`, half of them known before, continue a picture [h, w, ...]."""
+    left, right, up, down = margins
+    h, w = shape[:2]
+    return round(2 * ((up + h + down) * (left + w + right) - h * w) / size**2)
+
+
 def frames(known: np.ndarray, size: int, overlap: float) -> Iterator[Window]:
     """The windows of `size` in which bool [h, w] becomes known all over, each in its turn.
 

@@ -303,10 +303,7 @@ class Cascade:
             sampler = samplers[stage]
             if not isinstance(sampler, StageSampler):
                 raise UserError(f"noise: {stage} draws from no noise, but from the seed alone")
-            try:
-                array = np.asarray(array, np.float32)
-            except (TypeError, ValueError):
-                raise UserError(f"noise[{stage!r}] must be an array of numbers") from None
+            array = arguments.numbers(f"noise[{stage!r}]", array)
             shape = (sampler.settings.num_calls + 1, total * sampler.rows, *sampler.shape)
             if array.shape not in (shape, (1, *shape[1:])):
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(array.shape)}")
@@ -336,7 +333,7 @@ class Cascade:
 
     def encode_text(self, captions: Sequence[str]) -> np.ndarray:
         """Captions -> CLIP's z_txt float32 [b, dim]. UserError: there is none, or it is no text."""
-        if isinstance(captions, str) or not captions:
+        if isinstance(captions, str) or not isinstance(captions, Sequence) or not captions:
             raise UserError(f"captions must be a list of texts, not {captions!r}")
         if not all(isinstance(text, str) and text.strip() for text in captions):
             raise UserError("a caption is empty, or no text: write what it describes")
@@ -370,7 +367,7 @@ class Cascade:
         """
         z_img, small = self.encode_image(pictures), middle(arguments.pictures(pictures))
         iterations = arguments.whole("iterations", iterations, 1)
-        model, x_T = self._inverting(steps), []
+        model, x_T = self.inverting(steps), []
         total, batches = len(small), list(placement.places(len(small), batch_size))
         nothing = self.captions([None] * len(batches[0][1]))
         with placement.on_mesh(placement.mesh()):
@@ -396,17 +393,19 @@ class Cascade:
     ) -> np.ndarray:
         """(z_img, x_T) [b, ...] -> pictures uint8 [b, h, w, 3], drawn without caption, guidance or
         noise: the way back from `invert`, whose `steps` these are. UserError as of `stream`."""
-        drawn = self._inverting(steps).stream(
+        if not isinstance(latents, Latents):
+            raise UserError(f"latents must be Latents(z_img, x_T), not {type(latents).__name__}")
+        drawn = self.inverting(steps).stream(
             None,
             z_img=latents.z_img,
-            noise={"decoder": np.asarray(latents.x_T)[None]},
+            noise={"decoder": arguments.numbers("x_T", latents.x_T)[None]},
             batch_size=batch_size,
             progress=progress,
         )
         return np.concatenate(list(drawn))
 
-    def _inverting(self, steps: int | None) -> Self:
-        """The model whose decoder is drawn by what `invert` inverts."""
+    def inverting(self, steps: int | None = None) -> Self:
+        """The model as it draws what was inverted: its decoder by DDIM, unguided, without noise."""
         settings = dict(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
         return self.with_settings(**settings)
 

@@ -11,7 +11,9 @@ from absl import flags
 
 from dalle2_jax import commands
 
-STEPS = flags.DEFINE_string("steps", None, "Of the decoder, or STAGE=STEPS,STAGE=STEPS.")
+STEPS = flags.DEFINE_string(
+    "steps", None, "Of the decoder, as 50, or 10:10:3:2:2 in parts of time; or STAGE=STEPS,..."
+)
 CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
 SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,..."
@@ -30,9 +32,20 @@ _NAMES = {"solver": SAMPLER, "variance": VARIANCE}
 
 def read() -> dict[str, Any]:
     """The arguments of `with_settings`; UserError for a flag that cannot be read."""
-    kinds = [(STEPS, int), (CFG_SCALE, float), (CFG_INTERVAL, interval), (CFG_RESCALE, float)]
-    chosen = {flag.name: commands.choice(flag, kind) for flag, kind in kinds}
-    return chosen | {name: commands.choice(flag, str) for name, flag in _NAMES.items()}
+    kinds = [
+        (STEPS, counts, "50 or 10:10:3:2:2"),
+        (CFG_SCALE, float, "a number"),
+        (CFG_INTERVAL, interval, "LOW:HIGH"),
+        (CFG_RESCALE, float, "a number"),
+    ]
+    chosen = {kind[0].name: commands.choice(*kind) for kind in kinds}
+    return chosen | {name: commands.choice(flag, str, "a name") for name, flag in _NAMES.items()}
+
+
+def counts(text: str) -> int | tuple[int, ...]:
+    """50, or 10:10:3:2:2; ValueError for anything else."""
+    first, *more = map(int, text.split(":"))
+    return (first, *more) if more else first
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -124,8 +124,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(say(error))
 
 
-def choice(flag: flags.FlagHolder, kind: Callable[[str], object]) -> object:
-    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}."""
+def choice(flag: flags.FlagHolder, kind: Callable[[str], object], what: str) -> object:
+    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}; `what`
+    says in an error what could be written."""
     if flag.value is None:
         return None
     try:
@@ -134,10 +135,8 @@ def choice(flag: flags.FlagHolder, kind: Callable[[str], object]) -> object:
         pairs = [part.split("=") for part in flag.value.split(",")]
         chosen = {stage.strip(): kind(value) for stage, value in pairs}
     except ValueError:
-        what = {int: "a whole number", float: "a number", str: "a name"}.get(kind, "LOW:HIGH")
-        raise UserError(
-            f"--{flag.name}={flag.value}: write {what}, or STAGE={what.split()[-1].upper()},..."
-        ) from None
+        told = f"--{flag.name}={flag.value}: write {what}, or so much for each STAGE=...,..."
+        raise UserError(told) from None
     if len(chosen) < len(pairs):
         raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
     return chosen

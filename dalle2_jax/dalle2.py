@@ -19,6 +19,7 @@ from dalle2_jax.embeddings import normalise, project, slerp
 from dalle2_jax.errors import UserError
 from dalle2_jax.sampling import load
 
+_OPTIONS = ("batch_size", "progress")  # of what inverts
 _REPEATS = 5  # of a step, for a decoder that was not fine-tuned to inpaint
 
 
@@ -34,8 +35,9 @@ class DALLE2(Cascade):
 
     Pictures are uint8 [b, h, w, 3] of any size, one is [h, w, 3]; of what is not square the middle
     is taken. Those drawn have `image_size`. `steps` are the decoder's, to invert and to draw; None:
-    as the folder says. More of them keep a given picture better. Further options are
-    `Cascade.stream`'s. Raises UserError for what is of another type or range.
+    as the folder says. More of them keep a given picture better. Further options are `batch_size`
+    and `progress` of `Cascade.stream`; where a prompt is drawn, all of its. Raises UserError for
+    what is of another type or range.
     """
 
     def at_size(self, size: int) -> Self:
@@ -114,6 +116,7 @@ class DALLE2(Cascade):
         self, pictures: np.ndarray, *, steps: int | None = None, **options: Any
     ) -> np.ndarray:
         """Pictures [b, ...] inverted and drawn again, b of them."""
+        arguments.only(_OPTIONS, options)
         return self.decode(self.invert(pictures, steps=steps, **options), steps=steps, **options)
 
     def variations(
@@ -138,7 +141,8 @@ class DALLE2(Cascade):
         """
         # What is wrong is told before the inversion, which takes its time.
         model = self.with_settings(steps, cfg_scale, {"decoder": "ddim"}, eta)
-        n, pictures = arguments.whole("n", n, 1), arguments.pictures(pictures)
+        arguments.only(_OPTIONS, options)
+        n, pictures = arguments.whole("n", n, 1, arguments.MOST_HELD), arguments.pictures(pictures)
         seed = arguments.seeds(seed, len(pictures)).tolist()
         latents = self.invert(pictures, steps=steps, **options)
         x_T = np.repeat(latents.x_T, n, axis=0)
@@ -162,8 +166,9 @@ class DALLE2(Cascade):
         are their reconstructions; "fixed" keeps one, drawn from `seed`. To a sentence x_T stays
         that of the picture, and `seed` draws the z_img of the sentence.
         """
+        arguments.only(_OPTIONS, options)
         arguments.one_of("x_T", x_T, ("slerp", "fixed"))
-        shares = np.linspace(0, 1, arguments.whole("frames", frames, 2))
+        shares = np.linspace(0, 1, arguments.whole("frames", frames, 2, arguments.MOST_HELD))
         seed, a = arguments.whole("seed", seed, 0, 2**32 - 1), arguments.picture("a", a)
         if isinstance(b, str):
             z_b = self.sample_prior(b, 1, seed, **options)
@@ -196,9 +201,9 @@ class DALLE2(Cascade):
         z_img turns towards the difference of the two captions' embeddings, by 0 to `theta` of the
         way; x_T stays. The paper goes to 0.25 .. 0.50.
         """
-        if not isinstance(theta, int | float) or not 0 <= theta <= 1:
-            raise UserError(f"theta must be a number within 0 and 1, not {theta!r}")
-        shares = np.linspace(0, theta, arguments.whole("frames", frames, 1))
+        arguments.only(_OPTIONS, options)
+        frames = arguments.whole("frames", frames, 1, arguments.MOST_HELD)
+        shares = np.linspace(0, arguments.number("theta", theta, 0, 1), frames)
         z_new, z_old = normalise(self.encode_text([new, old]))
         if np.allclose(z_new, z_old, atol=1e-6):
             raise UserError(f"{new!r} and {old!r} are read alike: there is no way to go")
@@ -223,8 +228,9 @@ class DALLE2(Cascade):
         for each k of `dims`; None there is all of z_img, and so the reconstruction. x_T stays.
         `dims` None is `probe_dims()`.
         """
+        arguments.only(_OPTIONS, options)
         dims, directions = self.probe_dims() if dims is None else dims, self._directions()
-        if not isinstance(dims, Sequence) or not len(dims):
+        if not isinstance(dims, Sequence | np.ndarray) or not len(dims):
             raise UserError(f"dims must name how many directions are kept, as [20, 40], not {dims}")
         most = len(directions[1])
         counts = [k if k is None else arguments.whole("dims", k, 0, most) for k in dims]
@@ -281,18 +287,17 @@ class DALLE2(Cascade):
         """A part of a picture drawn anew, n times (GLIDE 2112.10741, section 2.3).
 
         Args:
-            picture: [h, w, 3], of any size. It is kept to the bit, at the size of what is returned
-                and beyond the feather.
+            picture: [h, w, 3], of any size. It is kept to the bit, at the size of what is returned.
             mask: bool [h, w], True where it is to be drawn.
             prompt: what the whole picture then shows; None: what it shows.
             n, seed: as of `generate`.
-            feather: pixels of the kept part, along the mask, over which old and new pass into each
-                other; None: a 32nd of the side.
+            feather: pixels of the drawn part, along its edge, over which the step from the kept one
+                is spread out; None: a 16th of the side.
         """
         picture = arguments.picture("picture", picture)[0]
         mask = arguments.mask(mask, picture.shape)
         picture, mask = canvas.fitted(picture, mask, self.image_size)
-        n, prompt = arguments.whole("n", n, 1), _of_parts(prompt, options)
+        n, prompt = arguments.whole("n", n, 1, arguments.MOST_HELD), _of_parts(prompt, options)
         z_img = self.encode_image(picture[None]) if prompt is None else None
         given = np.repeat(picture[None], n, axis=0)
         return self._repaint(given, ~mask, prompt, z_img, seed, feather, options)
@@ -330,10 +335,9 @@ class DALLE2(Cascade):
         margins = [arguments.whole(name, value, 0) for name, value in sides.items()]
         if not any(margins):
             raise UserError("nothing is to be added: give left, right, up or down, in pixels")
-        if not isinstance(overlap, int | float) or not 0 < overlap < 1:
-            raise UserError(f"overlap must be a number between 0 and 1, not {overlap!r}")
+        overlap = arguments.number("overlap", overlap, 0.01, 0.99)
         seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), self.image_size
-        n, prompt = arguments.whole("n", n, 1), _of_parts(prompt, options)
+        n, prompt = arguments.whole("n", n, 1, arguments.MOST_HELD), _of_parts(prompt, options)
         whole, known, asked = canvas.extended(picture, margins, size)
         drawn = np.repeat(whole[None], n, axis=0)
         if prompt is None:
@@ -360,7 +364,7 @@ class DALLE2(Cascade):
     ) -> np.ndarray:
         """Pictures [n, s, s, 3] of `image_size` s with what is not known (bool [s, s]) drawn."""
         n, size = len(pictures), self.image_size
-        feather = size // 32 if feather is None else arguments.whole("feather", feather, 0)
+        feather = size // 16 if feather is None else arguments.whole("feather", feather, 0)
         alpha = np.broadcast_to(known[..., None] * np.uint8(255), (n, size, size, 1))
         given = {"z_img": z_img, "known": np.concatenate([pictures, alpha], axis=-1)}
         drawn = self.inpainting().stream(prompt, n, seed, **given, **options)

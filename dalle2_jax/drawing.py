@@ -51,13 +51,7 @@ def draw_prompts(
     that another seed's pictures stay beside it. Returns the path of grid.png, this run's, a row a
     prompt. A prompt that is too long is told on stderr, with what is read of it.
     """
-    for prompt in prompts:
-        clip, decoder = (_read_of(tokenizer, prompt) for tokenizer in model.tokenizers())
-        if clip == decoder != _ALL:
-            print(f"note: a prompt is too long, {clip} is read", file=sys.stderr)
-        elif clip != decoder:
-            told = f"CLIP reads {clip}, the decoder {decoder}"
-            print(f"note: a prompt is too long, {told}", file=sys.stderr)
+    say_what_is_read(model, prompts)
     about: dict[str, Any] = {"seed": seed, "size": model.image_size, "version": __version__}
     about |= {"weights": model.weights, "hash": model.weights_hash, "settings": model.settings()}
     drawn: list[np.ndarray] = []
@@ -69,6 +63,17 @@ def draw_prompts(
     grid = pictures.labelled_grid(np.stack(drawn), n, row_labels=prompts)
     pictures.save_png(out / "grid.png", grid, {"prompts": prompts, **about})
     return out / "grid.png"
+
+
+def say_what_is_read(model: DALLE2, prompts: Sequence[str]) -> None:
+    """A line on stderr for each prompt that is longer than what the model reads."""
+    for prompt in prompts:
+        clip, decoder = (_read_of(tokenizer, prompt) for tokenizer in model.tokenizers())
+        if clip == decoder != _ALL:
+            print(f"note: a prompt is too long, {clip} is read", file=sys.stderr)
+        elif clip != decoder:
+            told = f"CLIP reads {clip}, the decoder {decoder}"
+            print(f"note: a prompt is too long, {told}", file=sys.stderr)
 
 
 def _drawn(

@@ -76,7 +76,7 @@ def _distance(pixels: Array, a: Array, b: Array) -> Array:
 
 
 def _sides(key: Array, batch: int, place: Array) -> Array:
-    """bool [b, h, w]: 0.2 to 0.8 of the picture, from one of its sides or from two that meet."""
+    """bool [b, h, w]: a strip along one side or along two that meet, each 0.2 to 0.8 wide."""
     key_axis, key_end, key_share = jax.random.split(key, 3)
     share = jax.random.uniform(key_share, (batch, 2, 1), minval=0.2, maxval=0.8)
     far = jax.random.bernoulli(key_end, 0.5, (batch, 2, 1))
@@ -85,6 +85,17 @@ def _sides(key: Array, batch: int, place: Array) -> Array:
     which = jax.random.randint(key_axis, (batch, 1, 1), 0, 3)  # rows, columns, both
     rows, columns = one[:, 0, :, None], one[:, 1, None, :]
     return ((which != 1) & rows) | ((which != 0) & columns)
+
+
+def moved(key: Array, pictures: Array, most: float) -> Array:
+    """Pictures [b, h, w, c] in [-1, 1], each moved by up to `most` of its sides, over white."""
+    b, h, w, c = pictures.shape
+    down, right = round(most * h), round(most * w)
+    wide = jnp.pad(pictures, ((0, 0), (down, down), (right, right), (0, 0)), constant_values=1.0)
+    start = jax.random.randint(key, (b, 2), 0, jnp.array([[2 * down + 1, 2 * right + 1]]))
+    return jax.vmap(lambda p, at: jax.lax.dynamic_slice(p, (at[0], at[1], 0), (h, w, c)))(
+        wide, start
+    )
 
 
 def partly_known(pictures: Array, mask: Array) -> Array:
@@ -102,16 +113,22 @@ def known_at(known: Array, size: int) -> Array:
 
 
 def paste(given: np.ndarray, known: np.ndarray, drawn: np.ndarray, feather: int) -> np.ndarray:
-    """`given` where it is known, `drawn` elsewhere, passing over into each other within the known
-    part, over `feather` pixels from its edge: beyond them it is kept to the bit.
+    """`given` where it is known, to the bit, and `drawn` elsewhere, over whose first `feather`
+    pixels the step between the two is spread out: at the edge there is then no line.
 
-    uint8 [b, h, w, 3], bool [h, w], uint8 [b, h, w, 3] -> uint8 [b, h, w, 3].
+    The network's own drawing fits to what it knows, but for shades of a colour, which the eye sees
+    along a straight edge. uint8 [b, h, w, 3], bool [h, w], uint8 [b, h, w, 3] -> uint8, too.
     """
     from scipy import ndimage  # late: drawing from sentences needs none of it
 
-    if known.all():
-        return given.copy()
-    away: Any = ndimage.distance_transform_edt(known)  # 1 at the first known pixel
+    if known.all() or not known.any():
+        return (given if known.all() else drawn).copy()
+    nearest: Any = ndimage.distance_transform_edt(~known, return_indices=True)
+    away, (known_y, known_x) = nearest  # of each pixel the nearest known one; 1 at the edge
+    edge = ~known & ndimage.binary_dilation(known)
+    _, (edge_y, edge_x) = ndimage.distance_transform_edt(~edge, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
+    step = given[:, known_y, known_x].astype(np.float64) - drawn
     share = np.clip(1 - away / (feather + 1), 0, 1)[..., None]
-    mixed = np.round(share * drawn.astype(np.float64) + (1 - share) * given)
-    return mixed.astype(np.uint8)
+    mixed = drawn + share * step[:, edge_y, edge_x]
+    mixed = np.round(mixed).clip(0, 255).astype(np.uint8)
+    return np.where(known[..., None], given, mixed)

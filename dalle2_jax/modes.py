@@ -47,19 +47,22 @@ PRIOR = flags.DEFINE_enum(
 )
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture's file; may be given several times.")
 FRAMES = flags.DEFINE_integer("frames", 7, "Pictures of interpolate and text_diff.", 2)
-ETA = flags.DEFINE_float("eta", 0.6, "Of variations: 0 is the picture itself, 1 differs most.")
+ETA = flags.DEFINE_float("eta", 0.6, "Of variations: 0 differs least, 1 most.")
 THETA = flags.DEFINE_float("theta", 0.5, "Of text_diff: the share of the way that is gone.")
 OLD_PROMPT = flags.DEFINE_string("old_prompt", "a photo", "Of text_diff: what --image shows.")
 X_T = flags.DEFINE_enum("x_t", "slerp", ["slerp", "fixed"], "Of interpolate, between pictures.")
 
 MASK = flags.DEFINE_string(
-    "mask", None, "Of inpaint: white, or alpha 0, where --image is drawn anew; else its own alpha."
+    "mask", None, "Of inpaint: alpha 0, or white, where --image is drawn anew; else its own alpha."
 )
 PREVIEW_MASK = flags.DEFINE_bool(
     "preview_mask", False, "Of inpaint and outpaint: show what would be drawn, and draw nothing."
 )
 FEATHER = flags.DEFINE_integer(
-    "feather", None, "Of these two: pixels over which old and new pass into each other.", 0
+    "feather",
+    None,
+    "Of inpaint and outpaint: pixels over which the new passes into the old.",
+    0,
 )
 SIDES = {
     side: flags.DEFINE_integer(side, 0, f"Of outpaint: pixels to add {where}.", 0)
@@ -75,25 +78,41 @@ BEST_OF = flags.DEFINE_integer(
 )
 
 
+# What a flag is of; those that are not here are every mode's.
+_OF = {
+    "prior": (GENERATE, "interpolate", "inpaint", "outpaint"),
+    "n": (GENERATE, "variations", "inpaint", "outpaint"),
+    "frames": ("interpolate", "text_diff"),
+    "eta": ("variations",),
+    "theta": ("text_diff",),
+    "old_prompt": ("text_diff",),
+    "x_t": ("interpolate",),
+    "mask": ("inpaint",),
+    "preview_mask": ("inpaint", "outpaint"),
+    "feather": ("inpaint", "outpaint"),
+    **dict.fromkeys(SIDES, ("outpaint",)),
+    "best_of": (GENERATE,),
+}
+
+
 def check(prompts: Sequence[str]) -> None:
     """UserError for pictures, prompts and flags that the mode does not take."""
-    if BEST_OF.value is not None and MODE.value != GENERATE:
-        raise UserError(f"--best_of={BEST_OF.value} ranks what prompts draw, not {MODE.value}")
-    if FEATHER.value is not None and MODE.value not in ("inpaint", "outpaint"):
-        raise UserError(f"--feather goes with --mode=inpaint or outpaint, not {MODE.value}")
-    if MASK.value is not None and MODE.value != "inpaint":
-        raise UserError(f"--mask={MASK.value} goes with --mode=inpaint, not {MODE.value}")
-    added = [side for side, flag in SIDES.items() if flag.value]
-    if (MODE.value == "outpaint") != bool(added):
-        told = f"--{added[0]} goes with" if added else "say by --left, --right, --up, --down with"
-        raise UserError(f"{told} --mode=outpaint how many pixels are added")
-    if PREVIEW_MASK.value and MODE.value not in ("inpaint", "outpaint"):
-        raise UserError(f"--preview_mask goes with --mode=inpaint or outpaint, not {MODE.value}")
+    for flag, of in _OF.items():
+        if flags.FLAGS[flag].present and MODE.value not in of:
+            raise UserError(f"--{flag} goes with --mode={' or '.join(of)}, not {MODE.value}")
+    if MODE.value == "outpaint" and not any(flag.value for flag in SIDES.values()):
+        raise UserError("--mode=outpaint: say by --left, --right, --up, --down, in pixels, how far")
+    for flag in (IMAGE, MASK):
+        if "" in (flag.value if isinstance(flag.value, list) else [flag.value]):
+            raise UserError(f"--{flag.name}= names no file")
     if MODE.value == GENERATE:
         if IMAGE.value:
             raise UserError(f"--image={IMAGE.value[0]}: say by --mode what to do with it")
         if not prompts:
             raise UserError('nothing to draw: give --prompt "..." or --prompts_file FILE')
+        n: int = flags.FLAGS["n"].value or 1
+        if BEST_OF.value is not None and BEST_OF.value < n:
+            raise UserError(f"--best_of={BEST_OF.value} must be --n={n} at least, which are kept")
         return
     name, mode = MODE.value, MODES[MODE.value]
     given = {"--image": (len(IMAGE.value), mode.images), "--prompt": (len(prompts), mode.prompts)}
@@ -103,6 +122,11 @@ def check(prompts: Sequence[str]) -> None:
     for flag, (found, (low, high)) in given.items():
         if not low <= found <= high:
             raise UserError(f"--mode={name}: {found} times {flag}; it takes {mode.told}")
+
+
+def told() -> dict[str, object]:
+    """The values of the flags that are of the mode alone."""
+    return {flag: flags.FLAGS[flag].value for flag, of in _OF.items() if MODE.value in of}
 
 
 def prompts() -> list[str]:

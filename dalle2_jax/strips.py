@@ -13,10 +13,12 @@ import numpy as np
 from dalle2_jax import arguments, canvas, modes, pictures
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.data.decode import crop_resize
-from dalle2_jax.drawing import Bars
+from dalle2_jax.drawing import Bars, say_what_is_read
 from dalle2_jax.errors import UserError
 from dalle2_jax.version import __version__
 
+_MANY_FRAMES = 20
+_STRIPES = 4  # pixels, of what is marked
 _MOVING_MS = 150  # of a picture of an animation
 
 
@@ -97,12 +99,20 @@ def _inpaint(model: DALLE2, asked: Asked) -> list[Strip]:
 def _outpaint(model: DALLE2, asked: Asked) -> list[Strip]:
     told: dict[str, Any] = {"feather": modes.FEATHER.value, **_margins(), **asked.options}
     picture = pictures.read(modes.IMAGE.value[0])
+    frames = canvas.estimate(picture.shape, [*_margins().values()], model.image_size)
+    if frames > _MANY_FRAMES:
+        print(f"note: it takes some {frames} frames of {model.image_size} px", file=sys.stderr)
     drawn = model.outpaint(picture, asked.prompt, asked.n, asked.seed, **told)
     return [Strip(drawn, [f"drawn {i}" for i in range(asked.n)])]
 
 
-def _of_parts(model: DALLE2) -> DALLE2:
-    """The model as it draws parts of pictures; where it was not taught to, that is said."""
+def _as_it_draws(model: DALLE2, mode: str) -> DALLE2:
+    """The model with the settings that the mode draws by, whatever others were asked for. Where it
+    was not taught to draw parts of pictures, that is said."""
+    if mode == "variations":
+        return model.with_settings(solver={"decoder": "ddim"}, eta=modes.ETA.value)
+    if mode not in ("inpaint", "outpaint"):
+        return model.inverting()
     if not model.inpaints:
         told = "was not taught to inpaint: each step is taken again and again by ddim (RePaint)"
         print(f"note: the decoder of {model.weights} {told}", file=sys.stderr)
@@ -126,7 +136,7 @@ def _margins() -> dict[str, int]:
 
 
 def preview(out: Path) -> Path:
-    """Writes mask.png: the picture, with what would be drawn anew in red."""
+    """Writes mask.png: the picture, with what would be drawn anew in stripes."""
     if modes.MODE.value == "inpaint":
         picture, mask = _given()
         picture, mask = canvas.fitted(picture, mask, min(mask.shape))
@@ -139,9 +149,11 @@ def preview(out: Path) -> Path:
 
 
 def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3], in red where bool [h, w] is True."""
-    red = (0.4 * picture + 0.6 * np.array([255, 0, 0])).astype(np.uint8)
-    return np.where(mask[..., None], red, picture)
+    """uint8 [h, w, 3], striped in red and white where bool [h, w] is True."""
+    places = np.indices(mask.shape).sum(axis=0) // _STRIPES
+    stripes = np.where(places[..., None] % 2, [255, 0, 0], [255, 255, 255])
+    tinted = (0.4 * picture + 0.6 * stripes).astype(np.uint8)
+    return np.where(mask[..., None], tinted, picture)
 
 
 _DRAW = {
@@ -167,9 +179,9 @@ def draw(
     how it was drawn, MODE.png with all and their labels, and where they move MODE.webp. Returns the
     path of MODE.png."""
     name, images = modes.MODE.value, []
-    if name in ("inpaint", "outpaint"):  # which take the whole picture, with its mask
-        model = _of_parts(model)
-    else:
+    say_what_is_read(model, prompts)
+    model = _as_it_draws(model, name)
+    if name not in ("inpaint", "outpaint"):  # which take the whole picture, with its mask
         side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
         images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
     options = {"batch_size": batch_size, "progress": Bars()}
@@ -177,16 +189,10 @@ def draw(
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}
     about |= {"seed": seed, "version": __version__, "weights": model.weights}
     about |= {"size": model.image_size, "hash": model.weights_hash, "settings": model.settings()}
-    about |= {
-        flag.name: flag.value
-        for flag in (
-            *(modes.FRAMES, modes.ETA, modes.THETA, modes.OLD_PROMPT, modes.X_T),
-            *(modes.MASK, modes.FEATHER, *modes.SIDES.values()),
-        )
-    }
+    about |= modes.told()
     for row, strip in enumerate(strips):
         for place, (frame, label) in enumerate(zip(strip.frames, strip.labels, strict=True)):
-            file = out / f"{name}-{row:03d}-{place:02d}-{pictures.slug(label)}.png"
+            file = out / f"{name}-s{seed}-{row:03d}-{place:02d}-{pictures.slug(label)}.png"
             pictures.save_png(file, frame, {**about, "label": label})
         if strip.moves:
             pictures.save_animation(out / f"{name}.webp", strip.frames, _MOVING_MS)

@@ -48,6 +48,14 @@ def test_frames_fill_the_canvas_from_the_picture_on(margins):
     assert len(shares) <= 2 * drawn / (1 - overlap) + 4
 
 
+@pytest.mark.parametrize("margins", [(64, 64, 64, 64), (0, 400, 0, 0), (0, 300, 0, 300)])
+def test_about_how_many_frames_it_takes(margins):
+    shape, size = (64, 64, 3), 32
+    _, known, _ = canvas.extended(np.zeros(shape, np.uint8), margins, size)
+    count = len(list(canvas.frames(known, size, 0.5)))
+    assert canvas.estimate(shape, margins, size) == pytest.approx(count, rel=0.5)
+
+
 @pytest.mark.parametrize("shape", [(40, 50), (32, 32), (10, 12), (128, 70)])
 @pytest.mark.parametrize("margins", MARGINS)
 def test_nothing_is_drawn_right_beside_what_is_known_but_not_seen(margins, shape):

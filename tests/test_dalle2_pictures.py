@@ -11,6 +11,7 @@ from dalle2_jax.errors import UserError
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 24, 16, 3), np.uint8)
 STEPS = 10
+Z = np.ones((1, 16))
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +123,30 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
         (lambda m: m.text_diff(PICTURES[0], ""), "a caption is empty"),
         (lambda m: m.text_diff(PICTURES[0], "a", "b", theta=2), "theta must be a number within 0"),
         (lambda m: m.text_diff(PICTURES[0], "a", "a"), "are read alike: there is no way to go"),
+        (
+            lambda m: m.text_diff(PICTURES[0], "a", frames=10**12),
+            "frames must be a whole number",
+        ),
+        (lambda m: m.variations(PICTURES, 10**12), "n must be a whole number from 1 to 10000, not"),
+        (lambda m: m.variations(PICTURES, prior="ar"), "there is no option 'prior' here"),
+        (lambda m: m.interpolate([[1, 2], [3]], "a"), "a must be an array, all of its rows of one"),
+        (lambda m: m.decode((1, 2)), r"latents must be Latents\(z_img, x_T\), not tuple"),
+        (lambda m: m.decode(Latents(Z, [[1, 2], [3]])), "x_T must be an array, all of its rows"),
+        (lambda m: m.decode(Latents(Z, Z * np.nan)), "x_T must be an array of finite numbers"),
+        (lambda m: m.decode(Latents(Z, Z * 1j)), "x_T must be an array of finite numbers"),
+        (lambda m: m.encode_text(Z), "captions must be a list of texts"),
+        (lambda m: m.encode_text(3), "captions must be a list of texts, not 3"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_in_one_line(model, call, told):
     with pytest.raises(UserError, match=told) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_serve_as_pythons(small):
+    frames = small.text_diff(PICTURES[0], "a cat", "dog", 2, theta=np.float32(0.5), steps=2)
+    assert apart(frames, small.text_diff(PICTURES[0], "a cat", "dog", 2, steps=2)) == 0
 
 
 def test_one_picture_of_a_single_pixel_is_a_plain_one(model):

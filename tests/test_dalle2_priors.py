@@ -125,11 +125,11 @@ def test_the_ar_prior_serves_where_it_is_alone(both, tmp_path):
         (lambda m: m.generate("a", prior=3), "prior is 3; known: ar, diffusion, none"),
         (
             lambda m: m.with_prior("ar").with_settings(steps={"ar_prior": 3}),
-            "steps: no stage 'ar_p",
+            "steps is no setting of ar_prior, but of decoder",
         ),
         (
             lambda m: m.with_prior("none").with_settings(solver={"no_prior": "ddim"}),
-            "solver: no st",
+            "solver is no setting of no_prior, but of",
         ),
         (
             lambda m: m.with_prior("ar").with_settings(cfg_scale={"ar_prior": "x"}),
@@ -140,7 +140,8 @@ def test_the_ar_prior_serves_where_it_is_alone(both, tmp_path):
             "noise: ar_prior draws from no noise, but from the seed alone",
         ),
         (lambda m: m.probe(PICTURE, [7]), "dims must be a whole number from 0 to 6, not 7"),
-        (lambda m: m.probe(PICTURE, []), "dims is empty"),
+        (lambda m: m.probe(PICTURE, []), "dims must name how many directions are kept"),
+        (lambda m: m.probe(PICTURE, 5), "dims must name how many directions are kept"),
         (lambda m: m.probe(PICTURE[None]), r"picture must be uint8 \[h, w, 3\]"),
         (lambda m: m.probe(PICTURE, steps=99), "steps must be at most 20"),
     ],

@@ -39,6 +39,22 @@ def test_a_mask_covers_the_same_at_any_size():
     assert share[0] == pytest.approx(share[1], abs=0.01)
 
 
+def test_pictures_are_moved_over_white():
+    place = jnp.arange(64).reshape(1, 8, 8, 1).repeat(200, 0) / 100  # each pixel is another one
+    made = np.asarray(masks.moved(jax.random.key(0), place, 0.5))
+    ways = set()
+    for one in made[..., 0]:
+        kept = np.argwhere(one != 1)
+        value = round(100 * float(one[tuple(kept[0])]))
+        down, right = kept[0] - np.array(divmod(value, 8))
+        wanted = np.ones((16 + 8, 16 + 8))
+        wanted[8 + down : 16 + down, 8 + right : 16 + right] = place[0, ..., 0]
+        np.testing.assert_array_equal(one, wanted[8:16, 8:16].astype(np.float32))
+        ways.add((int(down), int(right)))
+    assert {way[0] for way in ways} == set(range(-4, 5)) == {way[1] for way in ways}
+    np.testing.assert_array_equal(masks.moved(jax.random.key(0), place, 0.0), place)
+
+
 def test_a_small_pixel_is_known_where_all_it_covers_is():
     rgba = np.full((1, 4, 4, 4), 255, np.uint8)
     rgba[0, 0, 0] = [0, 0, 0, 0]
@@ -51,18 +67,30 @@ def test_a_small_pixel_is_known_where_all_it_covers_is():
     np.testing.assert_array_equal(small[1, 0, :3], [1, 1, 1])
 
 
-def test_pasting_keeps_the_known_to_the_bit_beyond_the_feather():
+def test_pasting_keeps_the_known_to_the_bit_and_spreads_the_step_beside_it():
     rng = np.random.default_rng(0)
-    given, drawn = rng.integers(0, 256, (2, 3, 12, 12, 3), np.uint8)
+    given, drawn = rng.integers(60, 190, (2, 3, 12, 12, 3), np.uint8)
     known = np.ones((12, 12), bool)
     known[:, 6:] = False
     sharp = masks.paste(given, known, drawn, 0)
     np.testing.assert_array_equal(sharp[:, :, :6], given[:, :, :6])
     np.testing.assert_array_equal(sharp[:, :, 6:], drawn[:, :, 6:])
     soft = masks.paste(given, known, drawn, 3)
-    np.testing.assert_array_equal(soft[:, :, :3], given[:, :, :3])
-    np.testing.assert_array_equal(soft[:, :, 6:], drawn[:, :, 6:])
-    share = np.array([0.25, 0.5, 0.75])[:, None]  # from the third pixel before the edge on
-    mixed = share * drawn[:, :, 3:6] + (1 - share) * given[:, :, 3:6]
-    assert np.abs(soft[:, :, 3:6] - mixed).max() <= 0.5
+    np.testing.assert_array_equal(soft[:, :, :6], given[:, :, :6])
+    np.testing.assert_array_equal(soft[:, :, 9:], drawn[:, :, 9:])
+    step = given[:, :, 5:6].astype(float) - drawn[:, :, 6:7]
+    moved = np.clip(drawn[:, :, 6:9] + np.array([0.75, 0.5, 0.25])[:, None] * step, 0, 255)
+    assert np.abs(soft[:, :, 6:9] - moved).max() <= 0.5
     np.testing.assert_array_equal(masks.paste(given, known | True, drawn, 3), given)
+    np.testing.assert_array_equal(masks.paste(given, known & False, drawn, 3), drawn)
+
+
+def test_two_even_colours_meet_without_a_line():
+    """In a hole, too, which every side of comes nearer to."""
+    known = np.ones((40, 40), bool)
+    known[10:30, 10:30] = False
+    given, drawn = (np.full((1, 40, 40, 3), grey, np.uint8) for grey in (200, 100))
+    made = masks.paste(given, known, drawn, 7).astype(int)
+    assert made[0, 20, 20, 0] == 100
+    for axis in (1, 2):
+        assert np.abs(np.diff(made, axis=axis)).max() == 13  # an eighth of the step

@@ -41,13 +41,14 @@ def test_a_mask_is_white_or_clear_or_the_pictures_own_alpha(way, files, folder, 
     assert done.returncode == 0, done.stderr
     assert "was not taught to inpaint" in done.stderr
     names = ["given", "mask", "drawn-0", "drawn-1"]
-    files_of = [f"inpaint-000-0{i}-{name}.png" for i, name in enumerate(names)]
+    files_of = [f"inpaint-s0-000-0{i}-{name}.png" for i, name in enumerate(names)]
     assert sorted(p.name for p in out.iterdir()) == [*files_of, "inpaint.png"]
     given, mask, *drawn = (np.asarray(Image.open(out / name)) for name in files_of)
     for picture in drawn:
         np.testing.assert_array_equal(picture[:, :8], given[:, :8])
         assert (picture[:, 8:] != given[:, 8:]).any()
-    assert (mask[:, 8:, 0] >= mask[:, 8:, 1]).all()  # in red
+    tint = mask[:, 8:] - np.floor(0.4 * given[:, 8:])  # in stripes of red and white
+    assert (abs(tint[..., 0] - 153) <= 1).all() and set(tint[0, :, 1] > 100) == {True, False}
     np.testing.assert_array_equal(mask[:, :8], given[:, :8])
     about = pictures.read_metadata(out / files_of[2])
     assert about["feather"] == 0 and about["settings"]["decoder"]["repeats"] == 5
@@ -64,12 +65,22 @@ def test_a_preview_draws_nothing(files, tmp_path):
     np.testing.assert_array_equal(shown[:16, 4:], pictures.read(files["a"]))
 
 
+def test_what_takes_long_and_what_is_not_read_is_said(files, folder, tmp_path):
+    flags = ["--mode=outpaint", f"--image={files['a']}", "--right=200", f"--prompt={'cat ' * 20}"]
+    flags += ["--n=1", "--steps=1", f"--weights={folder}", f"--out={tmp_path / 'out'}"]
+    done = sample(tmp_path / "cache", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "note: it takes some 25 frames of 16 px" in done.stderr
+    assert "note: a prompt is too long, only" in done.stderr
+
+
 def test_a_picture_is_continued(files, folder, tmp_path):
     out = tmp_path / "out"
     flags = ["--mode=outpaint", f"--image={files['a']}", "--left=4", "--down=9", "--n=1"]
     done = sample(tmp_path / "cache", *flags, "--steps=2", f"--weights={folder}", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    drawn = np.asarray(Image.open(out / "outpaint-000-00-drawn-0.png"))
+    assert "note: a prompt" not in done.stderr and "frames" not in done.stderr
+    drawn = np.asarray(Image.open(out / "outpaint-s0-000-00-drawn-0.png"))
     assert drawn.shape == (25, 20, 3)
     np.testing.assert_array_equal(drawn[:16, 4:], pictures.read(files["a"]))
 
@@ -82,13 +93,22 @@ def test_a_picture_is_continued(files, folder, tmp_path):
         (["--mode=inpaint", "a", "--mask=small"], "the mask is 8 x 8, the picture 16 x 16"),
         (["--mode=inpaint", "a", "--mask=none.png"], "cannot read none.png: No such file"),
         (["--mode=inpaint", "--mask=white"], "--mode=inpaint: 0 times --image"),
-        (["--mode=outpaint", "a"], "say by --left, --right, --up, --down with --mode=outpaint"),
+        (["--mode=outpaint", "a"], "say by --left, --right, --up, --down, in pixels, how far"),
         (["--mode=inpaint", "a", "--left=3"], "--left goes with --mode=outpaint"),
         (["--mode=outpaint", "a", "--left=-3"], "--left=-3"),
         (["--prompt=x", "--mask=white"], "goes with --mode=inpaint, not generate"),
-        (["--prompt=x", "--preview_mask"], "--preview_mask goes with --mode=inpaint or outpaint"),
+        (
+            ["--prompt=x", "--preview_mask"],
+            "--preview_mask goes with --mode=inpaint or outpaint, not generate",
+        ),
+        (["--mode=inpaint", "a", "--mask="], "--mask= names no file"),
+        (["--mode=inpaint", "a", "--theta=0.3"], "--theta goes with --mode=text_diff, not inpaint"),
+        (["--mode=reconstruct", "a", "--n=3"], "--n goes with --mode=generate or variations or"),
         (["--prompt=x", "--feather=3"], "--feather goes with --mode=inpaint or outpaint"),
-        (["--mode=variations", "a", "--best_of=3"], "--best_of=3 ranks what prompts draw"),
+        (
+            ["--mode=variations", "a", "--best_of=3"],
+            "--best_of goes with --mode=generate, not variations",
+        ),
         (["--prompt=x", "--best_of=0"], "--best_of=0"),
     ],
 )

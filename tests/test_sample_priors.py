@@ -54,7 +54,12 @@ def test_probing_writes_its_pictures_a_strip_and_an_animation(both, tmp_path):
         *(f"--weights={both}", f"--out={out}"),
     )
     assert done.returncode == 0, done.stderr
-    names = ["probe-000-00-6-directions.png", "probe-000-01-all.png", "probe.png", "probe.webp"]
+    names = [
+        "probe-s0-000-00-6-directions.png",
+        "probe-s0-000-01-all.png",
+        "probe.png",
+        "probe.webp",
+    ]
     assert sorted(p.name for p in out.iterdir()) == names
     assert pictures.read_metadata(out / names[0])["label"] == "6 directions"
 

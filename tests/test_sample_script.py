@@ -100,7 +100,7 @@ def test_pictures_of_another_size(folder, tmp_path):
         *(tmp_path / "cache", "--mode=variations", f"--image={file}", "--steps=4", *options)
     )
     assert done.returncode == 0, done.stderr
-    file = tmp_path / "out" / "variations-000-01-variation-0.png"
+    file = tmp_path / "out" / "variations-s0-000-01-variation-0.png"
     assert Image.open(file).size == (12, 12) and pictures.read_metadata(file)["size"] == 12
 
     done = sample(tmp_path / "cache", "--prompt=a cat", *options, "--size=17")
@@ -129,16 +129,20 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=  "], "a prompt is empty"),
         (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt"),
         (["--prompt=a", "--weights=nowhere"], "nowhere"),
-        (["--prompt=a", "--steps=many"], "--steps=many: write a whole number, or STAGE=NUMBER"),
+        (
+            ["--prompt=a", "--steps=many"],
+            "--steps=many: write 50 or 10:10:3:2:2, or so much",
+        ),
         (["--prompt=a", "--steps=decoder=3,decoder=5"], "a stage stands there twice"),
         (["--prompt=a", "--steps=0"], "steps must be whole numbers of 1 or more, not 0"),
         (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
         (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),
-        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or STAGE=LOW:HIGH"),
+        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or so much for"),
+        (["--prompt=a", "--steps=2:0"], "steps must be whole numbers of 1 or more, not (2, 0)"),
         (["--prompt=a", "--cfg_interval=5:3"], "cfg_interval must be null or [low, high]"),
         (["--prompt=a", "--cfg_rescale=prior=2"], "cfg_rescale must be a number within 0 and 1"),
         (["--prompt=a", "--variance=analytic"], 'variance="analytic" needs x_0_error'),
-        (["--prompt=a", "--n=3", "--best_of=2"], "best_of must be a whole number from 3, not 2"),
+        (["--prompt=a", "--n=3", "--best_of=2"], "--best_of=2 must be --n=3 at least"),
         (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
         (["--prompt=a", "--out="], "the folder to write to has no name"),
         (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
@@ -177,7 +181,7 @@ def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "interpolate.png")
     frames = [
-        f"interpolate-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
+        f"interpolate-s0-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
     ]
     assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
     about = pictures.read_metadata(out / frames[1])

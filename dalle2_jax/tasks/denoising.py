@@ -24,15 +24,25 @@ Sampler = TypeVar("Sampler", bound=StageSampler)
 
 
 def make_sampler(
-    cls: type[Sampler], config: Any, network: nn.Module, process: Process, **options: Any
+    cls: type[Sampler],
+    config: Any,
+    network: nn.Module,
+    process: Process,
+    measured: bool = False,
+    **options: Any,
 ) -> Sampler:
     """How previews, and later the exported model, are drawn: with `config.task.sampling`.
 
-    Raises UserError for what `process` cannot be sampled with: told now, not after training.
+    What variance="analytic" needs is known at the end of a training alone where it is `measured`,
+    so that previews do without. Raises UserError for what `process` cannot be sampled with: told
+    now, not after training.
     """
     where = "config.task.sampling"
     settings = construct(Settings, config.task.get("sampling") or {}, where)
-    if settings.variance == "analytic":  # known at the end of training alone
+    if settings.variance == "analytic":
+        if not measured:
+            told = f'{where}.variance="analytic" is a prior\'s alone, whose training measures it'
+            raise UserError(told)
         settings = dataclasses.replace(settings, variance="small")
     try:
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
@@ -59,14 +69,23 @@ def denoising_loss(
     return losses["loss"].mean(), metrics
 
 
-def known_in_part(key: Array, x_0: Array, nothing_known: float) -> Array:
-    """Pictures [b, h, w, 3] -> [b, h, w, 4]: what of them a network for inpainting is told, by
-    random masks; nothing of a share `nothing_known` of them, which are drawn as any."""
-    key_mask, key_nothing = jax.random.split(key)
+def known_in_part(
+    key: Array, x_0: Array, nothing_known: float, most_moved: float = 0.0
+) -> tuple[Array, Array]:
+    """Pictures [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
+    inpainting is told, by random masks [b, h, w, 4].
+
+    Nothing is told of a share `nothing_known` of them, which are drawn as any. Half of the others
+    are moved by up to `most_moved` of their sides: a canvas that is extended holds such parts.
+    """
+    key_mask, key_nothing, key_moved = jax.random.split(key, 3)
     b, size = x_0.shape[:2]
-    mask = masks.random_masks(key_mask, b, size)
-    told = jax.random.uniform(key_nothing, (b, 1, 1, 1)) >= nothing_known
-    return masks.partly_known(x_0, jnp.where(told, mask, 0))
+    place = jax.random.uniform(key_nothing, (b, 1, 1, 1))
+    if most_moved:
+        moves = place >= (1 + nothing_known) / 2
+        x_0 = jnp.where(moves, masks.moved(key_moved, x_0, most_moved), x_0)
+    mask = jnp.where(place >= nothing_known, masks.random_masks(key_mask, b, size), 0)
+    return x_0, masks.partly_known(x_0, mask)
 
 
 def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
