@@ -432,11 +432,11 @@ class Cascade:
         keys = _keys(seed, index, list(self.samplers()))
         text, empty = self._encode(captions)
 
-        def draw(stage: str, *condition: Any) -> Array:
+        def draw(stage: str, *condition: Any, ring: int = 0) -> Array:
             told = [keys[stage], report(stage), noise.get(stage)]
             sampler: Any = self.samplers()[stage]
             if known is not None and hasattr(sampler, "image_size"):  # it draws pictures
-                told.append(masks.known_at(known, sampler.image_size))
+                told.append(masks.known_at(known, sampler.image_size, ring))
             return self._run(stage, sampler, *condition, *told)
 
         if z_img is None:
@@ -445,8 +445,11 @@ class Cascade:
         if last == "prior":
             return z_img
         pictures = draw("decoder", self._decoder_condition(z_img, captions, text, empty))
-        for name in self.upsamplers:
-            pictures = draw(name, pictures)
+        for name, upsampler in self.upsamplers.items():
+            # Along the edge of what is known a pixel of the small picture shows both sides, so that
+            # what it becomes fits to neither: there the upsampler draws both.
+            factor = upsampler.image_size // pictures.shape[1]
+            pictures = draw(name, pictures, ring=factor)
         return images.resize(pictures, self.image_size, "area")
 
     def _encode(self, captions: Captions) -> tuple[TextEncoding, TextEncoding | None]:

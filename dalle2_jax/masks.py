@@ -103,12 +103,14 @@ def partly_known(pictures: Array, mask: Array) -> Array:
     return jnp.concatenate([pictures * mask, mask], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def known_at(known: Array, size: int) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def known_at(known: Array, size: int, ring: int = 0) -> Array:
     """Pictures uint8 [b, h, w, 4], known where alpha is 255, at `size` -> [b, size, size, 4]: a
-    pixel is known where all that it covers is."""
+    pixel is known where all that it covers is, and all of the `ring` pixels around it."""
     mask = (known[..., 3:] == 255).astype(jnp.float32)
     mask = (images.resize(mask, size, "area") > 1 - 1e-4).astype(jnp.float32)
+    square = (1, 2 * ring + 1, 2 * ring + 1, 1)
+    mask = jax.lax.reduce_window(mask, 1.0, jax.lax.min, square, (1, 1, 1, 1), "SAME")
     return partly_known(images.resize(images.to_float(known[..., :3]), size, "area"), mask)
 
 

@@ -67,6 +67,12 @@ def test_a_small_pixel_is_known_where_all_it_covers_is():
     np.testing.assert_array_equal(small[1, 0, :3], [1, 1, 1])
 
 
+def test_a_ring_along_the_edge_of_what_is_known_is_told_as_unknown():
+    known = jnp.full((1, 12, 12, 4), 255, jnp.uint8).at[:, :, 6:, 3].set(0)
+    told = np.asarray(masks.known_at(known, 6, 1))[0, :, :, 3]
+    np.testing.assert_array_equal(told, [[1, 1, 0, 0, 0, 0]] * 6)  # the picture's sides are no edge
+
+
 def test_pasting_keeps_the_known_to_the_bit_and_spreads_the_step_beside_it():
     rng = np.random.default_rng(0)
     given, drawn = rng.integers(60, 190, (2, 3, 12, 12, 3), np.uint8)
