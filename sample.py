@@ -47,14 +47,12 @@ def main() -> int:
         return 0
     told = prompts, N.value, SEED.value, BATCH_SIZE.value, out
     generates = modes.MODE.value == modes.GENERATE
-    if changes["steps"] is None and not generates:
-        changes["steps"] = modes.MODES[modes.MODE.value].steps
     model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
     model = model.with_prior(modes.PRIOR.value).with_settings(**changes)
     if generates:
         print(draw_prompts(model, *told, modes.BEST_OF.value))
     else:
-        print(strips.draw(model, *told))
+        print(strips.draw(model, *told, changes["steps"]))
     return 0
 
 

@@ -121,7 +121,7 @@ def tiny():
                 drop_caption=0.25,  # read more often than the paper's, as the prior errs more
                 noise_z_img=0.7,
                 most_moved=0.5,
-                sampling=dict(steps=25, solver="ddim", cfg_scale=1.3, clip=("static", 1.0)),
+                sampling=dict(steps=5, solver="dpm++", cfg_scale=1.3, clip=("static", 1.0)),
             ),
             model=dict(
                 unet=dict(

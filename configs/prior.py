@@ -82,7 +82,7 @@ def tiny():
                 name="prior",
                 embedding_scale=7.5,  # 0.54 sqrt(192)
                 drop_caption=0.1,
-                sampling=dict(steps=16, solver="ddim", cfg_scale=1.5, clip=None),
+                sampling=dict(steps=4, solver="dpm++", cfg_scale=1.5, clip=None),
             ),
             model=dict(
                 dim=192,

@@ -31,6 +31,8 @@ from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
+_STEPS = 50  # of the decoder, there and back
+
 Result = TypeVar("Result")
 Prior = PriorSampler | ARPriorSampler | NoPrior
 
@@ -356,7 +358,7 @@ class Cascade:
 
         Args:
             pictures: of any size; the decoder sees them at its own.
-            steps: of the decoder, the more the truer; None: as the folder says. To be given to
+            steps: of the decoder, the more the truer; None: see `inverting`. To be given to
                 `decode` as well.
             iterations: of the network in a step: 2 or more come nearer to the step's true inverse.
             batch_size: see `stream`.
@@ -405,7 +407,11 @@ class Cascade:
         return np.concatenate(list(drawn))
 
     def inverting(self, steps: int | None = None) -> Self:
-        """The model as it draws what was inverted: its decoder by DDIM, unguided, without noise."""
+        """The model as it draws what was inverted: its decoder by DDIM, unguided, without noise. In
+        50 steps, unless told: a picture drawn from noise takes fewer than one that is to be kept.
+        """
+        if steps is None:
+            steps = min(_STEPS, self.decoder.process.num_timesteps)
         settings = dict(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
         return self.with_settings(**settings)
 

@@ -35,7 +35,7 @@ class DALLE2(Cascade):
 
     Pictures are uint8 [b, h, w, 3] of any size, one is [h, w, 3]; of what is not square the middle
     is taken. Those drawn have `image_size`. `steps` are the decoder's, to invert and to draw; None:
-    as the folder says. More of them keep a given picture better. Further options are `batch_size`
+    50. More of them keep a given picture better. Further options are `batch_size`
     and `progress` of `Cascade.stream`; where a prompt is drawn, all of its. Raises UserError for
     what is of another type or range.
     """
@@ -140,7 +140,7 @@ class DALLE2(Cascade):
             cfg_scale: of the decoder; None: as the folder says.
         """
         # What is wrong is told before the inversion, which takes its time.
-        model = self.with_settings(steps, cfg_scale, {"decoder": "ddim"}, eta)
+        model = self.varying(eta, steps, cfg_scale)
         arguments.only(_OPTIONS, options)
         n, pictures = arguments.whole("n", n, 1, arguments.MOST_HELD), arguments.pictures(pictures)
         seed = arguments.seeds(seed, len(pictures)).tolist()
@@ -148,6 +148,13 @@ class DALLE2(Cascade):
         x_T = np.repeat(latents.x_T, n, axis=0)
         told = {"z_img": latents.z_img, "noise": {"decoder": x_T[None]}, **options}
         return np.concatenate(list(model.stream(None, n, seed, **told)))
+
+    def varying(
+        self, eta: float = 0.6, steps: int | None = None, cfg_scale: float | None = None
+    ) -> Self:
+        """The model as it draws `variations`."""
+        cfg_scale = self.decoder.settings.cfg_scale if cfg_scale is None else cfg_scale
+        return self.inverting(steps).with_settings(cfg_scale=cfg_scale, eta=eta)
 
     def interpolate(
         self,

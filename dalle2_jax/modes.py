@@ -15,7 +15,6 @@ from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 
 GENERATE = "generate"
-_STEPS = 50  # of the decoder, unless told, where a picture is inverted and drawn again in as many
 _MANY = 10_000
 
 
@@ -25,7 +24,6 @@ class Mode(NamedTuple):
     images: tuple[int, int]
     prompts: tuple[int, int]
     told: str
-    steps: int | None = _STEPS
 
 
 MODES = {
@@ -34,8 +32,8 @@ MODES = {
     "interpolate": Mode((1, 2), (0, 1), '--image A --image B, or --prompt "..."'),
     "text_diff": Mode((1, 1), (1, 1), '--image A --prompt "..."'),
     "probe": Mode((1, 1), (0, 0), "--image A"),
-    "inpaint": Mode((1, 1), (0, 1), '--image A --mask M --prompt "..."', None),
-    "outpaint": Mode((1, 1), (0, 1), '--image A --right 64 --prompt "..."', None),
+    "inpaint": Mode((1, 1), (0, 1), '--image A --mask M --prompt "..."'),
+    "outpaint": Mode((1, 1), (0, 1), '--image A --right 64 --prompt "..."'),
 }
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")

@@ -15,6 +15,7 @@ from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.data.decode import crop_resize
 from dalle2_jax.drawing import Bars, say_what_is_read
 from dalle2_jax.errors import UserError
+from dalle2_jax.sampling.choices import Choice
 from dalle2_jax.version import __version__
 
 _MANY_FRAMES = 20
@@ -106,13 +107,13 @@ def _outpaint(model: DALLE2, asked: Asked) -> list[Strip]:
     return [Strip(drawn, [f"drawn {i}" for i in range(asked.n)])]
 
 
-def _as_it_draws(model: DALLE2, mode: str) -> DALLE2:
+def _as_it_draws(model: DALLE2, mode: str, steps: Any) -> DALLE2:
     """The model with the settings that the mode draws by, whatever others were asked for. Where it
     was not taught to draw parts of pictures, that is said."""
     if mode == "variations":
-        return model.with_settings(solver={"decoder": "ddim"}, eta=modes.ETA.value)
+        return model.varying(modes.ETA.value, steps)
     if mode not in ("inpaint", "outpaint"):
-        return model.inverting()
+        return model.inverting(steps)
     if not model.inpaints:
         told = "was not taught to inpaint: each step is taken again and again by ddim (RePaint)"
         print(f"note: the decoder of {model.weights} {told}", file=sys.stderr)
@@ -174,17 +175,21 @@ def draw(
     seed: int,
     batch_size: int,
     out: Path,
+    steps: Choice = None,
 ) -> Path:
     """Writes what the mode makes of the pictures into the folder `out`: each as a PNG that carries
     how it was drawn, MODE.png with all and their labels, and where they move MODE.webp. Returns the
-    path of MODE.png."""
+    path of MODE.png. `steps` are those of `with_settings`, if any."""
     name, images = modes.MODE.value, []
     say_what_is_read(model, prompts)
-    model = _as_it_draws(model, name)
+    steps = steps.get("decoder") if isinstance(steps, Mapping) else steps
+    model = _as_it_draws(model, name, steps)
     if name not in ("inpaint", "outpaint"):  # which take the whole picture, with its mask
         side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
         images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
-    options = {"batch_size": batch_size, "progress": Bars()}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": Bars()}
+    if name not in ("inpaint", "outpaint"):
+        options["steps"] = steps
     strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}
     about |= {"seed": seed, "version": __version__, "weights": model.weights}

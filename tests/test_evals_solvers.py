@@ -47,7 +47,8 @@ def test_the_fewest_evaluations_within_five_per_cent_are_marked():
         Case("ddpm", 250, 250, 10.0, 50, 5),
         Case("ddim", 5, 5, 10.6, 50, 5),
         Case("ddim", 10, 10, 10.4, 50, 5),
-        Case("unipc", 10, 10, 10.3, 50, 5),
+        Case("unipc", 10, 10, 10.4, 60, 5),
+        Case("dpm++", 10, 10, 10.3, 50, 5),
         Case("heun", 8, 15, 9.0, 50, 5),
     ]
     marked = [row[0] for row in rows(to_markdown(cases)) if "within" in row[-1]]
