@@ -103,7 +103,7 @@ def tiny():
                 crop_fraction=0.5,
                 blur_sigma=0.6,
                 noise_std=0.3,  # as blotched as the tiny decoder draws: the upsampler evens it out
-                sampling=dict(steps=10, solver="ddim", clip=("static", 1.0)),
+                sampling=dict(steps=3, solver="ddim", clip=("static", 1.0)),
             ),
             model=dict(
                 unet=dict(channels=48, channel_mults=(1, 2), num_blocks=1, groups=16, patch_size=4),
