@@ -41,7 +41,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test test-slow test-tpu test-parity data train-tiny evals evals-1024 lint format typecheck clean
+.PHONY: help demo test test-slow test-tpu test-parity data train-tiny evals evals-1024 evals-more lint format typecheck clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,11 @@ evals: $(JUDGE)/model/config.json ## judge the packaged weights (trains the judg
 
 evals-1024: $(JUDGE)/model/config.json $(EMOJI_1024) ## what the upsamplers add up to 1024 px, and their cost
 	$(PY) -m dalle2_jax.evals.upsampling --weights tiny --judge $(JUDGE)/model --data $(EMOJI_1024)
+
+evals-more: $(JUDGE)/model/config.json ## solvers, priors and what is done with pictures, judged (an hour)
+	for name in inversion manipulations inpainting priors solvers; do \
+		$(PY) -m dalle2_jax.evals.$$name --weights tiny; \
+	done
 
 lint: $(VENV)/.dev ## ruff's rules and format
 	$(VENV)/bin/ruff check .

@@ -106,9 +106,7 @@ class Cascade:
         params: dict[str, Params] = {}
 
         def kept(name: str, loaded: tuple[Any, Params]) -> Any:
-            params[name] = placement.stored(
-                loaded[1], dtype
-            )  # at once: half of what a file's floats take
+            params[name] = placement.stored(loaded[1], dtype)  # at once: half of a file's floats
             return loaded[0]
 
         clip = kept("clip", load.clip(folder, dtype))
@@ -229,8 +227,8 @@ class Cascade:
         progress: placement.StageProgress | None = None,
         **settings: Choice,
     ) -> np.ndarray:
-        """n z_img of each prompt, float32 [len(prompts) * n, dim]: those of which `generate` draws
-        its pictures. Arguments and errors are `stream`'s."""
+        """n z_img of each prompt, of which `generate` draws its pictures, float32 [len(prompts) *
+        n, dim]. Arguments and errors are `stream`'s."""
         options = {"batch_size": batch_size, "progress": progress, "last": "prior"}
         model = self.with_prior(prior).with_settings(**settings)
         return np.concatenate(list(model._batches(prompts, n, seed, **options)))
@@ -255,8 +253,8 @@ class Cascade:
             raise UserError("there is nothing to draw: give prompts, z_img or both")
         if self.prior is None and z_img is None:
             raise UserError(
-                f"{self.weights} has no prior, which draws z_img from a prompt: give z_img, as "
-                "encode_image gives it, or import a model that has one"
+                f"{self.weights} has no prior, which draws z_img from a prompt: take prior 'none', "
+                "give z_img, as encode_image gives it, or import a model that has one"
             )
         n = arguments.whole("n", n, 1, 2**32)
         rows = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
@@ -407,13 +405,11 @@ class Cascade:
         return np.concatenate(list(drawn))
 
     def inverting(self, steps: int | None = None) -> Self:
-        """The model as it draws what was inverted: its decoder by DDIM, unguided, without noise. In
-        50 steps, unless told: a picture drawn from noise takes fewer than one that is to be kept.
-        """
+        """The model as it draws what was inverted: its decoder by DDIM, unguided, without noise; in
+        50 steps, unless told: to keep a picture takes more of them than to draw one."""
         if steps is None:
             steps = min(_STEPS, self.decoder.process.num_timesteps)
-        settings = dict(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
-        return self.with_settings(**settings)
+        return self.with_settings(steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
 
     def _run(self, stage: str, function: Callable[..., Result], *args: Any) -> Result:
         """function(the stage's parameters on the devices, *args), done before it returns: only then

@@ -35,9 +35,9 @@ class DALLE2(Cascade):
 
     Pictures are uint8 [b, h, w, 3] of any size, one is [h, w, 3]; of what is not square the middle
     is taken. Those drawn have `image_size`. `steps` are the decoder's, to invert and to draw; None:
-    50. More of them keep a given picture better. Further options are `batch_size`
-    and `progress` of `Cascade.stream`; where a prompt is drawn, all of its. Raises UserError for
-    what is of another type or range.
+    50. More of them keep a given picture better. Further options are `batch_size` and `progress` of
+    `Cascade.stream`; where a prompt is drawn, all of its. Raises UserError for what is of another
+    type or range.
     """
 
     def at_size(self, size: int) -> Self:
@@ -136,7 +136,7 @@ class DALLE2(Cascade):
         Args:
             pictures, steps: see above.
             n, seed: as of `generate`.
-            eta: of DDIM. From 0, which draws the picture itself, to 1, which changes most.
+            eta: of DDIM. From 0, which changes least (unguided it draws the picture itself), to 1.
             cfg_scale: of the decoder; None: as the folder says.
         """
         # What is wrong is told before the inversion, which takes its time.

@@ -178,8 +178,8 @@ def labelled_grid(
     h, w = (side * scale for side in np.shape(pictures[0])[:2])
     gap = max(8, w // 16)
     width = columns * (w + gap) + gap
-    row_font = _font(max(13, min(22, w // 8)), row_labels)
-    small_font = _font(max(11, min(16, w // 10)), picture_labels)
+    row_font = _font(max(13, min(22, w // 8), w // 32), row_labels)
+    small_font = _font(max(11, min(16, w // 10), w // 32), picture_labels)
     above = [_wrap(label, row_font, width - 2 * gap) for label in row_labels] or [[]] * rows
     below = [_wrap(label, small_font, w) for label in picture_labels] or [[]] * len(pictures)
 
