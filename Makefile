@@ -85,7 +85,7 @@ evals-1024: $(JUDGE)/model/config.json $(EMOJI_1024) ## what the upsamplers add 
 
 evals-more: $(JUDGE)/model/config.json ## solvers, priors and what is done with pictures, judged (an hour)
 	for name in inversion manipulations inpainting priors solvers; do \
-		$(PY) -m dalle2_jax.evals.$$name --weights tiny; \
+		$(PY) -m dalle2_jax.evals.$$name --weights tiny --judge $(JUDGE)/model --data $(EMOJI); \
 	done
 
 lint: $(VENV)/.dev ## ruff's rules and format

@@ -17,7 +17,6 @@ from absl import flags
 from dalle2_jax import choices, modes
 from dalle2_jax.fit import command
 
-N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
@@ -45,7 +44,7 @@ def main() -> int:
     if modes.PREVIEW_MASK.value:
         print(strips.preview(out))
         return 0
-    told = prompts, N.value, SEED.value, BATCH_SIZE.value, out
+    told = prompts, modes.N.value, SEED.value, BATCH_SIZE.value, out
     generates = modes.MODE.value == modes.GENERATE
     model = DALLE2.from_pretrained(WEIGHTS.value, size=modes.SIZE.value)
     model = model.with_prior(modes.PRIOR.value).with_settings(**changes)

@@ -93,9 +93,12 @@ def array_of(name: str, value: Any) -> np.ndarray:
 def numbers(name: str, value: Any) -> np.ndarray:
     """`value` as float32; UserError for what is not, or not finite."""
     array = array_of(name, value)
-    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-        raise UserError(f"{name} must be an array of finite numbers")
-    return array.astype(np.float32)
+    if array.dtype.kind not in "USOc":  # texts, objects, complex numbers
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+        if np.isfinite(array).all():
+            return array
+    raise UserError(f"{name} must be an array of finite numbers")
 
 
 def pictures(value: Any) -> np.ndarray:

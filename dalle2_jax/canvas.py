@@ -89,18 +89,16 @@ def _beside_unseen(known: np.ndarray, top: np.ndarray, left: np.ndarray, size: i
     """How many pixels along the sides of the windows at top [n, 1] and left [1, m] are not known,
     but their neighbour outside is -> int [n, m]."""
     around = np.pad(known, 1, mode="edge")
-    above, below = (~known & a for a in (around[:-2, 1:-1], around[2:, 1:-1]))
-    before, behind = (~known & a for a in (around[1:-1, :-2], around[1:-1, 2:]))
-    above, below = (np.pad(a.cumsum(axis=1), ((0, 0), (1, 0))) for a in (above, below))
-    before, behind = (np.pad(a.cumsum(axis=0), ((1, 0), (0, 0))) for a in (before, behind))
-    bottom, right = top + size, left + size
-    return (
-        above[top, right]
-        - above[top, left]
-        + below[bottom - 1, right]
-        - below[bottom - 1, left]
-        + before[bottom, left]
-        - before[top, left]
-        + behind[bottom, right - 1]
-        - behind[top, right - 1]
-    )
+    rows, columns = top[:, 0], left[0]
+    last_rows, last_columns = rows + size - 1, columns + size - 1
+    above = _sums(~known[rows] & around[rows, 1:-1], 1)
+    below = _sums(~known[last_rows] & around[last_rows + 2, 1:-1], 1)
+    before = _sums(~known[:, columns] & around[1:-1, columns], 0)
+    behind = _sums(~known[:, last_columns] & around[1:-1, last_columns + 2], 0)
+    across = (above + below)[:, columns + size] - (above + below)[:, columns]
+    return across + (before + behind)[rows + size] - (before + behind)[rows]
+
+
+def _sums(lines: np.ndarray, axis: int) -> np.ndarray:
+    """int: the sums of ever more of bool `lines` along an axis, from none to all."""
+    return np.insert(lines.cumsum(axis=axis), 0, 0, axis=axis)

@@ -409,7 +409,9 @@ class Cascade:
         50 steps, unless told: to keep a picture takes more of them than to draw one."""
         if steps is None:
             steps = min(_STEPS, self.decoder.process.num_timesteps)
-        return self.with_settings(steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
+        once = dataclasses.replace(self.decoder.settings, repeats=1)
+        model = dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, settings=once))
+        return model.with_settings(steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
 
     def _run(self, stage: str, function: Callable[..., Result], *args: Any) -> Result:
         """function(the stage's parameters on the devices, *args), done before it returns: only then

@@ -36,8 +36,8 @@ class DALLE2(Cascade):
     Pictures are uint8 [b, h, w, 3] of any size, one is [h, w, 3]; of what is not square the middle
     is taken. Those drawn have `image_size`. `steps` are the decoder's, to invert and to draw; None:
     50. More of them keep a given picture better. Further options are `batch_size` and `progress` of
-    `Cascade.stream`; where a prompt is drawn, all of its. Raises UserError for what is of another
-    type or range.
+    `Cascade.stream`; of `generate`, `ranked`, `inpaint` and `outpaint` all of its. Raises UserError
+    for what is of another type or range.
     """
 
     def at_size(self, size: int) -> Self:
@@ -98,14 +98,14 @@ class DALLE2(Cascade):
         if self.clip.image is None:
             raise UserError(f"{self.weights} has no image tower: it cannot rank pictures")
         prompts = arguments.prompts(prompts)
-        z_txt, best, place = np.empty(0), [], 0
+        z_txt, best, place = None, [], 0
         for pictures in self.stream(prompts, best_of, seed, **options):
             z_img = normalise(self.encode_image(pictures))
             for picture, z in zip(pictures, z_img, strict=True):
                 row, index = divmod(place, best_of)
                 if index == 0:
                     (z_txt,) = normalise(self.encode_text([prompts[row]]))
-                best.append(Ranked(picture.copy(), index, float(z @ z_txt)))
+                best.append(Ranked(picture.copy(), index, float(np.vdot(z, z_txt))))
                 best = sorted(best, key=lambda one: -one.score)[:n]  # stable: the earlier of equals
                 place += 1
                 if place % best_of == 0:

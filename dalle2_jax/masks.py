@@ -119,7 +119,9 @@ def paste(given: np.ndarray, known: np.ndarray, drawn: np.ndarray, feather: int)
     pixels the step between the two is spread out: at the edge there is then no line.
 
     The network's own drawing fits to what it knows, but for shades of a colour, which the eye sees
-    along a straight edge. uint8 [b, h, w, 3], bool [h, w], uint8 [b, h, w, 3] -> uint8, too.
+    along a straight edge. A contour that lies on the very edge is softened as well.
+
+    uint8 [b, h, w, 3], bool [h, w], uint8 [b, h, w, 3] -> uint8 [b, h, w, 3].
     """
     from scipy import ndimage  # late: drawing from sentences needs none of it
 

@@ -38,6 +38,7 @@ MODES = {
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line.")
+N = flags.DEFINE_integer("n", 4, "Pictures a prompt.")
 MODE = flags.DEFINE_enum("mode", GENERATE, [GENERATE, *MODES], "What to do; see docs/pictures.md.")
 SIZE = flags.DEFINE_integer("size", None, "Side of the pictures in pixels, as 128, 512 or 1024.")
 PRIOR = flags.DEFINE_enum(
@@ -96,7 +97,8 @@ _OF = {
 def check(prompts: Sequence[str]) -> None:
     """UserError for pictures, prompts and flags that the mode does not take."""
     for flag, of in _OF.items():
-        if flags.FLAGS[flag].present and MODE.value not in of:
+        asked = flags.FLAGS[flag]
+        if asked.present and asked.value != asked.default and MODE.value not in of:
             raise UserError(f"--{flag} goes with --mode={' or '.join(of)}, not {MODE.value}")
     if MODE.value == "outpaint" and not any(flag.value for flag in SIDES.values()):
         raise UserError("--mode=outpaint: say by --left, --right, --up, --down, in pixels, how far")
@@ -108,9 +110,9 @@ def check(prompts: Sequence[str]) -> None:
             raise UserError(f"--image={IMAGE.value[0]}: say by --mode what to do with it")
         if not prompts:
             raise UserError('nothing to draw: give --prompt "..." or --prompts_file FILE')
-        n: int = flags.FLAGS["n"].value or 1
-        if BEST_OF.value is not None and BEST_OF.value < n:
-            raise UserError(f"--best_of={BEST_OF.value} must be --n={n} at least, which are kept")
+        if BEST_OF.value is not None and BEST_OF.value < N.value:
+            told = f"--best_of={BEST_OF.value} must be --n={N.value} at least"
+            raise UserError(f"{told}, which are kept")
         return
     name, mode = MODE.value, MODES[MODE.value]
     given = {"--image": (len(IMAGE.value), mode.images), "--prompt": (len(prompts), mode.prompts)}

@@ -181,14 +181,14 @@ def draw(
     how it was drawn, MODE.png with all and their labels, and where they move MODE.webp. Returns the
     path of MODE.png. `steps` are those of `with_settings`, if any."""
     name, images = modes.MODE.value, []
-    say_what_is_read(model, prompts)
+    old = [modes.OLD_PROMPT.value] if name == "text_diff" else []
+    say_what_is_read(model, [*prompts, *old])
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": Bars()}
     steps = steps.get("decoder") if isinstance(steps, Mapping) else steps
     model = _as_it_draws(model, name, steps)
     if name not in ("inpaint", "outpaint"):  # which take the whole picture, with its mask
         side = max(model.image_size, (model.clip.image or {}).get("image_size", 0))
         images = [_square(pictures.read(path), side) for path in modes.IMAGE.value]
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": Bars()}
-    if name not in ("inpaint", "outpaint"):
         options["steps"] = steps
     strips = _DRAW[name](model, Asked(images, prompts, n, seed, options))
     about: dict[str, Any] = {"mode": name, "images": modes.IMAGE.value, "prompts": list(prompts)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import small_cascade
 
-from dalle2_jax import build, model_folder
+from dalle2_jax import build, cascade, model_folder
 from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.evals import seams
@@ -161,6 +161,15 @@ def test_a_model_tells_how_it_draws_parts(model, untaught):
     assert model.inpainting() is model
     told = untaught.with_settings(solver={"decoder": "heun"}).inpainting().settings()["decoder"]
     assert (told["solver"], told["eta"], told["repeats"]) == ("ddim", 0.0, 5)
+
+
+def test_upsamplers_draw_both_sides_of_an_edge(model, monkeypatch):
+    told, known_at = [], cascade.masks.known_at
+    monkeypatch.setattr(
+        cascade.masks, "known_at", lambda k, *of: told.append(of) or known_at(k, *of)
+    )
+    model.inpaint(PICTURE, RIGHT, "a cat")
+    assert told == [(8, 0), (16, 2)]  # of the ring one pixel of the small picture
 
 
 def test_all_frames_show_what_is_drawn_once(model, monkeypatch):

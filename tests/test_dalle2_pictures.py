@@ -134,6 +134,7 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
         (lambda m: m.decode(Latents(Z, [[1, 2], [3]])), "x_T must be an array, all of its rows"),
         (lambda m: m.decode(Latents(Z, Z * np.nan)), "x_T must be an array of finite numbers"),
         (lambda m: m.decode(Latents(Z, Z * 1j)), "x_T must be an array of finite numbers"),
+        (lambda m: m.decode(Latents(Z, Z * 1e300)), "x_T must be an array of finite numbers"),
         (lambda m: m.encode_text(Z), "captions must be a list of texts"),
         (lambda m: m.encode_text(3), "captions must be a list of texts, not 3"),
     ],
@@ -142,6 +143,15 @@ def test_what_cannot_be_drawn_is_told_in_one_line(model, call, told):
     with pytest.raises(UserError, match=told) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_a_step_that_is_repeated_in_inpainting_is_not_so_here(small):
+    settings = dataclasses.replace(small.decoder.settings, repeats=3)
+    again = dataclasses.replace(
+        small, decoder=dataclasses.replace(small.decoder, settings=settings)
+    )
+    plain, repeated = (m.reconstruct(PICTURES, steps=STEPS) for m in (small, again))
+    assert apart(plain, repeated) == 0
 
 
 def test_numbers_of_numpy_serve_as_pythons(small):

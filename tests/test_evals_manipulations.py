@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import small_judge
 
+from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
-from dalle2_jax.evals.ways import Way, to_markdown
+from dalle2_jax.evals.ways import Way, to_markdown, ways
 
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
@@ -55,7 +56,21 @@ def test_a_picture_that_becomes_the_other_is_seen_to(tmp_path):
     assert told == [["0.00", "100.0", between, "0"], ["0.50", between, "100.0", "100"]]
 
 
-@pytest.mark.parametrize(("flag", "told"), [("--theta=2", "theta"), ("--frames=1", "frames")])
+def test_every_way_leads_somewhere():
+    pairs = [("ant", "noto"), ("ant", "twemoji"), ("bee", "noto"), ("ant", "fluent-emoji")]
+    given = Group("", pairs, np.zeros((4, 8, 8, 3), np.uint8))
+    to_picture, to_style, *to_concept = ways(None, given, 3, 0.5, 0, {})
+    assert to_picture.ends == [*pairs[1:], pairs[0]]
+    styled = zip(pairs, to_style.ends, strict=True)
+    assert all(a[0] == b[0] and a[1] != b[1] for a, b in styled)
+    for way in to_concept:
+        assert [concept for concept, _ in way.ends] == ["bee", "bee", "ant", "bee"]
+        assert [style for _, style in way.ends] == [style for _, style in pairs]
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"), [("--theta=2", "theta"), ("--frames=1", "frames"), ("--eta=2", "eta")]
+)
 def test_a_mistake_is_one_line(flag, told):
     command = [sys.executable, "-m", "dalle2_jax.evals.manipulations", flag]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})

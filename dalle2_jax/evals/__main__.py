@@ -39,6 +39,7 @@ def main() -> None:
     # Late: a mistake in the flags and Ctrl-C are told at once.
     from dalle2_jax import pictures
     from dalle2_jax.evals import draw, report
+    from dalle2_jax.evals.groups import HELD_OUT
 
     commands.keep_compiled_programs()
     out = pictures.prepare_folder(OUT.value)
@@ -65,7 +66,7 @@ def main() -> None:
         "seed": common.SEED.value,
         "settings": model.settings(),
     }
-    group = next(group for group in groups if group.name == report.GRID_GROUP)
+    group = next(group for group in groups if group.name == HELD_OUT)
     grid = report.held_out_grid(group, drawn[group.name]["generated"])
     report.write(out, about, scores, grid)
     print(report.to_markdown(scores))

@@ -57,5 +57,7 @@ def groups(num: int, *names: str) -> tuple[list[Group], list[str]]:
 
 def held_out_pairs(num: int) -> tuple[Group, list[str]]:
     """Of `groups` the one that most commands ask for, and every concept of the subset."""
-    (group,), pool = groups(num, "held-out pairs")
+    from dalle2_jax.evals.groups import HELD_OUT
+
+    (group,), pool = groups(num, HELD_OUT)
     return group, pool

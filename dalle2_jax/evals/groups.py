@@ -11,9 +11,10 @@ import numpy as np
 from dalle2_jax.data.emoji_words import STYLES, caption, unit_hash
 from dalle2_jax.errors import UserError
 
+HELD_OUT = "held-out pairs"
 SPLITS = {
     "seen pairs": "train",
-    "held-out pairs": "held_out_pairs",
+    HELD_OUT: "held_out_pairs",
     "held-out concepts": "held_out_concepts",
 }
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NUM = flags.DEFINE_integer("num", 100, "Pictures a group that are varied.", 2)
 NUM_WAYS = flags.DEFINE_integer("num_ways", 32, "Pictures that go each way.", 2)
-ETA = flags.DEFINE_multi_float("eta", [0.3, 0.6, 1.0], "Of variations.", 0)
+ETA = flags.DEFINE_multi_float("eta", [0.3, 0.6, 1.0], "Of variations.", 0, 1)
 FRAMES = flags.DEFINE_integer("frames", 7, "Pictures of a way.", 2)
 THETA = flags.DEFINE_float("theta", 0.5, "Of text diffs.", 0, 1)
 STEPS = flags.DEFINE_integer("steps", 50, "Of the decoder.", 1)
@@ -36,11 +36,13 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures at a time.", 1)
 
 def main() -> None:
     from dalle2_jax.evals import report, ways  # late: Ctrl-C is told at once
+    from dalle2_jax.evals.groups import HELD_OUT
 
     commands.keep_compiled_programs()
     model = common.model()
+    model.varying(steps=STEPS.value)  # told now, where they are too many
     judge = common.judge_of(model)
-    groups, pool = common.groups(NUM.value, "seen pairs", "held-out pairs")
+    groups, pool = common.groups(NUM.value, "seen pairs", HELD_OUT)
     scores, drawn = report.evaluate(judge, groups, pool, _variations(model), common.SEED.value)
     lines = [
         "| | concept first, % | style first, % | PSNR to the given picture, dB |",

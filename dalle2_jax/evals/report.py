@@ -19,7 +19,6 @@ from dalle2_jax.evals.judge import Judge
 from dalle2_jax.files import replacing
 
 NUM_CANDIDATES = 100
-GRID_GROUP = "held-out pairs"
 _GRID_PAIRS, _GRID_COLUMNS, _GRID_SIDE = 24, 8, 96
 
 Draw = Callable[[Group], np.ndarray]

@@ -27,14 +27,17 @@ class Way(NamedTuple):
 def ways(
     model: DALLE2, given: Group, frames: int, theta: float, seed: int, options: Any
 ) -> list[Way]:
-    """Each picture goes to the next picture, to the next style, and to the next one's concept.
+    """Each picture goes to the next picture, to the next style, and to the next other concept.
 
     `theta` is that of text diffs, `options` those of `DALLE2.text_diff`.
     """
     pairs, names = list(given.pairs), list(STYLES)
     following = [*pairs[1:], pairs[0]]
     restyled = [(c, names[(names.index(s) + 1) % len(names)]) for c, s in pairs]
-    renamed = [(c, s) for (c, _), (_, s) in zip(following, pairs, strict=True)]
+    renamed = []
+    for place, (concept, style) in enumerate(pairs):
+        others = (c for c, _ in pairs[place + 1 :] + pairs[:place] if c != concept)
+        renamed.append((next(others, concept), style))
 
     def between(place: int) -> np.ndarray:
         a, b = given.pictures[place], given.pictures[(place + 1) % len(pairs)]

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ def _programs(
         yield from _stage(name, upsampler, params[name], cond, b, rows, mesh)
 
 
-def _not_compiled() -> Any:
+def _not_compiled() -> NoReturn:
     # Its codes are drawn in one scan, whose body the compiler counts once.
     raise UserError("--topology: drawing by the autoregressive prior is not told of: set --prior")
 
