@@ -19,7 +19,6 @@ from dalle2_jax.sampling.choices import Choice
 from dalle2_jax.version import __version__
 
 _MANY_FRAMES = 20
-_STRIPES = 4  # pixels, of what is marked
 _MOVING_MS = 150  # of a picture of an animation
 
 
@@ -151,7 +150,7 @@ def preview(out: Path) -> Path:
 
 def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3], striped in red and white where bool [h, w] is True."""
-    places = np.indices(mask.shape).sum(axis=0) // _STRIPES
+    places = np.indices(mask.shape).sum(axis=0) // max(4, min(mask.shape) // 32)
     stripes = np.where(places[..., None] % 2, [255, 0, 0], [255, 255, 255])
     tinted = (0.4 * picture + 0.6 * stripes).astype(np.uint8)
     return np.where(mask[..., None], tinted, picture)
