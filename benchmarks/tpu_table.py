@@ -37,6 +37,7 @@ SLICES = {
 TRAINED = {
     "decoder:paper": (8, 3.6),
     "prior:paper": (64, 1.2),
+    "ar_prior:paper": (32, 0.8),
     "clip:paper": (64, 1.0),
     "upsampler_256:paper": (16, 0.7),
     "upsampler_1024:paper": (8, 0.3),

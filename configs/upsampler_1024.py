@@ -77,7 +77,7 @@ def tiny():
                 crop_fraction=0.25,
                 degradation="bsr_light",
                 degraded_share=0.5,  # of spoilt ones alone it learned to blur the true ones
-                sampling=dict(steps=4, solver="ddim", clip=("static", 1.0)),
+                sampling=dict(steps=2, solver="ddim", clip=("static", 1.0)),
             ),
             model=dict(
                 unet=dict(channels=64, channel_mults=(1, 1), num_blocks=1, groups=16, patch_size=8),

@@ -263,7 +263,7 @@ def test_the_middle_of_a_picture_is_encoded(model, pictures):
             model.encode_image(wrong)
     with pytest.raises(UserError, match=r"pictures: there is none in uint8 \[0, 16, 16, 3\]"):
         model.encode_image(pictures[:0])
-    with pytest.raises(UserError, match="all of one size"):
+    with pytest.raises(UserError, match="all of its rows of one length"):
         model.encode_image([pictures[0], pictures[0, :8]])
 
 

@@ -24,7 +24,7 @@ def rows(table: str) -> list[list[str]]:
 
 def test_a_table_of_variations_and_one_of_each_way(tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, "-m", "dalle2_jax.evals.manipulations", "--size=32", "--steps=2"]
+    command = [sys.executable, "-m", "dalle2_jax.evals.manipulations", "--size=32", "--steps=8"]
     command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset="]
     command += ["--num=2", "--num_ways=2", "--frames=3", "--eta=0", "--eta=1", "--theta=0.4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
@@ -35,7 +35,8 @@ def test_a_table_of_variations_and_one_of_each_way(tmp_path):
     names.append("true pictures")
     assert list(found) == [f"{of} pairs: {name}" for of in ("seen", "held-out") for name in names]
     assert not found["seen pairs: drawn from the caption"]  # a picture of its own
-    assert found["seen pairs: varied, eta 0"] != found["seen pairs: varied, eta 1"]
+    kept, changed = (float(found[f"seen pairs: varied, eta {eta}"]) for eta in (0, 1))
+    assert kept > changed + 0.2
     shares = [[row[0] for row in rows(table)] for table in ways]
     assert shares == [["0.00", "0.50", "1.00"]] + 3 * [["0.00", "0.20", "0.40"]]
 

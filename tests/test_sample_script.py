@@ -181,7 +181,7 @@ def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "interpolate.png")
     frames = [
-        f"interpolate-s0-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
+        f"interpolate-s5-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
     ]
     assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
     about = pictures.read_metadata(out / frames[1])
