@@ -37,7 +37,7 @@ SLICES = {
 TRAINED = {
     "decoder:paper": (8, 3.6),
     "prior:paper": (64, 1.2),
-    "ar_prior:paper": (32, 0.8),
+    "ar_prior:paper": (31, 0.8),
     "clip:paper": (64, 1.0),
     "upsampler_256:paper": (16, 0.7),
     "upsampler_1024:paper": (8, 0.3),
@@ -72,8 +72,9 @@ def rows(name: str, gib: int, chips: int) -> int:
 
 def copies(name: str, chips: int) -> int:
     """Groups of chips that hold all weights each. A convolution's slices fill no tiles where its
-    512 channels and fewer are cut in 256, or upsampler_256's 320 in 64."""
-    if not name.startswith(("decoder", "upsampler")):
+    512 channels and fewer are cut in 256, or upsampler_256's 320 in 64; ar_prior's 1664 are no
+    multiple of 256."""
+    if not name.startswith(("decoder", "upsampler", "ar_prior")):
         return 1
     groups = max(chips // 64, 1)
     return 2 if name == "upsampler_256:paper" and chips == 64 else groups
