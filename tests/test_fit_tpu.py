@@ -209,6 +209,7 @@ def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):
     found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     weights = {k: v for k, v in whole.memory.items() if k.startswith("weights of")}
     assert found.from_host == sum(weights.values())
-    kinds = {"weights of decoder", "activations", "program, padding", "total"}
+    # the last upsampler's pictures are the largest by far
+    kinds = {"weights of upsampler_1024", "activations", "program, padding", "total"}
     assert set(found.memory) == kinds and found.memory["total"] < whole.memory["total"]
     assert "from the host" in found.table()
