@@ -104,10 +104,10 @@ clean: ## remove the environment and what tests and demos made; data/ and runs/ 
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(EMOJI): | $(VENV)/.train
-	$(PY) -m dalle2_jax.data.emoji --out $@ --size $(EMOJI_SIZE)
+	$(PY) -m dalle2_jax.data.emoji.write --out $@ --size $(EMOJI_SIZE)
 
 $(EMOJI_1024): | $(VENV)/.train
-	$(PY) -m dalle2_jax.data.emoji --out $@ --size 1024 --subset '$(TINY_SUBSET)'
+	$(PY) -m dalle2_jax.data.emoji.write --out $@ --size 1024 --subset '$(TINY_SUBSET)'
 
 $(JUDGE)/model/config.json: | $(EMOJI)
 	XLA_FLAGS="$(TINY_XLA_FLAGS)" $(PY) train.py --config=configs/clip.py:judge --workdir=$(JUDGE)

@@ -9,38 +9,38 @@ Exit status: 0 done, 2 a mistake in the input, 3 too large for --topology, 130 s
 
 from __future__ import annotations
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
 
-from dalle2_jax import choices, modes
-from dalle2_jax.fit import command
+from dalle2_jax.cli import modes, sampling_flags, topology
 
 SEED = flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same, but for rounding.")
 OUT = flags.DEFINE_string("out", "out", "Folder for the pictures, or gs://BUCKET/FOLDER.")
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a folder (ours or Karlo's) or a hub id.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
-AUTO_BATCH = command.only_with_topology("auto_batch", "the most pictures at a time that fit.")
+AUTO_BATCH = topology.only_with_topology("auto_batch", "the most pictures at a time that fit.")
 
 
 def main() -> int:
-    changes = choices.read()
-    if command.TOPOLOGY.value is not None:
-        from dalle2_jax.fit import sampling
+    changes = sampling_flags.read()
+    if topology.TOPOLOGY.value is not None:
+        from dalle2_jax.aot import sampling
 
         asked = dict(batch_size=BATCH_SIZE.value, changes=changes, auto_batch=AUTO_BATCH.value)
         drawn = dict(size=modes.SIZE.value, prior=modes.PRIOR.value)
-        return command.tell(sampling.report, WEIGHTS.value, **asked, **drawn)
-    command.check()
+        return topology.tell(sampling.report, WEIGHTS.value, **asked, **drawn)
+    topology.check()
     prompts = modes.prompts()
     # Late: a mistake in the flags and Ctrl-C are told at once.
-    from dalle2_jax import pictures, strips
-    from dalle2_jax.dalle2 import DALLE2
-    from dalle2_jax.drawing import draw_prompts
+    from dalle2_jax.cli import strips
+    from dalle2_jax.cli.drawing import draw_prompts
+    from dalle2_jax.imaging import files
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
     commands.keep_compiled_programs()
-    out = pictures.prepare_folder(OUT.value)
+    out = files.prepare_folder(OUT.value)
     if modes.PREVIEW_MASK.value:
         print(strips.preview(out))
         return 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import signal
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 from dalle2_jax.errors import UserError
 
 # isort: split
@@ -26,13 +26,13 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dalle2_jax import build
-from dalle2_jax.fit import command
+from dalle2_jax.cli import topology
 from dalle2_jax.train import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the model.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
-AUTO_BATCH = command.only_with_topology("auto_batch", "the largest batch that fits.")
+AUTO_BATCH = topology.only_with_topology("auto_batch", "the largest batch that fits.")
 flags.mark_flag_as_required("config")
 flags.FLAGS["config"].parser = PARSER = build.ConfigParser("config")
 
@@ -61,12 +61,12 @@ def run(config: build.Config, workdir: str) -> int:
 def main() -> int:
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
-    if command.TOPOLOGY.value is not None:
-        from dalle2_jax.fit import training  # late, as above
+    if topology.TOPOLOGY.value is not None:
+        from dalle2_jax.aot import training  # late, as above
 
         config = build.complete(build.beside_clip(CONFIG.value, PARSER.path))
-        return command.tell(training.report, config, auto_batch=AUTO_BATCH.value)
-    command.check()
+        return topology.tell(training.report, config, auto_batch=AUTO_BATCH.value)
+    topology.check()
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name a folder of checkpoints, metrics and the model")
     hosts.connect_by_flags()

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from dalle2_jax.fit import flops
-from dalle2_jax.fit.chips import open_slice
-from dalle2_jax.fit.report import (
+from dalle2_jax.aot import flops
+from dalle2_jax.aot.chips import open_slice
+from dalle2_jax.aot.report import (
     METHODS,
     QUICKLY,
     DoesNotFit,

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from dalle2_jax.fit.chips import CHIPS
+from dalle2_jax.aot.chips import CHIPS
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "docs" / "tpu_rows.json"

@@ -3,7 +3,8 @@
 python train.py --config=configs/upsampler_1024.py:VARIANT --workdir=W
 
 paper  300M parameters, trained on 256 px crops, batch 512, 1M steps, the small picture corrupted by
-       BSR degradation (dalle2_jax/degradation.py; "bsr_light" is latent diffusion's gentler one).
+       BSR degradation (dalle2_jax/imaging/degradation.py; "bsr_light" is latent diffusion's
+       gentler one).
        For a v5e-64: 280 chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
 inpaint  `paper` told what is known of the large picture, as in upsampler_256.py:

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from dalle2_jax.version import __version__
 
 if TYPE_CHECKING:
-    from dalle2_jax.dalle2 import DALLE2
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
 __all__ = ["DALLE2", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "DALLE2":  # late: the trainer and the data set builder need none of it
-        from dalle2_jax.dalle2 import DALLE2
+        from dalle2_jax.pipelines.dalle2 import DALLE2
 
         return DALLE2
     raise AttributeError(f"module 'dalle2_jax' has no attribute {name!r}")

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, config_flags
 
-from dalle2_jax import sharding
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import check_keys, check_range, construct, with_defaults
+from dalle2_jax.parallel import sharding
 from dalle2_jax.types import Batch, Task
+from dalle2_jax.validation.sections import check_keys, check_range, construct, with_defaults
 
 Config = Any  # a ConfigDict: its attributes have no types
 

@@ -62,7 +62,7 @@ def compile_once(tmp_path_factory):
 @pytest.fixture
 def one_device(monkeypatch):
     """Eight simulated devices are only slow where one shows the same."""
-    from dalle2_jax import sharding
+    from dalle2_jax.parallel import sharding
 
     make = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make({}, jax.devices()[:1]))

@@ -27,15 +27,17 @@ import jax
 import numpy as np
 import toy_task
 
-from dalle2_jax import commands, remote, sharding
+from dalle2_jax.cli import commands
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import paths
 from dalle2_jax.train import hosts, loop
 from dalle2_jax.train.checkpoint import Checkpoints
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state
 
-WORKDIR = remote.to_path(SETTINGS["workdir"])
-if remote.is_remote(WORKDIR):
+WORKDIR = paths.to_path(SETTINGS["workdir"])
+if paths.is_remote(WORKDIR):
     fake_bucket.set_up_orbax(setattr)
 
 
@@ -83,7 +85,7 @@ def main() -> int:
         print("restored", flush=True)
     result = loop.train(config, task, own_share, WORKDIR, own_share)
     print("stopped by", result.stopped_by, "after", result.step, flush=True)
-    if not result.stopped_by and not remote.is_remote(WORKDIR):
+    if not result.stopped_by and not paths.is_remote(WORKDIR):
         write_state(result.state, "state.npz")
     return result.exit_status
 

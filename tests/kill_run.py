@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import toy_task
 
-from dalle2_jax import commands, sharding
+from dalle2_jax.cli import commands
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train import checkpoint, loop, manifest
 
 

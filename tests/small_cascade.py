@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dalle2_jax import build, model_folder
+from dalle2_jax import build
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
 
 DIM, CONTEXT, VOCAB, WIDTH = 16, 8, 520, 16

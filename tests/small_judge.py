@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from dalle2_jax import model_folder
 from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.storage import model_folder
 
 MODEL = dict(
     dim=24,

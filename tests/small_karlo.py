@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import model_folder
 from dalle2_jax.sampling import load
+from dalle2_jax.storage import model_folder
 
 DIM, WIDTH, CONTEXT, VOCAB = 16, 24, 12, 600
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]

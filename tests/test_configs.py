@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dalle2_jax import build, model_folder, sharding
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import model_folder
 
 VARIANTS = {
     "clip": ("paper", "tpu", "tiny", "judge", "b32", "b16", "l14", "karlo"),

@@ -14,10 +14,10 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import construct, plain, with_defaults
 from dalle2_jax.pretrained import unclip
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.validation.sections import construct, plain, with_defaults
 
 NETWORKS = {
     "clip": CLIP,

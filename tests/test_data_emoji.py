@@ -15,11 +15,12 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dalle2_jax.data import emoji, emoji_builder, emoji_source, emoji_words, npm, tfds_source
+from dalle2_jax.data.emoji import icon_sets, npm, tfds_builder, words, write
+from dalle2_jax.data.sources import tfds_folder
 from dalle2_jax.errors import UserError
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "emoji"
-SPLITS = emoji_builder.SPLITS
+SPLITS = tfds_builder.SPLITS
 
 
 def tarball(files):
@@ -104,7 +105,7 @@ def small_sets():
     # the guitar is a held-out concept: TFDS writes no empty split
     colors = {"red-apple": "red", "fox": "orange", "wolf": "orange", "guitar": "brown"}
     sets = {}
-    for i, style in enumerate(emoji_words.STYLES):
+    for i, style in enumerate(words.STYLES):
         drawn = {name: square(color, 16 - i) for name, color in colors.items()}
         icons = {"icons": drawn, "width": 16, "height": 16}
         sets[style] = {"icons": icons, "chars": chars, "license": "MIT"}
@@ -126,7 +127,7 @@ def small_sets():
 
 
 def test_join_drops_flags_unknown_icons_and_drawings_seen_before():
-    concepts = list(emoji_source._join(*small_sets()))
+    concepts = list(icon_sets._join(*small_sets()))
     assert [c.name for c in concepts] == [
         "red apple",
         "fox",
@@ -134,14 +135,14 @@ def test_join_drops_flags_unknown_icons_and_drawings_seen_before():
     ]  # the wolf is drawn as the fox is
     apple = concepts[0]
     assert (apple.group, apple.concrete, apple.tags) == ("food-drink", True, ("fruit",))
-    assert set(apple.pictures) == set(emoji_words.STYLES)
+    assert set(apple.pictures) == set(words.STYLES)
     assert apple.pictures["noto"].source == "@iconify-json/noto@1.2.9:red-apple"
 
 
 def test_render_is_square_centred_and_on_white():
     icons = {"icons": {"a": square("#ff0000") | {"height": 8}}, "width": 16, "height": 16}
     icons["icons"]["a"]["body"] = '<rect width="16" height="8" fill="#ff0000"/>'
-    image = emoji_builder.render(emoji_source._svg(icons, "a"), 32)
+    image = tfds_builder.render(icon_sets._svg(icons, "a"), 32)
     assert image.shape == (32, 32, 3)
     np.testing.assert_array_equal(image[12:20], np.broadcast_to([255, 0, 0], (8, 32, 3)))
     np.testing.assert_array_equal(image[:7], 255)
@@ -152,66 +153,66 @@ def test_a_mirrored_alias_is_mirrored():
     body = '<rect width="8" height="16" fill="black"/>'
     icons = {"icons": {"left": {"body": body}}, "aliases": {}, "width": 16, "height": 16}
     icons["aliases"]["right"] = {"parent": "left", "hFlip": True}
-    left = emoji_builder.render(emoji_source._svg(icons, "left"), 16)
-    right = emoji_builder.render(emoji_source._svg(icons, "right"), 16)
+    left = tfds_builder.render(icon_sets._svg(icons, "left"), 16)
+    right = tfds_builder.render(icon_sets._svg(icons, "right"), 16)
     assert left[8, 2].sum() == 0
     np.testing.assert_array_equal(left[:, ::-1], right)
 
 
 def test_build_round_trip(tmp_path):
-    concepts = list(emoji_source._join(*small_sets()))
-    counts = emoji.build(tmp_path / "out", size=16, concepts=concepts)
+    concepts = list(icon_sets._join(*small_sets()))
+    counts = write.build(tmp_path / "out", size=16, concepts=concepts)
     assert sum(counts.values()) == 18
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary folder is left
     builder = tfds.builder_from_directory(tmp_path / "out")
     assert {s: builder.info.splits[s].num_examples for s in SPLITS} == counts
-    found = tfds_source.load_arrays(tmp_path / "out", "train")
+    found = tfds_folder.load_arrays(tmp_path / "out", "train")
     apple = (found["concept"] == "red apple") & (found["style"] == "noto")
     (row,) = np.flatnonzero(apple)
     np.testing.assert_array_equal(found["image"][row], np.broadcast_to([255, 0, 0], (16, 16, 3)))
-    assert found["captions"][row] == emoji_words.captions("red apple", "noto", ["fruit"])
+    assert found["captions"][row] == words.captions("red apple", "noto", ["fruit"])
     with pytest.raises(UserError, match="already there"):
-        emoji.build(tmp_path / "out", size=16, concepts=concepts)
-    emoji.build(tmp_path / "out", size=8, concepts=concepts, overwrite=True)
-    assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
+        write.build(tmp_path / "out", size=16, concepts=concepts)
+    write.build(tmp_path / "out", size=8, concepts=concepts, overwrite=True)
+    assert tfds_folder.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
 def test_a_subset_alone_is_drawn(tmp_path):
-    concepts = list(emoji_source._join(*small_sets()))
+    concepts = list(icon_sets._join(*small_sets()))
     same = dict(size=8, concepts=concepts)
-    every = emoji.build(tmp_path / "all", **same)
-    kept = emoji.build(tmp_path / "some", **same, subset="concrete,style=noto|twemoji")
+    every = write.build(tmp_path / "all", **same)
+    kept = write.build(tmp_path / "some", **same, subset="concrete,style=noto|twemoji")
     assert 0 < sum(kept.values()) < sum(every.values())
     for split in SPLITS:
         subset = "concrete,style=noto|twemoji"
         if split not in kept:
             with pytest.raises(UserError, match="no split"):
-                tfds_source.load_arrays(tmp_path / "some", split)
+                tfds_folder.load_arrays(tmp_path / "some", split)
             continue
-        theirs = tfds_source.load_arrays(tmp_path / "all", split, subset)
-        ours = tfds_source.load_arrays(tmp_path / "some", split)
+        theirs = tfds_folder.load_arrays(tmp_path / "all", split, subset)
+        ours = tfds_folder.load_arrays(tmp_path / "some", split)
         names = [sorted(zip(x["concept_id"], x["style"], strict=True)) for x in (theirs, ours)]
         assert names[0] == names[1] and len(names[0]) == kept[split]
     told = (("stile=noto", "did you mean 'style'"), ("concrete=yes", "write concrete alone"))
     for subset, why in (*told, ("style=baroque", "keeps nothing")):
         with pytest.raises(UserError, match=why):
-            emoji.build(tmp_path / "none", **same, subset=subset)
+            write.build(tmp_path / "none", **same, subset=subset)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "some"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_build_never_replaces_what_is_no_dataset(tmp_path, overwrite):
-    concepts = list(emoji_source._join(*small_sets()))
+    concepts = list(icon_sets._join(*small_sets()))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("more of it")
     for name in ("out", "file"):
         with pytest.raises(UserError, match=rf"/{name}: .*no dataset_info.json.*another --out$"):
-            emoji.build(tmp_path / name, size=8, concepts=concepts, overwrite=overwrite)
+            write.build(tmp_path / name, size=8, concepts=concepts, overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "more of it"
     (tmp_path / "empty").mkdir()
-    emoji.build(tmp_path / "empty", size=8, concepts=concepts, overwrite=overwrite)
+    write.build(tmp_path / "empty", size=8, concepts=concepts, overwrite=overwrite)
     assert (tmp_path / "empty" / "dataset_info.json").is_file()
 
 
@@ -221,10 +222,10 @@ def test_held_out_pictures_are_not_those_of_training(tmp_path):
     for style in sets:  # the guitar is held out in all of them, and looks like noto's red apple
         color = "blue" if style == "twemoji" else "#f00"
         sets[style]["icons"]["icons"]["guitar"] = square(color)
-    concepts = list(emoji_source._join(entries, groups, sets))
-    counts = emoji.build(tmp_path / "out", size=8, concepts=concepts)
+    concepts = list(icon_sets._join(entries, groups, sets))
+    counts = write.build(tmp_path / "out", size=8, concepts=concepts)
     assert sum(counts.values()) == 13
-    found = tfds_source.load_arrays(tmp_path / "out", "held_out_concepts")
+    found = tfds_folder.load_arrays(tmp_path / "out", "held_out_concepts")
     assert list(found["style"]) == ["twemoji"]
 
 
@@ -233,31 +234,31 @@ def test_held_out_pictures_are_not_those_of_training(tmp_path):
     [OSError(28, "No space left"), tf.errors.ResourceExhaustedError(None, None, "No space left")],
 )
 def test_build_that_fails_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch, error):
-    concepts = list(emoji_source._join(*small_sets()))
-    emoji.build(tmp_path / "out", size=8, concepts=concepts)
+    concepts = list(icon_sets._join(*small_sets()))
+    write.build(tmp_path / "out", size=8, concepts=concepts)
 
     def full(svg, size):
         raise error
 
-    monkeypatch.setattr(emoji_builder, "render", full)
+    monkeypatch.setattr(tfds_builder, "render", full)
     with pytest.raises(UserError, match="disk is full"):
-        emoji.build(tmp_path / "out", size=16, concepts=concepts, overwrite=True)
+        write.build(tmp_path / "out", size=16, concepts=concepts, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert tfds_source.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
+    assert tfds_folder.load_arrays(tmp_path / "out", "train")["image"].shape[1:] == (8, 8, 3)
 
 
 def test_build_into_a_bucket_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^gs://b/emoji: .*gcloud storage cp -r FOLDER gs://b/em"):
-        emoji.build("gs://b/emoji")
+        write.build("gs://b/emoji")
     assert not (tmp_path / "gs:").exists()
 
 
 def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji.shutil, "disk_usage", lambda _: type("U", (), {"free": 100}))
-    concepts = list(emoji_source._join(*small_sets()))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: type("U", (), {"free": 100}))
+    concepts = list(icon_sets._join(*small_sets()))
     with pytest.raises(UserError, match="disk is full: about"):
-        emoji.build(tmp_path / "out", size=64, concepts=concepts)
+        write.build(tmp_path / "out", size=64, concepts=concepts)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
 def test_command_prints_one_line_and_exits_2(tmp_path, argument, said):
     (tmp_path / "file").write_text("here")
     argument = argument.replace("=file", f"={tmp_path / 'file'}")
-    command = [sys.executable, "-m", "dalle2_jax.data.emoji", argument]
+    command = [sys.executable, "-m", "dalle2_jax.data.emoji.write", argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
@@ -281,14 +282,14 @@ def test_command_prints_one_line_and_exits_2(tmp_path, argument, said):
 
 @pytest.fixture(scope="module")
 def fixture():
-    return {split: tfds_source.load_arrays(FIXTURE, split) for split in SPLITS}
+    return {split: tfds_folder.load_arrays(FIXTURE, split) for split in SPLITS}
 
 
 def test_fixture_is_small_and_whole(fixture):
     assert sum(p.stat().st_size for p in FIXTURE.iterdir()) < 300_000
     assert sum(len(f["image"]) for f in fixture.values()) <= 64
     for split in ("train", "held_out_concepts"):
-        assert set(fixture[split]["style"]) == set(emoji_words.STYLES)
+        assert set(fixture[split]["style"]) == set(words.STYLES)
     assert {False, True} <= set(fixture["train"]["concrete"].tolist())
 
 
@@ -307,17 +308,17 @@ def test_fixture_captions_name_concept_and_style(fixture):
         for concept, style, texts in zip(
             found["concept"], found["style"], found["captions"], strict=True
         ):
-            assert len(texts) == emoji_words.CAPTIONS_PER_PICTURE
+            assert len(texts) == words.CAPTIONS_PER_PICTURE
             for text in texts:
                 assert concept in text
-                assert emoji_words.STYLES[style].short in text
+                assert words.STYLES[style].short in text
 
 
 def test_fixture_records_source_and_licence(fixture):
     for source, style, spdx in zip(
         *(fixture["train"][k] for k in ("source", "style", "license")), strict=True
     ):
-        assert source.startswith(f"{emoji_source.PACKAGES[style].pin}:")
+        assert source.startswith(f"{icon_sets.PACKAGES[style].pin}:")
         assert spdx in ("Apache-2.0", "CC-BY-4.0", "MIT")
 
 
@@ -345,11 +346,11 @@ def test_high_contrast_is_grey(fixture):
 )
 def test_load_errors(change, match):
     with pytest.raises(UserError, match=match):
-        tfds_source.load_arrays(**(dict(path=FIXTURE, split="train") | change))
+        tfds_folder.load_arrays(**(dict(path=FIXTURE, split="train") | change))
 
 
 def test_subset_and_size():
-    found = tfds_source.load_arrays(FIXTURE, "train", "concrete,style=noto|twemoji", image_size=16)
+    found = tfds_folder.load_arrays(FIXTURE, "train", "concrete,style=noto|twemoji", image_size=16)
     assert found["image"].shape[1:] == (16, 16, 3)
     assert found["concrete"].all()
     assert set(found["style"]) == {"noto", "twemoji"}
@@ -361,4 +362,4 @@ def test_damaged_shard_is_named(tmp_path):
         cut = data[: len(data) // 2] if "train" in file.name else data
         (tmp_path / file.name).write_bytes(cut)
     with pytest.raises(UserError, match="'train' is damaged"):
-        tfds_source.load_arrays(tmp_path, "train")
+        tfds_folder.load_arrays(tmp_path, "train")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax.data import folder_source, pipeline
+from dalle2_jax.data import pipeline
 from dalle2_jax.data.examples import Damage
+from dalle2_jax.data.sources import image_folder
 from dalle2_jax.errors import UserError
 
 COLORS = {"a": "red", "b": "lime", "c": "blue"}
@@ -31,7 +32,7 @@ def captioned(folder):
 
 
 def test_captions_beside_the_pictures(captioned):
-    found = folder_source.open_folder(captioned)
+    found = image_folder.open_folder(captioned)
     assert [p.name for p in found.pictures] == ["a.png", "b.png", "c.png"]
     assert found.captions[2] == ["a blue square", "blue"]
 
@@ -43,14 +44,14 @@ def test_metadata_jsonl(folder):
         '{"file_name": "a.png", "text": ["x", "y"]}',
     ]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    found = folder_source.open_folder(folder)
+    found = image_folder.open_folder(folder)
     assert [p.name for p in found.pictures] == ["a.png", "b.png"]
     assert found.captions == [["x", "y"], ["green"]]
 
 
 def test_captions_csv(folder):
     (folder / "captions.csv").write_text('file_name,text\na.png,"one, two"\na.png,three\n')
-    assert folder_source.open_folder(folder).captions == [["one, two", "three"]]
+    assert image_folder.open_folder(folder).captions == [["one, two", "three"]]
 
 
 def test_only_line_feeds_end_a_line(folder):
@@ -58,11 +59,11 @@ def test_only_line_feeds_end_a_line(folder):
     text = "one\u2028two\x0cthree"
     row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
     (folder / "metadata.jsonl").write_text(row + "\r\n", "utf-8")
-    assert folder_source.open_folder(folder).captions == [[text]]
+    assert image_folder.open_folder(folder).captions == [[text]]
     (folder / "metadata.jsonl").unlink()
     for name in COLORS:
         (folder / f"{name}.txt").write_text(f"{text}\r\nfour\n", "utf-8")
-    assert folder_source.open_folder(folder).captions[0] == [text, "four"]
+    assert image_folder.open_folder(folder).captions[0] == [text, "four"]
 
 
 BOM = "\ufeff"  # what Windows' editors begin a UTF-8 file with
@@ -80,12 +81,12 @@ def test_a_byte_order_mark_is_no_text(folder, name, text):
     for other in "bc":
         (folder / f"{other}.png").unlink()
     (folder / name).write_text(BOM + text, "utf-8")
-    assert folder_source.open_folder(folder).captions == [["red"]]
+    assert image_folder.open_folder(folder).captions == [["red"]]
 
 
 def test_a_folder_named_like_a_picture_is_none(captioned):
     (captioned / "x.png").mkdir()
-    assert len(folder_source.open_folder(captioned)) == 3
+    assert len(image_folder.open_folder(captioned)) == 3
 
 
 def test_links_to_folders_are_followed_and_each_folder_is_read_once(captioned, tmp_path_factory):
@@ -95,7 +96,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(captioned, t
     (captioned / "linked").symlink_to(elsewhere)
     (captioned / "again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(captioned)
-    found = folder_source.open_folder(captioned)
+    found = image_folder.open_folder(captioned)
     assert sorted(p.name for p in found.pictures) == ["a.png", "b.png", "c.png"]
 
 
@@ -103,7 +104,7 @@ def test_hidden_files_and_folders_are_left_out(captioned):
     (captioned / ".thumbs").mkdir()
     for hidden in (".thumbs/a.png", "._a.png"):
         (captioned / hidden).write_bytes((captioned / "a.png").read_bytes())
-    assert len(folder_source.open_folder(captioned)) == 3
+    assert len(image_folder.open_folder(captioned)) == 3
 
 
 def test_a_folder_that_cannot_be_read_is_named(captioned, monkeypatch):
@@ -118,30 +119,30 @@ def test_a_folder_that_cannot_be_read_is_named(captioned, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(UserError, match=r"/plane: cannot be read \(Permission denied\)$"):
-        folder_source.open_folder(captioned)
+        image_folder.open_folder(captioned)
 
 
 @pytest.mark.parametrize("name", ["plane", "d.png"])
 def test_a_link_to_nowhere_is_named(captioned, name):
     (captioned / name).symlink_to(captioned / "gone")
     with pytest.raises(UserError, match=rf"/{name}: a link that leads nowhere"):
-        folder_source.open_folder(captioned)
+        image_folder.open_folder(captioned)
 
 
 def test_a_link_that_can_be_no_picture_is_let_be(captioned):
     (captioned / "README.md").symlink_to(captioned / "gone")
-    folder_source.open_folder(captioned)
+    image_folder.open_folder(captioned)
 
 
 def test_split_folder(captioned):
     (captioned / "test").mkdir()
     (captioned / "a.png").rename(captioned / "test" / "a.png")
     (captioned / "a.txt").rename(captioned / "test" / "a.txt")
-    assert len(folder_source.open_folder(captioned, "test")) == 1
+    assert len(image_folder.open_folder(captioned, "test")) == 1
     with pytest.raises(UserError, match=r"no folder 'validation'.*--config\.data\.split="):
-        folder_source.open_folder(captioned, "validation")
+        image_folder.open_folder(captioned, "validation")
     with pytest.raises(UserError, match=r"no folder 'held'.* --config\.data\.eval_split= "):
-        folder_source.open_folder(captioned, "held", held_out="held")
+        image_folder.open_folder(captioned, "held", held_out="held")
 
 
 def test_what_is_read_is_told(captioned, caplog):
@@ -151,7 +152,7 @@ def test_what_is_read_is_told(captioned, caplog):
     for ending in (".png", ".txt"):
         (captioned / f"a{ending}").rename(captioned / "train" / f"a{ending}")
     with caplog.at_level(logging.INFO, "absl"):
-        folder_source.open_folder(captioned)
+        image_folder.open_folder(captioned)
     assert [r.getMessage() for r in caplog.records] == [f"1 pictures below {captioned / 'train'}"]
 
 
@@ -163,14 +164,14 @@ def test_what_is_held_out_is_not_trained_on(captioned, table):
     if table:
         rows = "".join(f"{name},x\n" for name in ("b.png", "c.png", "test/a.png"))
         (captioned / "captions.csv").write_text("file_name,text\n" + rows)
-    train = folder_source.open_folder(captioned, "train", "test")
+    train = image_folder.open_folder(captioned, "train", "test")
     assert [picture.name for picture in train.pictures] == ["b.png", "c.png"]
-    held_out = folder_source.open_folder(captioned, "test", "test")
+    held_out = image_folder.open_folder(captioned, "test", "test")
     assert [picture.name for picture in held_out.pictures] == ["a.png"]
     (captioned / "train").mkdir()
     (captioned / "b.png").rename(captioned / "train" / "b.png")
     (captioned / "b.txt").rename(captioned / "train" / "b.txt")
-    assert len(folder_source.open_folder(captioned, "train", "test").pictures) == 1
+    assert len(image_folder.open_folder(captioned, "train", "test").pictures) == 1
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_what_is_held_out_is_not_trained_on(captioned, table):
 def test_malformed_tables(folder, table, text, match):
     (folder / table).write_text(text)
     with pytest.raises(UserError, match=match) as error:
-        folder_source.open_folder(folder)
+        image_folder.open_folder(folder)
     assert "\n" not in str(error.value)
 
 
@@ -234,7 +235,7 @@ def test_captions_that_are_not_utf_8_are_refused(captioned, name, text, line, bo
     (captioned / name).write_bytes(bom.encode() + text.encode("latin-1"))
     match = rf"/{name}, line {line}: not UTF-8 \(byte 0xe9\): save it as UTF-8"
     with pytest.raises(UserError, match=match):
-        folder_source.open_folder(captioned)
+        image_folder.open_folder(captioned)
 
 
 UNREADABLE = pathlib.Path("/proc/self/mem")  # a file to the eye, whose reading fails for all users
@@ -245,20 +246,20 @@ UNREADABLE = pathlib.Path("/proc/self/mem")  # a file to the eye, whose reading 
 def test_an_unreadable_file_is_named(folder, name):
     (folder / name).symlink_to(UNREADABLE)
     with pytest.raises(UserError, match=rf"/{name}: cannot be read \(Input/output error\)$"):
-        folder_source.open_folder(folder)
+        image_folder.open_folder(folder)
 
 
 def test_missing_things_are_named(captioned, tmp_path):
     (captioned / "b.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"b\.png: no caption \(1 of 3 .* b\.txt beside it"):
-        folder_source.open_folder(captioned)
+        image_folder.open_folder(captioned)
     with pytest.raises(UserError, match="no such folder"):
-        folder_source.open_folder(tmp_path / "nowhere")
+        image_folder.open_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no such folder"):
-        folder_source.open_folder(tmp_path / ("a" * 300))
+        image_folder.open_folder(tmp_path / ("a" * 300))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures in it"):
-        folder_source.open_folder(tmp_path / "empty")
+        image_folder.open_folder(tmp_path / "empty")
 
 
 def dataset(path, **changes):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dalle2_jax.data import pipeline, tfds_source
+from dalle2_jax.data import pipeline
+from dalle2_jax.data.sources import tfds_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 
@@ -90,7 +91,7 @@ def test_a_host_reads_its_own_part_of_a_stream_alone():
         seen.append({image.tobytes() for batch in batches for image in batch["image"]})
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == {
-        image.tobytes() for image in tfds_source.load_arrays(FIXTURE, "train")["image"]
+        image.tobytes() for image in tfds_folder.load_arrays(FIXTURE, "train")["image"]
     }
 
 
@@ -99,7 +100,7 @@ def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
     n = tfds.builder_from_directory(FIXTURE).info.splits["train"].num_examples
     batches = dataset(batch_size=n, **way)
     assert batches.num_examples == n
-    source = tfds_source.load_arrays(FIXTURE, "train")
+    source = tfds_folder.load_arrays(FIXTURE, "train")
     known = sorted(image.tobytes() for image in source["image"])
     orders = [[image.tobytes() for image in b["image"]] for b in take(batches, 3)]
     for order in orders:
@@ -111,7 +112,7 @@ def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
 
 @pytest.mark.parametrize("way", [{}, STREAM], ids=str)
 def test_pictures_keep_their_captions(way):
-    source = tfds_source.load_arrays(FIXTURE, "train")
+    source = tfds_folder.load_arrays(FIXTURE, "train")
     tokenizer = Tokenizer(CONTEXT, VOCAB)
     texts = {
         image.tobytes(): {row.tobytes() for row in tokenizer(captions)}
@@ -131,7 +132,7 @@ def test_pictures_keep_their_captions(way):
 
 def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeypatch):
     """The fixture's records share six styles; n is no multiple of the group's size."""
-    source = tfds_source.load_arrays(FIXTURE, "train")
+    source = tfds_folder.load_arrays(FIXTURE, "train")
     n, size = len(source["image"]), 4
     monkeypatch.setattr(pipeline, "_GROUP_SIZE", size)
     assert n % size
@@ -169,7 +170,7 @@ def test_groups_that_cannot_be_made_are_told(given, said):
 def test_the_shuffle_buffer_is_as_large_as_ram_gb(monkeypatch):
     given = []
     monkeypatch.setattr(pipeline.stream, "Stream", lambda *args: given.append(args[3]))
-    split = tfds_source.open_split(FIXTURE, "train")
+    split = tfds_folder.open_split(FIXTURE, "train")
     for share in (0.0, 0.5):
         ram_gb = share * split.num_bytes / 2**30
         pipeline._open(pipeline.DataConfig(path=str(FIXTURE), ram_gb=ram_gb), "train")
@@ -177,7 +178,7 @@ def test_the_shuffle_buffer_is_as_large_as_ram_gb(monkeypatch):
 
 
 def test_file_order_without_shuffle():
-    source = tfds_source.load_arrays(FIXTURE, "train")["image"]
+    source = tfds_folder.load_arrays(FIXTURE, "train")["image"]
     for way in ({}, STREAM):
         first, second = take(shared(shuffle=False, **way), 2)
         np.testing.assert_array_equal(
@@ -202,7 +203,7 @@ def test_cached_and_decoded_on_the_fly_agree():
 
 
 def test_subset_keeps_what_it_says():
-    names = tfds_source.load_arrays(FIXTURE, "train", "style=noto")
+    names = tfds_folder.load_arrays(FIXTURE, "train", "style=noto")
     batches = dataset(subset="style=noto")
     assert batches.num_examples == len(names["image"])
     known = {image.tobytes() for image in names["image"]}
@@ -211,19 +212,19 @@ def test_subset_keeps_what_it_says():
 
 
 def test_damaged_records_are_replaced_and_reported(monkeypatch):
-    source = tfds_source.load_arrays(FIXTURE, "train")
+    source = tfds_folder.load_arrays(FIXTURE, "train")
     whole = source["image"][:BATCH]
     theirs = Tokenizer(CONTEXT, VOCAB)(source["captions"][3]).tolist()
-    real = tfds_source.decode.decode
-    records = tfds_source.read_records(tfds_source.open_split(FIXTURE, "train"))
+    real = tfds_folder.decode.decode
+    records = tfds_folder.read_records(tfds_folder.open_split(FIXTURE, "train"))
     bad = records[2]["image"]
 
     def broken(data, *rest):
         if data == bad:
-            raise tfds_source.decode.DamagedImage("cut short")
+            raise tfds_folder.decode.DamagedImage("cut short")
         return real(data, *rest)
 
-    monkeypatch.setattr(tfds_source.decode, "decode", broken)
+    monkeypatch.setattr(tfds_folder.decode, "decode", broken)
     for way in ({}, STREAM):
         batches = dataset(shuffle=False, **way)
         (batch,) = take(batches, 1)

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dalle2_jax.data import pipeline, tfds_source
+from dalle2_jax.data import pipeline
+from dalle2_jax.data.sources import tfds_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ def test_every_kind_of_caption_is_read_in_memory_and_streamed(tmp_path, name, fe
         [v["text"] if isinstance(v, dict) else v for v in (x if isinstance(x, list) else [x])]
         for x in values
     ]
-    assert tfds_source.load_arrays(path)["captions"].tolist() == expected
+    assert tfds_folder.load_arrays(path)["captions"].tolist() == expected
     rows = [{tuple(row) for row in Tokenizer(CONTEXT, VOCAB)(texts)} for texts in expected]
     for way in (MEMORY, STREAM):
         drawn = [set(), set()]
@@ -91,7 +92,7 @@ def test_every_kind_of_caption_is_read_in_memory_and_streamed(tmp_path, name, fe
 def test_a_caption_feature_of_another_kind_is_named(tmp_path, name, feature, value, kind):
     path = prepare(tmp_path, name, feature, [value])
     with pytest.raises(UserError, match=rf"feature {name!r} is {kind}; .*Sequence\(Text\)") as e:
-        tfds_source.open_split(path)
+        tfds_folder.open_split(path)
     assert "\n" not in str(e.value)
 
 

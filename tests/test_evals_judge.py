@@ -4,10 +4,11 @@ import pytest
 import small_judge
 from PIL import Image
 
-from dalle2_jax import images, model_folder
-from dalle2_jax.data import emoji_words
+from dalle2_jax.data.emoji import words
 from dalle2_jax.errors import UserError
 from dalle2_jax.evals.judge import TEMPLATES, Judge
+from dalle2_jax.imaging import arrays
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
 
 PAIRS = [("red apple", "noto"), ("fox", "twemoji"), ("owl", "noto")]
@@ -25,7 +26,7 @@ def pictures(n, side=16):
 def test_embeddings_are_the_networks_own(judge):
     text = small_judge.MODEL["text"]
     tokens = Tokenizer(text["context_length"], text["vocab_size"])(["a fox", "an owl"])
-    seen, params = images.to_float(pictures(2)), {"params": judge.params}
+    seen, params = arrays.to_float(pictures(2)), {"params": judge.params}
     z_img, z_txt, _ = jax.jit(judge.network.apply)(params, seen, tokens)
     np.testing.assert_allclose(judge.embed_pictures(pictures(2)), z_img, atol=1e-5)
     np.testing.assert_allclose(judge.embed_captions(["a fox", "an owl"]), z_txt, atol=1e-5)
@@ -64,7 +65,7 @@ def test_pictures_are_prepared_as_the_judges_clip_learned_them(tmp_path):
 
 def test_a_pair_is_the_mean_of_its_captions(judge):
     got = judge.embed_pairs(PAIRS)
-    captions = [emoji_words.caption("fox", "twemoji", i) for i in TEMPLATES]
+    captions = [words.caption("fox", "twemoji", i) for i in TEMPLATES]
     assert len(set(captions)) == len(TEMPLATES) == 6
     mean = judge.embed_captions(captions).mean(axis=0)
     np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-5)

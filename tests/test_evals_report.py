@@ -8,7 +8,7 @@ import pytest
 import small_judge
 from PIL import Image
 
-from dalle2_jax.data.emoji_words import STYLES
+from dalle2_jax.data.emoji.words import STYLES
 from dalle2_jax.errors import UserError
 from dalle2_jax.evals import draw, report
 from dalle2_jax.evals.groups import Group, read_groups
@@ -96,7 +96,7 @@ def groups():
 
 
 def test_groups_are_drawn_from_their_splits(groups):
-    from dalle2_jax.data.tfds_source import load_arrays
+    from dalle2_jax.data.sources.tfds_folder import load_arrays
 
     (seen, pairs, concepts), pool = groups
     assert [g.name for g in (seen, pairs, concepts)] == [
@@ -154,7 +154,7 @@ def test_true_pictures_reach_the_ceiling_exactly(groups, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    from dalle2_jax.dalle2 import DALLE2
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
     return DALLE2.from_pretrained(folder)
 
@@ -213,10 +213,10 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, tmp_path):
 
 
 def test_a_data_set_without_styles_is_told(monkeypatch):
-    from dalle2_jax.data import tfds_source
+    from dalle2_jax.data.sources import tfds_folder
 
     arrays = {"image": np.zeros((1, 4, 4, 3), np.uint8)}
-    monkeypatch.setattr(tfds_source, "load_arrays", lambda *_, **__: arrays)
+    monkeypatch.setattr(tfds_folder, "load_arrays", lambda *_, **__: arrays)
     with pytest.raises(UserError, match="concept"):
         read_groups("x", "", 1, 0)
     arrays |= {"concept": np.array(["fox"]), "style": np.array(["baroque"])}

@@ -9,8 +9,8 @@ import pytest
 import small_judge
 from PIL import Image
 
-from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.evals import cost, psnr
+from dalle2_jax.pipelines.dalle2 import DALLE2
 
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
@@ -46,10 +46,10 @@ class Bicubic:
         image_size = 16
 
         def __call__(self, params, small, keys):
-            from dalle2_jax import images
+            from dalle2_jax.imaging import arrays
 
             assert len(keys) == len(small)
-            return images.resize(small, 16, "bicubic")
+            return arrays.resize(small, 16, "bicubic")
 
     decoder = type("Decoder", (), {"image_size": 8})
     upsamplers, params = {"upsampler_16": Stage()}, {"upsampler_16": {}}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle2_jax import sharding
 from dalle2_jax.nets import chunked
 from dalle2_jax.nets.attention import LONG, attention, attention_by_einsum, without_kernels
 from dalle2_jax.nets.chunked import attention_by_chunks
 from dalle2_jax.nets.flash import flash_attention
 from dalle2_jax.nets.transformer import causal_mask
+from dalle2_jax.parallel import sharding
 
 
 def inputs(b, n, m, heads, d, dtype=jnp.float32):

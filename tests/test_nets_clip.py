@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_cascade import CONFIGS, CONTEXT, DIM, VOCAB, batch, randomised
 
-from dalle2_jax import images
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.clip import CLIP, normalise, text_mask
 
 MODEL = CONFIGS["clip"]["model"]
@@ -18,7 +18,7 @@ EOT = VOCAB - 1
 @pytest.fixture(scope="module")
 def clip():
     network = CLIP(**MODEL)
-    pictures, tokens = images.to_float(batch()["image"]), batch()["tokens"]
+    pictures, tokens = arrays.to_float(batch()["image"]), batch()["tokens"]
     params = jax.jit(network.init)(jax.random.key(0), pictures, tokens)["params"]
     return network, randomised(params), pictures, tokens
 

@@ -11,11 +11,12 @@ import pytest
 import small_karlo
 from safetensors.numpy import load_file, save_file
 
-from dalle2_jax import DALLE2, licence, model_folder
+from dalle2_jax import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import find
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.export import export_model
+from dalle2_jax.storage import licence, model_folder
 
 STEPS = {"prior": 2, "decoder": 2, "upsampler_16": 2}
 

@@ -10,11 +10,12 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from dalle2_jax import DALLE2, model_folder
+from dalle2_jax import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import diffusers, names, openai
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.sampling import load
+from dalle2_jax.storage import model_folder
 
 DIM, VOCAB, CONTEXT = 12, 90, 7
 RULES = {

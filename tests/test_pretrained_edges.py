@@ -10,11 +10,12 @@ import pytest
 import small_karlo
 from test_pretrained import Hub, change
 
-from dalle2_jax import DALLE2, model_folder
+from dalle2_jax import DALLE2
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import find, names, recognise
 from dalle2_jax.pretrained.convert import check_free, import_model
 from dalle2_jax.pretrained.export import export_model
+from dalle2_jax.storage import model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,13 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
-from dalle2_jax.options import construct
 from dalle2_jax.sampling.ar_prior import Settings as ARSettings
-from dalle2_jax.sampling.choices import chosen
 from dalle2_jax.sampling.decoder import DecoderSampler
+from dalle2_jax.sampling.overrides import chosen
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
+from dalle2_jax.validation.sections import construct
 
 PROCESS = Process("cosine", 20, "x_0")
 KEY_DATA = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), 3)))

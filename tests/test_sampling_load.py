@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dalle2_jax.dalle2 import DALLE2
 from dalle2_jax.errors import UserError
+from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.sampling import load
 
 

@@ -10,13 +10,15 @@ import pytest
 import small_cascade
 from small_cascade import CONFIGS, batch, config, randomised
 
-from dalle2_jax import build, degradation, images, model_folder
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays, degradation
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import construct
+from dalle2_jax.storage import model_folder
+from dalle2_jax.validation.sections import construct
 
 NETWORKS = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
 
@@ -148,13 +150,13 @@ def test_the_upsampler_learns_from_the_same_window_twice_the_smaller_corrupted(d
     task = make("upsampler", "", task__degradation=degradation, task__noise_std=0.0, **sizes)
     y, x = np.mgrid[:64, :64]
     ramps = np.stack([y, x, (y // 4 + x // 4) % 2 * 64], axis=-1) / 40 - 0.8
-    pictures = images.to_uint8(jnp.asarray([ramps] * 6))
+    pictures = arrays.to_uint8(jnp.asarray([ramps] * 6))
     low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
     assert (low.shape, x_0.shape) == ((6, 8, 8, 3), (6, 32, 32, 3))
     places = x_0.mean((1, 2))  # of a ramp the mean tells the place
     assert (places.std(axis=0)[:2] > 0.05).all()
     np.testing.assert_allclose(low.mean((1, 2)), places, atol=0.1)
-    assert np.abs(low - images.resize(x_0, 8, "area")).max() > 1e-3
+    assert np.abs(low - arrays.resize(x_0, 8, "area")).max() > 1e-3
 
 
 def test_bsr_sees_what_is_eight_times_larger_at_four_times(monkeypatch):
@@ -182,7 +184,7 @@ def test_a_share_of_the_small_pictures_stays_true():
     for share, low_count, high_count in ((0.0, 32, 32), (0.5, 8, 24), (1.0, 0, 0)):
         task = make("upsampler", "", task__degraded_share=share, **told)
         low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
-        error = jnp.abs(low - images.resize(x_0, 8, "area")).max((1, 2, 3))
+        error = jnp.abs(low - arrays.resize(x_0, 8, "area")).max((1, 2, 3))
         assert low_count <= (error < 1e-5).sum() <= high_count
 
 
@@ -240,12 +242,12 @@ def test_previews_are_pictures_beside_the_true_ones(stage, size, columns, clip_f
         assert picture.shape == (shown, columns, size, size, 3) and picture.dtype == jnp.uint8
     # the upsampler's true picture stands last, the others' first
     place = -1 if stage == "upsampler" else 0
-    true = images.resize(images.to_float(batch()["image"]), size, "area")
-    np.testing.assert_array_equal(picture[0, place], images.to_uint8(true)[0])
+    true = arrays.resize(arrays.to_float(batch()["image"]), size, "area")
+    np.testing.assert_array_equal(picture[0, place], arrays.to_uint8(true)[0])
 
 
 def test_the_nearest_pictures_come_in_order():
-    from dalle2_jax.tasks import previews
+    from dalle2_jax.tasks.shared import previews
 
     angles = np.deg2rad([0, 50, 100, 20, 170])
     z = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -14,8 +14,11 @@ import small_cascade
 from small_cascade import CONTEXT, DIM, batch, randomised
 from toy_task import losses
 
-from dalle2_jax import build, images, model_folder, sharding
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tasks.ar_prior import directions
 from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import decay_mask
@@ -50,7 +53,7 @@ def embeddings(task, batches):
     pairs = []
     for given in batches:
         given = jax.tree.map(jnp.asarray, given)
-        z = task.clip.encode_image(task.frozen()["clip"], images.to_float(given["image"]))
+        z = task.clip.encode_image(task.frozen()["clip"], arrays.to_float(given["image"]))
         pairs.append((z, task.clip.encode_text(task.frozen()["clip"], given["tokens"]).z_txt))
     return tuple(np.concatenate(x).astype(np.float64) for x in zip(*pairs, strict=True))
 
@@ -186,7 +189,7 @@ def test_the_loss_is_the_cross_entropy_of_the_codes(task):
     made, params = task
     value, metrics = loss_of(made, params, train=False)
     given, frozen = batch(), made.frozen()
-    z = made.clip.encode_image(frozen["clip"], images.to_float(given["image"]))
+    z = made.clip.encode_image(frozen["clip"], arrays.to_float(given["image"]))
     text = made.clip.encode_text(frozen["clip"], given["tokens"])
     logits, codes = made.network.apply({"params": params}, z, *text)
     p = np.asarray(jax.nn.softmax(logits))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from meshes import within
 
-from dalle2_jax import sharding
-from dalle2_jax.tasks import contrastive
-from dalle2_jax.tasks.contrastive import contrast
+from dalle2_jax.parallel import sharding
+from dalle2_jax.tasks.shared import contrastive
+from dalle2_jax.tasks.shared.contrastive import contrast
 
 MESHES = [(1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (1, 4, 2)]
 

@@ -10,11 +10,13 @@ import pytest
 import small_cascade
 from small_cascade import KARLO, batch, randomised
 
-from dalle2_jax import build, images, model_folder
+from dalle2_jax import build
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tasks.decoder import disturb
-from dalle2_jax.tasks.denoising import denoising_loss
+from dalle2_jax.tasks.shared.denoising import denoising_loss
 from dalle2_jax.tokenizer import Tokenizer
 
 
@@ -90,7 +92,7 @@ def test_the_prior_learns_the_standardised_embedding(clip_folder):
     task, params = make("prior", clip_folder)
     params["out"] = jax.tree.map(jnp.zeros_like, params["out"])
     loss, _, grads = gradients(task, params)
-    z = task.clip.encode_image(task.frozen()["clip"], images.to_float(batch()["image"]))
+    z = task.clip.encode_image(task.frozen()["clip"], arrays.to_float(batch()["image"]))
     assert not np.allclose(np.linalg.norm(z, axis=1), 1)
     mean, std = (np.asarray(params[name]) for name in ("mean", "std"))
     assert loss == pytest.approx(np.square((np.asarray(z) - mean) / std).mean(), rel=1e-4)

@@ -11,12 +11,13 @@ import pytest
 import small_cascade
 from meshes import within
 
-from dalle2_jax import build, sharding
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
-from dalle2_jax.fsdp import gathering
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.tasks import sam
-from dalle2_jax.tasks.contrastive import contrast
+from dalle2_jax.parallel import sharding
+from dalle2_jax.parallel.fsdp import gathering
+from dalle2_jax.tasks.shared import sam
+from dalle2_jax.tasks.shared.contrastive import contrast
 
 RHO, REPLICA, BATCH = 0.1, 2, 16
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from toy_task import ToyTask, config
 
-from dalle2_jax import sharding
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state
 from dalle2_jax.train.step import make_train_step

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset
 
-from dalle2_jax import model_folder
 from dalle2_jax.errors import UserError
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train import checks, loop
 from dalle2_jax.train.checks import (
     check_best_metric,

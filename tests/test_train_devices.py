@@ -8,7 +8,8 @@ import optax
 import pytest
 import small_cascade
 
-from dalle2_jax import build, sharding
+from dalle2_jax import build
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen

@@ -16,9 +16,11 @@ import pytest
 import toy_task
 from toy_task import ToyTask, losses
 
-from dalle2_jax import build, remote, sharding
+from dalle2_jax import build
 from dalle2_jax.data import examples
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import paths
 from dalle2_jax.train import hosts, loop
 from dalle2_jax.train.bucket import BucketLines
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
@@ -161,7 +163,7 @@ def test_two_hosts_share_a_workdir_in_a_bucket(start, tmp_path, monkeypatch):
     assert "step 4/6" in said and "step 3/6" not in said
     saved = {n.split("/")[3] for n in fake_bucket.names("bucket/run/checkpoints/")}
     assert saved == {"3", "6"}
-    lines = BucketLines.read(remote.to_path("gs://bucket/run/metrics.jsonl"))
+    lines = BucketLines.read(paths.to_path("gs://bucket/run/metrics.jsonl"))
     told = {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
 
     loop.train(toy_task.config(**SPLIT), ToyTask(), toy_task.dataset(), tmp_path / "one")

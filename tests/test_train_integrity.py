@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset
 
-from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train import loop, manifest
 from dalle2_jax.train.checkpoint import Checkpoints
 from dalle2_jax.train.optimizer import make_optimizer

@@ -9,10 +9,11 @@ import small_cascade
 import small_karlo
 from flax import traverse_util
 
-from dalle2_jax import build, model_folder
-from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax import build
+from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.export import export_model
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("compile_once", "one_device")

@@ -16,8 +16,9 @@ import pytest
 import toy_task
 from toy_task import ToyTask, config, dataset, losses
 
-from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import loop, side
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock

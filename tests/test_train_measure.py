@@ -8,10 +8,12 @@ import pytest
 import small_cascade
 from toy_task import losses
 
-from dalle2_jax import build, model_folder, sharding
-from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax import build
 from dalle2_jax.diffusion import analytic
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train import loop
 from dalle2_jax.train.step import global_batch, make_measure, place_frozen
 

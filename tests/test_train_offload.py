@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset, losses
 
-from dalle2_jax import build, model_folder, sharding
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset, losses
 
-from dalle2_jax import sharding
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.recovery import Recovery

@@ -8,9 +8,10 @@ import pytest
 import small_cascade
 from toy_task import losses
 
-from dalle2_jax import build, licence, model_folder
-from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax import build
 from dalle2_jax.errors import UserError
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.storage import licence, model_folder
 from dalle2_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("compile_once", "one_device")

@@ -33,13 +33,13 @@ def whole(tmp_path_factory):
     """A workdir of four steps."""
     workdir = tmp_path_factory.mktemp("whole") / "w"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle2_jax.sharding.make_mesh", one_device_mesh())
+        patch.setattr("dalle2_jax.parallel.sharding.make_mesh", one_device_mesh())
         loop.train(config(num_steps=4), ToyTask(), dataset(), workdir)
     return workdir
 
 
 def one_device_mesh():
-    from dalle2_jax.sharding import make_mesh
+    from dalle2_jax.parallel.sharding import make_mesh
 
     return lambda sizes: make_mesh({}, jax.devices()[:1])
 

@@ -6,9 +6,9 @@ import dataclasses
 import os
 from typing import Any
 
-from dalle2_jax import options
 from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import FULL_VOCAB_SIZE, Tokenizer
+from dalle2_jax.validation import sections
 
 SOURCES = ("emoji", "tfds", "folder")
 _KINDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
@@ -62,15 +62,15 @@ class DataConfig:
             if kind in _KINDS and not _is(value, kind):
                 raise UserError(f"config.data.{field.name}={value!r} must be {_KINDS[kind]}")
         if self.source not in SOURCES:
-            near = options.near_miss(self.source, SOURCES)
+            near = sections.near_miss(self.source, SOURCES)
             raise UserError(f"config.data.source={self.source!r} is unknown{near}")
         if not self.path.strip():  # else the current folder
             raise UserError("config.data.path is empty: name a folder")
-        options.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
-        options.check_range("config.data", 1, 2**16, stream_parts=self.stream_parts)
-        options.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
-        options.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
-        options.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
+        sections.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
+        sections.check_range("config.data", 1, 2**16, stream_parts=self.stream_parts)
+        sections.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
+        sections.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
+        sections.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
         Tokenizer(self.context_length, self.vocab_size)  # it knows which there are
         if not _is_crop_scale(self.crop_scale):
             raise UserError(

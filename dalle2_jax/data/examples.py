@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import decode
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import decode
 from dalle2_jax.tokenizer import Tokenizer
 
 CENTRE = (1.0, 0.5, 0.5)

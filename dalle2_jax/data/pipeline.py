@@ -18,12 +18,14 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from dalle2_jax import options
-from dalle2_jax.data import decode, folder_source, stream, tfds_source
+from dalle2_jax.data import stream
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.data.examples import CENTRE, Damage, Examples, PictureCache, TokenTable
+from dalle2_jax.data.sources import image_folder, tfds_folder
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import decode
 from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.validation import sections
 
 _PREFETCH = 3
 _GROUP_SIZE = 2
@@ -227,7 +229,7 @@ def make_dataset(
       UserError: an unknown key or source, a value of the wrong kind or out of range, a missing or
         empty path, see the sources.
     """
-    data = options.construct(DataConfig, config, "config.data")
+    data = sections.construct(DataConfig, config, "config.data")
     return Batches(
         data, split or data.split, batch_size, np.arange(batch_size) if rows is None else rows
     )
@@ -262,8 +264,8 @@ def _whole_parts(rows: np.ndarray, batch_size: int) -> int:
 
 def _open(config: DataConfig, split: str) -> Examples | list[stream.Stream]:
     if config.source == "folder":
-        return folder_source.open_folder(config.path, split, config.eval_split)
-    source = tfds_source.open_split(config.path, split, config.subset)
+        return image_folder.open_folder(config.path, split, config.eval_split)
+    source = tfds_folder.open_split(config.path, split, config.subset)
     streamed = source.num_bytes > config.ram_gb * 2**30
     if streamed and not config.group_by:
         buffer = int(source.num_records * config.ram_gb * 2**30 / source.num_bytes)
@@ -277,9 +279,9 @@ def _open(config: DataConfig, split: str) -> Examples | list[stream.Stream]:
             f"config.data.group_by={config.group_by!r} needs {config.path} in memory: "
             f"config.data.ram_gb={source.num_bytes / 2**30:.1f} or more"
         )
-    records = tfds_source.read_records(source)
+    records = tfds_folder.read_records(source)
     if config.group_by:
-        records = tfds_source.sort_records(source, records, config.group_by)
-    captions = [tfds_source.captions_of(r, source.caption_feature) for r in records]
+        records = tfds_folder.sort_records(source, records, config.group_by)
+    captions = [tfds_folder.captions_of(r, source.caption_feature) for r in records]
     name = f"{config.path} ({split})"
     return Examples(name, [r["image"] for r in records], captions)

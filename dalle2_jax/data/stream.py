@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dalle2_jax.data import decode
 from dalle2_jax.data.examples import Damage
-from dalle2_jax.data.tfds_source import Prepared
+from dalle2_jax.data.sources.tfds_folder import Prepared
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import decode
 
 _PLACES = 2**40  # more than a run has
 

@@ -7,7 +7,7 @@ stopped by Ctrl-C.
 
 from __future__ import annotations
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -37,12 +37,12 @@ def main() -> None:
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
     # Late: a mistake in the flags and Ctrl-C are told at once.
-    from dalle2_jax import pictures
     from dalle2_jax.evals import draw, report
     from dalle2_jax.evals.groups import HELD_OUT
+    from dalle2_jax.imaging import files
 
     commands.keep_compiled_programs()
-    out = pictures.prepare_folder(OUT.value)
+    out = files.prepare_folder(OUT.value)
     model = common.model().with_settings(STEPS.value, CFG_SCALE.value, SAMPLER.value)
     judge = common.judge_of(model)
     groups, pool = common.groups(NUM.value)

@@ -13,9 +13,9 @@ from absl import flags
 from dalle2_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.evals.groups import Group
     from dalle2_jax.evals.judge import Judge
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
 WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
 JUDGE = flags.DEFINE_string(
@@ -33,7 +33,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the pairs and of all noise.", 0, 2**3
 
 def model() -> DALLE2:
     """Of --weights and --size. UserError as of `DALLE2.from_pretrained`."""
-    from dalle2_jax.dalle2 import DALLE2
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
     return DALLE2.from_pretrained(WEIGHTS.value, size=SIZE.value)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dalle2_jax.dalle2 import DALLE2
-from dalle2_jax.fit.sampling import flops_by_stage
+from dalle2_jax.aot.sampling import flops_by_stage
+from dalle2_jax.pipelines.dalle2 import DALLE2
 
 
 class Clock:

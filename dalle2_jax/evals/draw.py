@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax.dalle2 import DALLE2
-from dalle2_jax.data.emoji_words import unit_hash
+from dalle2_jax.data.emoji.words import unit_hash
+from dalle2_jax.pipelines.dalle2 import DALLE2
 
 Progress = Callable[[int], None]
 """Called with the number of pictures that were just drawn."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle2_jax.data.emoji_words import STYLES, caption, unit_hash
+from dalle2_jax.data.emoji.words import STYLES, caption, unit_hash
 from dalle2_jax.errors import UserError
 
 HELD_OUT = "held-out pairs"
@@ -49,11 +49,11 @@ def read_groups(
     Raises:
         UserError: no such data set, an empty split, or one without concepts and styles.
     """
-    from dalle2_jax.data import tfds_source  # late: it loads TensorFlow
+    from dalle2_jax.data.sources import tfds_folder  # late: it loads TensorFlow
 
     groups, pool = [], set()
     for name, split in SPLITS.items():
-        arrays = tfds_source.load_arrays(path, split, subset, decoded=False)
+        arrays = tfds_folder.load_arrays(path, split, subset, decoded=False)
         if "concept" not in arrays or "style" not in arrays:
             raise UserError(f"{path}: no features `concept` and `style`: give the emoji set")
         pairs = list(zip(arrays["concept"].tolist(), arrays["style"].tolist(), strict=True))
@@ -66,5 +66,5 @@ def read_groups(
         drawn = sorted(first, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
         encoded = arrays["image"][[first[pair] for pair in drawn]]
         where = f"{path}: split {split!r}"
-        groups.append(Group(name, drawn, tfds_source.decode_pictures(encoded, where)))
+        groups.append(Group(name, drawn, tfds_folder.decode_pictures(encoded, where)))
     return groups, sorted(pool)

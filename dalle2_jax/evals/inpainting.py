@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -27,13 +27,13 @@ def main() -> None:
     import numpy as np  # late: Ctrl-C is told at once
     from tqdm import tqdm
 
-    from dalle2_jax import pictures
-    from dalle2_jax.data.decode import crop_resize
     from dalle2_jax.evals import draw, report, seams
     from dalle2_jax.evals.groups import Group
+    from dalle2_jax.imaging import files
+    from dalle2_jax.imaging.decode import crop_resize
 
     commands.keep_compiled_programs()
-    out = pictures.prepare_folder(OUT.value)
+    out = files.prepare_folder(OUT.value)
     model = common.model()
     judge = common.judge_of(model)
     held_out, pool = common.held_out_pairs(NUM.value)
@@ -80,7 +80,7 @@ def main() -> None:
     print(report.to_markdown(scores))
     print(seams.to_markdown(lines))
     grid = np.stack(columns, axis=1)[:12].reshape(-1, size, size, 3)
-    pictures.save_png(out / "inpainting.png", pictures.labelled_grid(grid, len(columns)))
+    files.save_png(out / "inpainting.png", files.labelled_grid(grid, len(columns)))
     print(out / "inpainting.png")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -29,14 +29,14 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from dalle2_jax import images
+    from dalle2_jax.imaging import arrays
 
     commands.keep_compiled_programs()
     model = dataclasses.replace(common.model(), upsamplers={}, size=None)
     held_out, _ = common.held_out_pairs(NUM.value)
-    pixels = images.to_float(jnp.asarray(held_out.pictures))
-    given = images.resize(pixels, model.image_size, "area")
-    given = np.asarray(images.to_uint8(given)).astype(float)
+    pixels = arrays.to_float(jnp.asarray(held_out.pictures))
+    given = arrays.resize(pixels, model.image_size, "area")
+    given = np.asarray(arrays.to_uint8(given)).astype(float)
 
     lines = [
         "| steps | iterations | PSNR, dB | worst | deviation of x_T |",

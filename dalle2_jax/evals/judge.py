@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from dalle2_jax import model_folder
-from dalle2_jax.data import emoji_words
+from dalle2_jax.data.emoji import words
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.preprocess import preprocess
+from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
 # Words that every caption holds; a keyword beside the name would say more than was asked.
-TEMPLATES = tuple(i for i, t in enumerate(emoji_words.TEMPLATES) if "{tag}" not in t)
+TEMPLATES = tuple(i for i, t in enumerate(words.TEMPLATES) if "{tag}" not in t)
 _TEXTS_A_PICTURE = 4  # of a batch: a caption costs far less than a picture
 
 
@@ -89,7 +89,7 @@ class Judge:
         The mean takes away what is due to one template's words (prompt ensembling, 2103.00020,
         section 3.1.4).
         """
-        captions = [emoji_words.caption(c, s, template) for c, s in pairs for template in TEMPLATES]
+        captions = [words.caption(c, s, template) for c, s in pairs for template in TEMPLATES]
         large = dataclasses.replace(self, batch_size=self.batch_size * _TEXTS_A_PICTURE)
         z = large.embed_captions(captions).reshape(len(pairs), len(TEMPLATES), -1).mean(axis=1)
         return z / np.linalg.norm(z, axis=-1, keepdims=True)

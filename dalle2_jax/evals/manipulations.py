@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 import numpy as np
@@ -22,8 +22,8 @@ from tqdm import tqdm
 from dalle2_jax.evals import common
 
 if TYPE_CHECKING:
-    from dalle2_jax.dalle2 import DALLE2
     from dalle2_jax.evals.groups import Group
+    from dalle2_jax.pipelines.dalle2 import DALLE2
 
 NUM = flags.DEFINE_integer("num", 100, "Pictures a group that are varied.", 2)
 NUM_WAYS = flags.DEFINE_integer("num_ways", 32, "Pictures that go each way.", 2)
@@ -85,18 +85,18 @@ def _variations(model: DALLE2) -> dict[str, Callable[[Group], np.ndarray]]:
 def _rows(group: Group, scores: Any, drawn: Mapping[str, np.ndarray]) -> Iterator[str]:
     import jax.numpy as jnp
 
-    from dalle2_jax import images
     from dalle2_jax.evals.psnr import psnr
+    from dalle2_jax.imaging import arrays
 
-    given = images.to_float(jnp.asarray(group.pictures))
+    given = arrays.to_float(jnp.asarray(group.pictures))
     for name, score in scores.items():
         cells = [
             f"{group.name}: {name}",
             *(f"{score[of]:.0f} ± {score[f'{of}_error']:.0f}" for of in ("concept", "style")),
         ]
         if name in drawn and not name.startswith("drawn"):
-            made = images.to_float(jnp.asarray(drawn[name]))
-            near = psnr(made, images.resize(given, made.shape[1], "area"))
+            made = arrays.to_float(jnp.asarray(drawn[name]))
+            near = psnr(made, arrays.resize(given, made.shape[1], "area"))
             cells.append(f"{near.mean():.1f}")
         yield f"| {' | '.join(cells)} |" + " |" * (4 - len(cells))
 

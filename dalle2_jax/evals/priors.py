@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -30,9 +30,9 @@ _COLUMNS = ("concept first, %", "style first, %", "CLIP score", "Frechet distanc
 def main() -> None:
     import numpy as np  # late: Ctrl-C is told at once
 
-    from dalle2_jax.embeddings import normalise
     from dalle2_jax.evals import draw, report
     from dalle2_jax.evals.groups import Group
+    from dalle2_jax.pipelines.embeddings import normalise
     from dalle2_jax.sampling.priors import NAMES
 
     commands.keep_compiled_programs()

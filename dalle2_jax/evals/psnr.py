@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import degradation, images
-from dalle2_jax.dalle2 import DALLE2
+from dalle2_jax.imaging import arrays, degradation
+from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.types import Array
 
 # unCLIP, section 2.1: what the input of the first upsampler is spoilt by, and of the later ones.
@@ -24,8 +24,8 @@ def psnr(made: Array | np.ndarray, true: Array | np.ndarray) -> np.ndarray:
 
 def enlarged(pictures: np.ndarray, size: int) -> np.ndarray:
     """uint8 [n, h, w, 3] -> uint8 [n, size, size, 3], bicubically."""
-    one_by_one = (images.to_float(picture[None]) for picture in pictures)
-    return np.concatenate([images.to_uint8(images.resize(x, size, "bicubic")) for x in one_by_one])
+    one_by_one = (arrays.to_float(picture[None]) for picture in pictures)
+    return np.concatenate([arrays.to_uint8(arrays.resize(x, size, "bicubic")) for x in one_by_one])
 
 
 def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> str:
@@ -49,7 +49,7 @@ def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> st
             key = jax.random.fold_in(jax.random.key(seed), start)
             key, key_spoil = jax.random.split(key)
             true, small = _pair(key_spoil, pictures[start : start + batch_size], low, high, told)
-            bicubic.append(psnr(images.resize(small, high, "bicubic"), true))
+            bicubic.append(psnr(arrays.resize(small, high, "bicubic"), true))
             for stage in part:
                 key, key_stage = jax.random.split(key)
                 keys = jax.random.split(key_stage, len(small))
@@ -64,11 +64,11 @@ def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> st
 
 def _pair(key: Array, pictures: np.ndarray, low: int, high: int, told: str) -> tuple[Array, Array]:
     """uint8 pictures -> float [b, high, high, 3] and the small ones [b, low, low, 3]."""
-    true = images.resize(images.to_float(jnp.asarray(pictures)), high, "area")
-    small = images.resize(true, low, "area")
+    true = arrays.resize(arrays.to_float(jnp.asarray(pictures)), high, "area")
+    small = arrays.resize(true, low, "area")
     if told == BLURRED:
-        small = images.gaussian_blur(small)
+        small = arrays.gaussian_blur(small)
     elif told == DEGRADED:
-        seen = images.resize(true, min(high, 4 * low), "area")  # as in `tasks.upsampler`
+        seen = arrays.resize(true, min(high, 4 * low), "area")  # as in `tasks.upsampler`
         small = degradation.bsr(key, seen, low, degradation.BSR_LIGHT)
     return true, small

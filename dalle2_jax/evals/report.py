@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import images, pictures
-from dalle2_jax.data.emoji_words import STYLES
+from dalle2_jax.data.emoji.words import STYLES
 from dalle2_jax.errors import UserError
 from dalle2_jax.evals import frechet, retrieval
 from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
-from dalle2_jax.files import replacing
+from dalle2_jax.imaging import arrays, files
+from dalle2_jax.storage.atomic import replacing
 
 NUM_CANDIDATES = 100
 _GRID_PAIRS, _GRID_COLUMNS, _GRID_SIDE = 24, 8, 96
@@ -155,12 +155,12 @@ def held_out_grid(group: Group, drawn: np.ndarray) -> np.ndarray:
     both = np.stack([drawn, true], axis=1).reshape(-1, *drawn.shape[1:])
     labels = [text for caption in group.captions[:_GRID_PAIRS] for text in (caption, "(true)")]
     scale = max(1, -(-_GRID_SIDE // drawn.shape[1]))
-    return pictures.labelled_grid(both, _GRID_COLUMNS, picture_labels=labels, scale=scale)
+    return files.labelled_grid(both, _GRID_COLUMNS, picture_labels=labels, scale=scale)
 
 
 def _resized(images_uint8: np.ndarray, size: int) -> np.ndarray:
-    x = images.to_float(jnp.asarray(images_uint8))
-    return np.asarray(images.to_uint8(images.resize(x, size, "bicubic")))
+    x = arrays.to_float(jnp.asarray(images_uint8))
+    return np.asarray(arrays.to_uint8(arrays.resize(x, size, "bicubic")))
 
 
 def write(folder: Path, about: Mapping[str, Any], report: Report, grid: np.ndarray) -> None:
@@ -172,4 +172,4 @@ def write(folder: Path, about: Mapping[str, Any], report: Report, grid: np.ndarr
                 temporary.write_text(content, encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
-    pictures.save_png(folder / "held_out_pairs.png", grid, about)
+    files.save_png(folder / "held_out_pairs.png", grid, about)

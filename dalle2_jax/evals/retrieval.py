@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle2_jax.data.emoji_words import unit_hash
+from dalle2_jax.data.emoji.words import unit_hash
 
 
 def candidates(pool: Sequence[str], asked: str, num: int, *seed: str) -> list[str]:

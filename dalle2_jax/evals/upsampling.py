@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle2_jax import commands  # first: it tells where no library is installed
+from dalle2_jax.cli import commands  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -37,7 +37,7 @@ def main() -> None:
     if side % largest:
         raise UserError(
             f"{common.DATA.value}: pictures of {side} px are no measure for those of {largest} px; "
-            f"make some: python -m dalle2_jax.data.emoji --size {largest} --out FOLDER"
+            f"make some: python -m dalle2_jax.data.emoji.write --size {largest} --out FOLDER"
         )
 
     print(psnr.table(model, group.pictures, BATCH_SIZE.value, common.SEED.value), flush=True)

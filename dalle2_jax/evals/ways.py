@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_jax.dalle2 import DALLE2
-from dalle2_jax.data.emoji_words import STYLES, caption
+from dalle2_jax.data.emoji.words import STYLES, caption
 from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
+from dalle2_jax.pipelines.dalle2 import DALLE2
 
 Pair = tuple[str, str]
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from dalle2_jax.nets.chunked import attention_by_chunks
 from dalle2_jax.nets.flash import MOST_CHANNELS, flash_attention
-from dalle2_jax.shards import BATCH_AXES, batch_shards
+from dalle2_jax.parallel.shards import BATCH_AXES, batch_shards
 from dalle2_jax.types import Array
 
 # Queries from which logits are not held whole. Compiled for v5e, 8 examples of 16 heads, the

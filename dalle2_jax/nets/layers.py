@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.shards import whole_rows
+from dalle2_jax.parallel.shards import whole_rows
 from dalle2_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")

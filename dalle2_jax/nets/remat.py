@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import near_miss
+from dalle2_jax.validation.sections import near_miss
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
 from dalle2_jax.nets.layers import Conv3x3, GroupNorm
 from dalle2_jax.nets.remat import rematerialised
-from dalle2_jax.shards import whole_rows
+from dalle2_jax.parallel.shards import whole_rows
 from dalle2_jax.types import Array
 
 

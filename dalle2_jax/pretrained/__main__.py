@@ -23,7 +23,8 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from dalle2_jax import commands, remote  # first: it tells where no library is installed
+from dalle2_jax.cli import commands
+from dalle2_jax.storage import paths  # first: it tells where no library is installed
 
 # isort: split
 from absl import flags
@@ -43,11 +44,14 @@ def main(verb: str, source: str) -> None:
         raise UserError("--out is missing: name the folder to write")
     if DTYPE.value and verb == "export":
         raise UserError("--dtype is for import: what is exported keeps its type")
-    if remote.is_remote(OUT.value):
+    if paths.is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: name a folder of this machine, and copy it from there")
     out, dtype = Path(os.path.expanduser(OUT.value)), cast(Any, DTYPE.value)
-    from dalle2_jax import licence, model_folder  # late: mistakes in the flags are told at once
     from dalle2_jax.pretrained import convert, export, find
+    from dalle2_jax.storage import (  # late: mistakes in the flags are told at once
+        licence,
+        model_folder,
+    )
 
     convert.check_free(out)  # before anything is downloaded
     if verb == "import":

@@ -16,11 +16,11 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import licence, model_folder, remote
 from dalle2_jax.errors import UserError
-from dalle2_jax.files import STALE_SECONDS
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.sampling import load
+from dalle2_jax.storage import licence, model_folder, paths
+from dalle2_jax.storage.atomic import STALE_SECONDS
 
 _UNFINISHED = ".unfinished"  # how the name of a folder ends that is being written
 
@@ -62,7 +62,7 @@ def appearing(out: Path) -> Iterator[Path]:
             yield folder
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {remote.reason(error)}") from error
+        raise UserError(f"cannot write {out}: {paths.reason(error)}") from error
 
 
 def check_free(out: Path) -> None:
@@ -70,7 +70,7 @@ def check_free(out: Path) -> None:
     try:
         taken = out.exists()
     except OSError as error:
-        raise UserError(f"cannot write {out}: {remote.reason(error)}") from error
+        raise UserError(f"cannot write {out}: {paths.reason(error)}") from error
     if taken:
         raise UserError(f"{out} is there already: give another folder, or remove it")
 

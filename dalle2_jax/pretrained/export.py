@@ -18,14 +18,14 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from dalle2_jax import licence, model_folder
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
-from dalle2_jax.files import replacing
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.pretrained.convert import appearing
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.storage import licence, model_folder
+from dalle2_jax.storage.atomic import replacing
 from dalle2_jax.tokenizer import EOT, SOT, vocabulary
 from dalle2_jax.types import Params
 

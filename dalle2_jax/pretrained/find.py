@@ -10,12 +10,12 @@ from pathlib import Path
 
 from absl import logging
 
-from dalle2_jax import licence, model_folder, remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import recognise
 from dalle2_jax.pretrained.clip import OPEN_CLIP_WEIGHTS
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.sources import SUFFIXES, WEIGHTS
+from dalle2_jax.storage import licence, model_folder, paths
 from dalle2_jax.version import __version__
 
 
@@ -45,7 +45,7 @@ def source(name: str | os.PathLike[str]) -> Path:
 def _folder(name: str | os.PathLike[str]) -> Path:
     text = os.fspath(name)
     if _foreign_bucket(text):
-        return remote.local_copy(remote.to_path(text))
+        return paths.local_copy(paths.to_path(text))
     if found := model_folder.here(name):
         return found
     folder = model_folder.download(text, model_folder.SETTINGS)
@@ -70,10 +70,10 @@ def _patterns(part: Path, suffix: str) -> list[str]:
 
 
 def _foreign_bucket(name: str) -> bool:
-    if not remote.is_remote(name):
+    if not paths.is_remote(name):
         return False
-    with remote.told("cannot read", name):
-        return recognise.is_foreign(remote.to_path(name))
+    with paths.told("cannot read", name):
+        return recognise.is_foreign(paths.to_path(name))
 
 
 def _imported(found: Path, name: str) -> Path:
@@ -93,13 +93,13 @@ def _imported(found: Path, name: str) -> Path:
     terms = recognise.licence_of(found)
     told = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
     mark = hashlib.sha256(told.encode()).hexdigest()[:16]
-    out = remote.cache() / "imported" / f"{name}-{mark}"
+    out = paths.cache() / "imported" / f"{name}-{mark}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with remote.only_process(out):
+        with paths.only_process(out):
             if not out.exists():
                 logging.info("importing %s into %s, once", found, out)
                 import_model(found, out)
     except OSError as error:
-        raise UserError(f"cannot import {found} into {out}: {remote.reason(error)}") from error
+        raise UserError(f"cannot import {found} into {out}: {paths.reason(error)}") from error
     return out

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dalle2_jax import licence, model_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import clip, kandinsky, karlo, unclip
 from dalle2_jax.pretrained.sources import Stage, read_json
+from dalle2_jax.storage import licence, model_folder
 
 PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
 

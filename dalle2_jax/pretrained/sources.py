@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dalle2_jax import remote
 from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import torchscript
 from dalle2_jax.pretrained.names import Rule
+from dalle2_jax.storage import paths
 
 Tensors = dict[str, Callable[[], np.ndarray]]
 """{name: what reads the tensor}; nothing is read before."""
@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the whole model again") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {remote.reason(error)}") from error
+        raise UserError(f"cannot read {path}: {paths.reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from error
     if not isinstance(found, dict):

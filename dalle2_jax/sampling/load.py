@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 
-from dalle2_jax import arguments, model_folder
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.ar_prior import ARPrior
@@ -20,14 +19,16 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import construct
 from dalle2_jax.sampling.ar_prior import ARPriorSampler
 from dalle2_jax.sampling.ar_prior import Settings as ARSettings
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings, StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
+from dalle2_jax.storage import model_folder
 from dalle2_jax.types import Params
+from dalle2_jax.validation import arguments
+from dalle2_jax.validation.sections import construct
 
 Sampler = TypeVar("Sampler", bound=StageSampler)
 

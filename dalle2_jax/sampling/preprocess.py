@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import images
-from dalle2_jax.pictures import middle_square
+from dalle2_jax.imaging import arrays
+from dalle2_jax.imaging.files import middle_square
 from dalle2_jax.types import Array
 
 
@@ -35,4 +35,4 @@ def middle(pictures: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=1)
 def shrunk(pictures: Array | np.ndarray, size: int) -> Array:
     """uint8 [b, h, w, 3] -> float32 [b, size, size, 3] in [-1, 1], as training shrinks them."""
-    return images.resize(images.to_float(jnp.asarray(pictures)), size, "area")
+    return arrays.resize(arrays.to_float(jnp.asarray(pictures)), size, "area")

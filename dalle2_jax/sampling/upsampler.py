@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from dalle2_jax import images
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.stage import Progress, StageSampler
 from dalle2_jax.types import Array, Params
@@ -57,7 +57,7 @@ class UpsamplerSampler(StageSampler):
         `noise` [1 + steps, b, image_size, image_size, 3] and `known` [b, image_size, image_size,
         4]: see `StageSampler.draw`.
         """
-        cond = {"low_res": images.resize(low_res, self.image_size, "bicubic")}
+        cond = {"low_res": arrays.resize(low_res, self.image_size, "bicubic")}
         if known is not None:
             cond["known"] = known
         return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dalle2_jax import images, sharding
-from dalle2_jax.arguments import whole
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.ar_prior import EXACT, ARPrior, Statistics
 from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.options import check_range, construct, plain
+from dalle2_jax.parallel import sharding
 from dalle2_jax.sampling.ar_prior import ARPriorSampler, Settings
-from dalle2_jax.tasks import previews
 from dalle2_jax.tasks.decoder import disturb
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
+from dalle2_jax.tasks.shared import previews
+from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
+from dalle2_jax.validation.arguments import whole
+from dalle2_jax.validation.sections import check_range, construct, plain
 
 MOST_LOST = 0.01  # of z_img's variance: so many directions the paper keeps
 
@@ -109,13 +110,13 @@ class ARPriorTask:
 
     def _encode(self, clip: Params, batch: Batch) -> tuple[Array, Array]:
         """(z_img, z_txt) of a batch."""
-        z_img = self.clip.encode_image(clip, images.to_float(batch["image"]))
+        z_img = self.clip.encode_image(clip, arrays.to_float(batch["image"]))
         return z_img, self.clip.encode_text(clip, batch["tokens"]).z_txt
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        z_img = self.clip.encode_image(frozen["clip"], arrays.to_float(batch["image"]))
         text = self.clip.encode_text(frozen["clip"], batch["tokens"])
         key_drop, key_noise = jax.random.split(key)
         keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
@@ -138,7 +139,7 @@ class ARPriorTask:
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
         """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
-        pictures = images.to_float(batch["image"])
+        pictures = arrays.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
         keys = jax.random.split(key, len(text.z_txt))

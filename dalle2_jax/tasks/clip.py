@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import images
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.options import check_range, construct, plain
-from dalle2_jax.tasks import previews, sam
-from dalle2_jax.tasks.contrastive import contrast
-from dalle2_jax.tasks.frozen_clip import check_captions, check_pictures, check_transformer
+from dalle2_jax.tasks.shared import previews, sam
+from dalle2_jax.tasks.shared.contrastive import contrast
+from dalle2_jax.tasks.shared.frozen_clip import check_captions, check_pictures, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
+from dalle2_jax.validation.sections import check_range, construct, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ class CLIPTask:
 
         With SAM it is the loss at the moved weights, and the scale the mean over replicas.
         """
-        pictures = images.to_float(batch["image"])
+        pictures = arrays.to_float(batch["image"])
         if train and self.max_shift:
             pictures = random_shift(key, pictures, self.max_shift)
-        pictures = images.resize(pictures, self.network.image["image_size"], "area")
+        pictures = arrays.resize(pictures, self.network.image["image_size"], "area")
         inputs = pictures, batch["tokens"]
         if train and self.sam_rho:
             z_img, z_txt, scale = sam.encode_perturbed(
@@ -79,8 +79,8 @@ class CLIPTask:
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
         """Each caption's own picture, then those of the batch that CLIP finds nearest to it."""
-        pictures = images.to_float(batch["image"])
-        small = images.resize(pictures, self.network.image["image_size"], "area")
+        pictures = arrays.to_float(batch["image"])
+        small = arrays.resize(pictures, self.network.image["image_size"], "area")
         z_img, z_txt, _ = forward(self.network, params, small, batch["tokens"])
         return {"clip": previews.nearest(pictures, z_img, z_txt[:rows])}
 
@@ -92,7 +92,7 @@ def random_shift(key: Array, pictures: Array, most: int) -> Array:
     """Moves each picture [b, h, w, c] by up to `most` pixels either way, edges repeated."""
     padded = jnp.pad(pictures, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     corners = jax.random.randint(key, (pictures.shape[0], 2), 0, 2 * most + 1)
-    return images.crop(padded, corners, pictures.shape[1])
+    return arrays.crop(padded, corners, pictures.shape[1])
 
 
 SECTIONS = {"task": CLIPTask, "model": CLIP}

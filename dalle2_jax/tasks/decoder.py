@@ -9,30 +9,30 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.unet import KNOWN
-from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.decoder import DecoderSampler
 from dalle2_jax.sampling.stage import Settings
-from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import (
+from dalle2_jax.tasks.shared import previews
+from dalle2_jax.tasks.shared.denoising import (
     denoising_loss,
     known_in_part,
     make_sampler,
     stage_entry,
 )
-from dalle2_jax.tasks.frozen_clip import (
+from dalle2_jax.tasks.shared.frozen_clip import (
     FrozenCLIP,
     check_captions,
     check_pictures,
     check_transformer,
 )
 from dalle2_jax.types import Array, Batch, Metrics, Params
+from dalle2_jax.validation.sections import check_range, construct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DecoderTask:
         """What `nets.decoder.Decoder` is told of a batch, its captions left out where `keep_txt`
         [b] is False; or, `guided`, the sampler."""
         clip, tokens = frozen["clip"], batch["tokens"]
-        z_img = self.clip.encode_image(clip, images.to_float(batch["image"]))
+        z_img = self.clip.encode_image(clip, arrays.to_float(batch["image"]))
         text, empty, learned = None, None, self.network.learned_null
         if self.network.text is None:
             text = self.clip.encode_text(clip, tokens, None if learned else keep_txt)
@@ -94,7 +94,7 @@ class DecoderTask:
             cond["z_mask"] &= jax.random.uniform(key_z, (b,)) >= self.drop_z_img
             if self.noise_z_img:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
-        x_0 = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        x_0 = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
         if train and self.network.inpaints:
             told = self.nothing_known, self.most_moved
             x_0, cond["known"] = known_in_part(key_known, x_0, *told)
@@ -112,7 +112,7 @@ class DecoderTask:
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         drawn = self.sampler(params, self.condition(frozen, batch, guided=True), keys)
-        true = images.resize(images.to_float(batch["image"]), self.image_size, "area")
+        true = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
         return {"decoder": previews.side_by_side(true, drawn)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import images
 from dalle2_jax.diffusion import analytic
 from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.prior import DiffusionPrior
-from dalle2_jax.options import check_range, construct
 from dalle2_jax.sampling.prior import PriorSampler
 from dalle2_jax.sampling.stage import Settings
-from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import denoising_loss, make_sampler, stage_entry
-from dalle2_jax.tasks.frozen_clip import FrozenCLIP, check_transformer
+from dalle2_jax.tasks.shared import previews
+from dalle2_jax.tasks.shared.denoising import denoising_loss, make_sampler, stage_entry
+from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
+from dalle2_jax.validation.sections import check_range, construct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PriorTask:
         self, params: Params, frozen: Params, batch: Batch, keep: Array
     ) -> tuple[Apply, Array]:
         """The network, told the captions but where `keep` [b] is False, and x_0 [b, dim]."""
-        z_img = self.clip.encode_image(frozen["clip"], images.to_float(batch["image"]))
+        z_img = self.clip.encode_image(frozen["clip"], arrays.to_float(batch["image"]))
         cond = self.condition(frozen, batch["tokens"], keep)
 
         def apply(x_t: Array, t: Array) -> Array:
@@ -100,7 +100,7 @@ class PriorTask:
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
         """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
-        pictures = images.to_float(batch["image"])
+        pictures = arrays.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         tokens = batch["tokens"][:rows]
         text = self.clip.encode_text(frozen["clip"], tokens)

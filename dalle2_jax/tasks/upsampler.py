@@ -9,24 +9,24 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import degradation, images
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays, degradation
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.unet import KNOWN
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.options import check_range, construct, near_miss
 from dalle2_jax.sampling.stage import Settings
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
-from dalle2_jax.tasks import previews
-from dalle2_jax.tasks.denoising import (
+from dalle2_jax.tasks.shared import previews
+from dalle2_jax.tasks.shared.denoising import (
     denoising_loss,
     known_in_part,
     make_sampler,
     stage_entry,
 )
-from dalle2_jax.tasks.frozen_clip import check_pictures
+from dalle2_jax.tasks.shared.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
+from dalle2_jax.validation.sections import check_range, construct, near_miss
 
 PARTS = ("first", "last")
 DEGRADATIONS = ("blur", *degradation.STRENGTHS)
@@ -117,7 +117,7 @@ class UpsamplerTask:
     ) -> tuple[Array, Metrics]:
         key_corrupt, key_loss, key_dropout, key_known = jax.random.split(key, 4)
         low, x_0 = self.corrupted_crops(batch["image"], key_corrupt)
-        low_res = images.resize(low, self.crop_size, "bicubic")
+        low_res = arrays.resize(low, self.crop_size, "bicubic")
         known = None
         if train and self.network.inpaints:
             _, known = known_in_part(key_known, x_0, self.nothing_known)
@@ -150,18 +150,18 @@ class UpsamplerTask:
         float [b, crop_size / factor, crop_size / factor, 3] and [b, crop_size, crop_size, 3].
         """
         key_crop, key_blur, key_noise = jax.random.split(key, 3)
-        high = images.resize(images.to_float(pictures), self.image_size, "area")
-        low = images.resize(high, self.low_size, "area")
+        high = arrays.resize(arrays.to_float(pictures), self.image_size, "area")
+        low = arrays.resize(high, self.low_size, "area")
         if self.degradation == "blur" and self.blur_sigma:
             # From next to none up to the full blur: the true small picture is then a case of it.
             sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
-            low = images.gaussian_blur(low, 3, sigma * self.blur_sigma)
-        low, x_0 = images.random_crop_pair(key_crop, low, high, self.crop_size)
+            low = arrays.gaussian_blur(low, 3, sigma * self.blur_sigma)
+        low, x_0 = arrays.random_crop_pair(key_crop, low, high, self.crop_size)
         if self.degradation != "blur":  # of the crop alone, as in latent diffusion
             key_blur, key_share = jax.random.split(key_blur)
             strength = degradation.STRENGTHS[self.degradation]
             # Its operations are made for factors up to 4.
-            seen = images.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
+            seen = arrays.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
             spoilt = degradation.bsr(key_blur, seen, low.shape[1], strength)
             chosen = jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
             low = jnp.where(chosen, spoilt, low)
@@ -181,11 +181,11 @@ class UpsamplerTask:
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
         """The small picture, the one drawn from it, the true one: a row an example."""
-        pictures = images.to_float(previews.first(batch, rows)["image"])
-        true = images.resize(pictures, self.image_size, "area")
-        low = images.resize(true, self.low_size, "area")
+        pictures = arrays.to_float(previews.first(batch, rows)["image"])
+        true = arrays.resize(pictures, self.image_size, "area")
+        low = arrays.resize(true, self.low_size, "area")
         drawn = self.sampler(params, low, jax.random.split(key, low.shape[0]))
-        shown = images.resize(low, self.image_size, "nearest")
+        shown = arrays.resize(low, self.image_size, "nearest")
         return {self.stage: previews.side_by_side(shown, drawn, true)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

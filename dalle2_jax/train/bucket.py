@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import logging
 
-from dalle2_jax import remote
 from dalle2_jax.errors import UserError
+from dalle2_jax.storage import paths
 
 BEAT_SECONDS = 20.0
 _BEATS = 4  # an owner that was not heard for so long is dead
@@ -38,7 +38,7 @@ class BucketLock:
         self._path, self._stopped = path, threading.Event()
         self._me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         self._me["run"] = uuid.uuid4().hex
-        with remote.told("cannot write", path):
+        with paths.told("cannot write", path):
             self._wait_for_the_dead()
             self._write(0)
             time.sleep(min(1.0, BEAT_SECONDS / 10))  # one that began in the same moment shows now
@@ -119,7 +119,7 @@ class BucketLock:
                     self._give_way(owner)
                 self._write(beat := beat + 1)
             except Exception as error:  # the network is away for a while
-                logging.warning("cannot write %s: %s", self._path, remote.reason(error))
+                logging.warning("cannot write %s: %s", self._path, paths.reason(error))
 
 
 class BucketLines:
@@ -150,7 +150,7 @@ class BucketLines:
         self._text += text
 
     def flush(self) -> None:
-        with remote.told("cannot write", self._path):
+        with paths.told("cannot write", self._path):
             part = self._path.with_name(f"{self._path.stem}.{self._part:04d}{self._path.suffix}")
             part.write_text(self._text, encoding="utf-8")
         if len(self._text) > _PART_BYTES:

@@ -28,8 +28,10 @@ import jax
 from absl import logging
 from flax import traverse_util
 
-from dalle2_jax import pictures, remote, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import files
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import paths
 from dalle2_jax.train import hosts, manifest
 from dalle2_jax.train.bucket import BucketLock
 from dalle2_jax.train.state import TrainState
@@ -57,8 +59,8 @@ class WorkdirLock:
         hosts.from_first(lambda: self._lock(workdir))
 
     def _lock(self, workdir: Path) -> int:
-        pictures.prepare_folder(workdir)
-        if remote.is_remote(workdir):
+        files.prepare_folder(workdir)
+        if paths.is_remote(workdir):
             self._file = BucketLock(workdir / ".lock")
             return 0
         path = workdir / ".lock"
@@ -139,9 +141,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 temporary_path_class=(
-                    manifest.CommittedFolder
-                    if remote.is_remote(workdir)
-                    else manifest.RenamedFolder
+                    manifest.CommittedFolder if paths.is_remote(workdir) else manifest.RenamedFolder
                 ),
                 todelete_subdir=_REMOVED,  # on a disk alone
                 **(best if best_metric else {}),
@@ -207,7 +207,7 @@ class Checkpoints:
     def _write_error(self, step: int | None, error: Exception) -> UserError:
         self.failed = True
         self._manager.reload()  # it counts what was not written as saved
-        if jax.process_index() == 0 and not remote.is_remote(self._folder):
+        if jax.process_index() == 0 and not paths.is_remote(self._folder):
             for half in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)  # which the disk has room for again
         return UserError(
@@ -216,7 +216,7 @@ class Checkpoints:
         )
 
     def _remove_old(self) -> None:
-        if jax.process_index() == 0 and not remote.is_remote(self._folder):
+        if jax.process_index() == 0 and not paths.is_remote(self._folder):
             shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
     def remove_after(self, step: int) -> None:
@@ -268,7 +268,7 @@ class Checkpoints:
 
     def _read(self, folder: Path, read_all: bool) -> str:
         try:
-            with remote.told("cannot read", folder):
+            with paths.told("cannot read", folder):
                 return manifest.fault(folder, read_all)
         except OSError as error:
             raise UserError(f"cannot read {folder}: {error}") from error
@@ -313,9 +313,9 @@ class Checkpoints:
     def _tidy(self) -> int:
         """Before Orbax looks: it takes an empty folder named `7` for the newest step, and reads
         the scores of every step. What a killed run was about to remove goes for good."""
-        pictures.prepare_folder(self._folder)
+        files.prepare_folder(self._folder)
         self._remove_old()
-        with remote.told("cannot read", self._folder):
+        with paths.told("cannot read", self._folder):
             steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
             for path in steps:
                 if not manifest.unfinished(path) and (told := self._read(path, read_all=False)):
@@ -324,14 +324,14 @@ class Checkpoints:
 
     def _set_aside(self, path: Path, told: str) -> None:
         try:
-            remote.make_folder(self._broken)
+            paths.make_folder(self._broken)
         except OSError as error:
             raise UserError(
                 f"{path} is damaged ({told}), and cannot be moved to {self._broken} "
                 f"({error.strerror}): move that away"
             ) from error
         target = self._broken / f"{path.name}.{time.time_ns()}"
-        remote.move(path, target)
+        paths.move(path, target)
         self._found_broken.append(f"step {path.name}: {told}")
         logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, told, target)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from dalle2_jax import model_folder, remote
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import near_miss
+from dalle2_jax.storage import model_folder, paths
+from dalle2_jax.validation.sections import near_miss
 
 
 def folder(name: str | os.PathLike[str], setting: str) -> Path:
@@ -18,9 +18,9 @@ def folder(name: str | os.PathLike[str], setting: str) -> Path:
     text = str(name)
     if not text.strip():
         raise UserError(f"{setting} is empty: name a folder")
-    if remote.is_remote(text):
+    if paths.is_remote(text):
         try:
-            return remote.to_path(text)
+            return paths.to_path(text)
         except UserError as error:
             raise UserError(f"{setting}={error}") from error
     if os.path.exists(text) and not os.path.isdir(text):
@@ -37,7 +37,7 @@ def export_folder(config: Any, workdir: Path) -> Path:
             f"{near_miss(config.export_dtype, known)} ({', '.join(known)})"
         )
     model = folder(config.export_to or workdir / "model", "config.export_to")
-    with remote.told("cannot read", model):
+    with paths.told("cannot read", model):
         if (model / model_folder.CONFIG_NAME).exists():
             model_folder.read_config(model)  # the stages in it are kept, so it must be sound
     return model

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from absl import logging
 
-from dalle2_jax import pictures, sharding
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import files
+from dalle2_jax.parallel import sharding
 from dalle2_jax.train import checks, hosts
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Reporter, Window, last_saved
@@ -62,7 +63,7 @@ def train(
         if (checkpoints.latest_step() or 0) < config.num_steps:
             checks.check_stands_alone(model, task.stage)
         if config.export_to:
-            pictures.prepare_folder(model)  # not only after hours of training
+            files.prepare_folder(model)  # not only after hours of training
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         recovery = Recovery(
             checkpoints,

@@ -22,7 +22,7 @@ from typing import Any
 
 from orbax.checkpoint.path import atomicity
 
-from dalle2_jax import remote
+from dalle2_jax.storage import paths
 
 NAME = "manifest.json"
 _SMALL = 2**16  # bytes
@@ -70,7 +70,7 @@ def unfinished(folder: Path) -> bool:
     Orbax removes it, as it would one that lost nothing but the mark of its commit: that is mended.
     """
     mark = folder / atomicity.COMMIT_SUCCESS_FILE
-    if not remote.is_remote(folder) or mark.exists():
+    if not paths.is_remote(folder) or mark.exists():
         return False
     if not (folder / NAME).exists():
         return True
@@ -102,7 +102,7 @@ async def _list_files(temporary: Any) -> None:
         await asyncio.to_thread(_tell_time, store, temporary.get() / _ORBAX_METADATA)
         temporary._checkpoint_metadata_store = None
     if temporary.get_final().name.isdigit():  # not a part, which has a name
-        await asyncio.to_thread(write, remote.to_path(str(temporary.get())))
+        await asyncio.to_thread(write, paths.to_path(str(temporary.get())))
 
 
 class RenamedFolder(atomicity.AtomicRenameTemporaryPath):

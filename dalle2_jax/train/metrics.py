@@ -20,10 +20,10 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from dalle2_jax import remote
 from dalle2_jax.errors import UserError
-from dalle2_jax.files import remove_stale, replacing
-from dalle2_jax.pictures import save_png
+from dalle2_jax.imaging.files import save_png
+from dalle2_jax.storage import paths
+from dalle2_jax.storage.atomic import remove_stale, replacing
 from dalle2_jax.train.bucket import BucketLines
 from dalle2_jax.types import Metrics, Params
 
@@ -78,7 +78,7 @@ class Reporter:
         self._last_saved = 0
         if not self._active:
             return
-        remote.make_folder(workdir)
+        paths.make_folder(workdir)
         for folder in (workdir, workdir / "previews", workdir / "model"):
             remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
         self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
@@ -193,7 +193,7 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
-    if remote.is_remote(path):
+    if paths.is_remote(path):
         BucketLines.replace(path, b"".join(kept))
         return BucketLines(path)
     try:
@@ -205,7 +205,7 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
 
 
 def _lines(path: Path) -> list[bytes]:
-    if remote.is_remote(path):
+    if paths.is_remote(path):
         return BucketLines.read(path)
     try:
         return path.read_bytes().splitlines() if path.exists() else []

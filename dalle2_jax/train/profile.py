@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 from absl import logging
 
-from dalle2_jax import remote
+from dalle2_jax.storage import paths
 
 FIRST, LAST = 3, 5  # steps after the start: the first one compiles, the second may do so again
 
@@ -35,7 +35,7 @@ class Profile:
         if self._wanted and step == self._start + FIRST - 1:
             jax.block_until_ready(metrics)  # the steps before are not in the trace
             self._wanted, self._running = False, True
-            if remote.is_remote(self._folder):
+            if paths.is_remote(self._folder):
                 self._written = tempfile.mkdtemp()
             try:
                 jax.profiler.start_trace(self._written)
@@ -52,7 +52,7 @@ class Profile:
         self._running = False
         try:
             jax.profiler.stop_trace()
-            if remote.is_remote(self._folder):
+            if paths.is_remote(self._folder):
                 self._upload()
         except Exception as error:  # a full disk; the profiler raises as it pleases
             _warn(error)
@@ -64,7 +64,7 @@ class Profile:
             written = Path(self._written).rename(Path(outer) / "trace")  # so that it goes away
             for file in written.rglob("*"):
                 if file.is_file():
-                    remote.upload(file, self._folder / file.relative_to(written).as_posix())
+                    paths.upload(file, self._folder / file.relative_to(written).as_posix())
 
 
 def _warn(error: Exception) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dalle2_jax import licence, model_folder, pictures
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import files
+from dalle2_jax.storage import licence, model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
 from dalle2_jax.train.state import EVAL_STREAM, MEASURE_STREAM, PREVIEW_STREAM, on_device, stream
@@ -96,7 +97,7 @@ class SideWork:
         columns, size = rows.shape[1:3]
         cells = rows.reshape(-1, *rows.shape[2:])
         scale = max(1, READABLE // size)
-        return pictures.labelled_grid(cells, columns, row_labels=captions, scale=scale)
+        return files.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
     def measure(self, params: Params) -> dict[str, list[float]]:
         """What the task measures of its network, a mean over the first `eval_batches` batches of
@@ -135,7 +136,7 @@ def keep_licences(config: Any, folder: Path) -> None:
         except UserError:  # gone since the first step, when it was kept
             continue
         if text := licence.read(source):
-            licence.keep(text, pictures.prepare_folder(folder))
+            licence.keep(text, files.prepare_folder(folder))
 
 
 def _gather(params: Params) -> Params:

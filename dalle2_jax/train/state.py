@@ -10,11 +10,12 @@ import numpy as np
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
-from dalle2_jax import model_folder, sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.options import check_keys
+from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.types import Array, Params, PyTree, Task
+from dalle2_jax.validation.sections import check_keys
 
 # Steps count up from 0 and feed `fold_in`; these streams count down from the top.
 INIT_STREAM = np.uint32(2**32 - 1)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle2_jax import model_folder
 from dalle2_jax.errors import UserError
+from dalle2_jax.storage import model_folder
 from dalle2_jax.train.optimizer import STATISTICS, Optimizer
 from dalle2_jax.train.side import Dataset
 from dalle2_jax.train.state import TrainState, init_state

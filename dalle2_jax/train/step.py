@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dalle2_jax import sharding
 from dalle2_jax.errors import UserError
-from dalle2_jax.fsdp import gathering, networks
+from dalle2_jax.parallel import sharding
+from dalle2_jax.parallel.fsdp import gathering, networks
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, shardings_of, to_host
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task

@@ -17,13 +17,14 @@ import original_karlo  # noqa: E402
 from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
-from dalle2_jax import DALLE2, model_folder, pretrained  # noqa: E402
+from dalle2_jax import DALLE2, pretrained  # noqa: E402
 from dalle2_jax.errors import UserError  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
 from dalle2_jax.pretrained import diffusers as tables  # noqa: E402
 from dalle2_jax.pretrained import names, openai  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
+from dalle2_jax.storage import model_folder  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4  # of the output's scale

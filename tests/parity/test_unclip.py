@@ -15,8 +15,8 @@ import small_unclip  # noqa: E402
 from diffusers.schedulers import scheduling_unclip  # noqa: E402
 
 from dalle2_jax import DALLE2  # noqa: E402
+from dalle2_jax.imaging.files import middle_square  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
-from dalle2_jax.pictures import middle_square  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.pretrained.export import export_model  # noqa: E402
 

@@ -1,0 +1,287 @@
+"""The whole cascade of sampling, compiled for a slice that is not there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax import build
+from dalle2_jax.aot import flops
+from dalle2_jax.aot.chips import GIB, Slice, open_slice
+from dalle2_jax.aot.largest import largest
+from dalle2_jax.aot.report import DoesNotFit, Report, TooLarge, compile_twice, measure
+from dalle2_jax.aot.training import local_bytes
+from dalle2_jax.errors import UserError
+from dalle2_jax.parallel import sharding
+from dalle2_jax.pipelines.cascade import encode_text
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.pipelines.placement import on_mesh, stored, waits
+from dalle2_jax.sampling import stage as sampling
+from dalle2_jax.sampling.ar_prior import ARPriorSampler
+from dalle2_jax.sampling.ar_prior import draw as draw_z_img
+from dalle2_jax.sampling.prior import PriorSampler
+from dalle2_jax.sampling.stage import StageSampler
+from dalle2_jax.types import Params, PyTree
+
+STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+def report(
+    weights: str,
+    topology: str,
+    batch_size: int,
+    changes: Mapping[str, Any],
+    auto_batch: bool = False,
+    thorough: bool = False,
+    size: int | None = None,
+    prior: str | None = None,
+) -> Report:
+    """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
+    each stage's while it runs (`DALLE2.from_pretrained`, offload).
+
+    `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
+    weights. `size` as for from_pretrained, `prior` as for DALLE2.with_prior, `changes` as for
+    DALLE2.with_settings, `thorough` as for `compile_twice`; with `auto_batch` the most pictures
+    that fit, in place of `batch_size`. Raises TooLarge, and UserError as those do.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size} must be 1 or more")
+    where = open_slice(topology)
+    model = _shapes(weights, size).with_prior(prior).with_settings(**changes)
+    mesh = sharding.make_mesh({"data": -1}, where.devices)
+    weighed = {
+        name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
+        for name, tree in model.params.items()
+    }
+    attempt = functools.partial(_report, model, weighed, where, mesh, thorough=thorough)
+    if not auto_batch:
+        return attempt(batch_size=-(-batch_size // where.chips) * where.chips)
+    return largest(lambda n: attempt(batch_size=n), where.chips, where.chip.hbm)
+
+
+def flops_by_stage(model: DALLE2, batch_size: int) -> dict[str, int]:
+    """Of drawing `batch_size` pictures, all steps counted."""
+    mesh = sharding.make_mesh({"data": -1})
+    weighed = {name: _on(mesh, PartitionSpec(), tree) for name, tree in model.params.items()}
+    counts: collections.Counter[str] = collections.Counter()
+    for name, _, calls, analytic, _ in _programs(model, weighed, mesh, batch_size):
+        counts[name] += calls * analytic
+    return dict(counts)
+
+
+def _report(
+    model: DALLE2,
+    weighed: Mapping[str, Params],
+    where: Slice,
+    mesh: Mesh,
+    batch_size: int,
+    thorough: bool,
+) -> Report:
+    held = sum(local_bytes(tree) for tree in weighed.values())
+    wait = waits(weighed, where.chip.hbm)
+    parts: list[tuple[str, int, Report, int]] = []
+    for name, lower, calls, analytic, own in _programs(model, weighed, mesh, batch_size):
+        there = local_bytes(weighed[name]) if wait else held
+        beside = there - own  # weights that this program does not use
+        try:
+            part = measure(
+                *compile_twice(lower, thorough),
+                where,
+                batch_size=batch_size,
+                num_params=0,
+                kinds={},
+                analytic_flops=analytic / where.chips,
+                ideal_collective_bytes=0.0,
+                thorough=thorough,
+            )
+            if part.memory["total"] + beside > where.chip.hbm:
+                raise DoesNotFit(part.memory["total"] + beside, where.chip.hbm)
+        except DoesNotFit as error:
+            fewer = "a smaller --batch_size, or " if batch_size > where.chips else ""
+            raise TooLarge(
+                f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, "
+                f"{'its' if wait else 'all'} weights ({there / GIB:.2f} GiB) "
+                f"included. It would help: {fewer}a chip with more",
+                error,
+            ) from error
+        parts.append((name, calls, part, beside))
+    sizes = {name: float(local_bytes(tree)) for name, tree in weighed.items()}
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+    return _together(parts, where, batch_size, sizes, wait, count)
+
+
+def _shapes(weights: str, size: int | None = None) -> DALLE2:
+    """The model, of a folder, or of the configs in FOLDER/VARIANT as shapes alone."""
+    folder, variant = Path(weights).parent, Path(weights).name
+    if not (folder / "decoder.py").is_file():
+        return DALLE2.from_pretrained(weights, "bfloat16", size=size)  # as on a TPU
+    tasks, params = {}, {}
+    for name in STAGES:
+        path = f"{folder / name}.py:{variant}"
+        if not (folder / f"{name}.py").is_file():
+            if not name.startswith("upsampler"):
+                raise UserError(f"--weights={weights}: there is no file {folder / name}.py")
+            continue
+        try:
+            config = build.ConfigParser("config").parse(path)
+        except UserError:
+            if not name.startswith("upsampler"):  # a cascade may end early
+                raise
+            break
+        task: Any = build.task(build.complete(build.beside_clip(config, path)))
+        tasks[name] = task
+        params[task.stage] = jax.eval_shape(task.init, jax.random.key(0))
+    clip = tasks["decoder"].clip
+    params["clip"] = clip.params()
+    prior, decoder, *upsamplers = (task.sampler for task in tasks.values())
+    model = DALLE2(
+        tokenizer=Any,  # pyright: ignore[reportArgumentType]  # nothing is read
+        clip=clip.network,
+        prior=prior,
+        decoder=decoder,
+        upsamplers={f"upsampler_{s.image_size}": s for s in upsamplers},
+        params=params,
+        weights=weights,
+        weights_hash="",
+    )
+    return model if size is None else model.at_size(size)
+
+
+def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _programs(
+    model: DALLE2, params: Mapping[str, Params], mesh: Mesh, b: int
+) -> Iterator[tuple[str, Any, int, int, int]]:
+    """(stage, what lowers its program, its calls, FLOPs of a call, bytes of its weights)."""
+    rows = functools.partial(_on, mesh, PartitionSpec("data"))
+    clip, text = model.clip, model.clip.text
+    tokens = jax.ShapeDtypeStruct((b, text["context_length"]), jnp.int32)
+    yield (
+        "clip",
+        lambda: encode_text.lower(clip, params["clip"], rows(tokens)),
+        1,
+        flops.of_function(lambda p, t: encode_text(clip, p, t), params["clip"], tokens),
+        local_bytes(params["clip"]),
+    )
+    encoded = jax.eval_shape(functools.partial(encode_text, clip), params["clip"], tokens)
+    if isinstance(model.prior, PriorSampler):
+        cond = jax.eval_shape(model.prior.condition, encoded, encoded)
+        k = model.prior.rows
+        cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b * k, *x.shape[1:]), x.dtype), cond)
+        yield from _stage("prior", model.prior, params["prior"], cond, b * k, rows, mesh)
+    elif isinstance(model.prior, ARPriorSampler):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
+        cond = jax.eval_shape(model.prior.condition, encoded)
+        draw = functools.partial(draw_z_img, model.prior)
+        count = flops.of_function(draw, params["ar_prior"], cond, keys)
+        yield "ar_prior", _not_compiled, 1, count, local_bytes(params["ar_prior"])
+    z_img = jax.ShapeDtypeStruct((b, clip.dim), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((b, model.decoder.network.context_length), jnp.int32)
+    cond = jax.eval_shape(model.decoder.condition, z_img, encoded, tokens, None, encoded)
+    yield from _stage("decoder", model.decoder, params["decoder"], cond, b, rows, mesh)
+    for name, upsampler in model.upsamplers.items():
+        cond = {"low_res": jax.ShapeDtypeStruct((b, *upsampler.shape), jnp.float32)}
+        yield from _stage(name, upsampler, params[name], cond, b, rows, mesh)
+
+
+def _not_compiled() -> NoReturn:
+    # Its codes are drawn in one scan, whose body the compiler counts once.
+    raise UserError("--topology: drawing by the autoregressive prior is not told of: set --prior")
+
+
+def _stage(
+    name: str,
+    stage: StageSampler,
+    params: Params,
+    cond: Mapping[str, Any],
+    b: int,
+    rows: Any,
+    mesh: Mesh,
+) -> Iterator[tuple[str, Any, int, int, int]]:
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
+    state = jax.eval_shape(lambda k: sampling.start(stage, k, stage.shape, None), keys)
+    for part, steps in stage.parts(params):
+        chunk = sampling.steps_a_call(steps)
+        ts = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+        args = part, cond, state, ts, keys
+        placed = (part, rows(cond), rows(state), _on(mesh, PartitionSpec(), ts), rows(keys))
+        count = flops.of_function(lambda *a: sampling.advance_steps(stage, *a, None), *args)
+
+        def lower(placed: Any = placed) -> Any:
+            jax.clear_caches()  # a program traced with kernels would serve without them
+            with on_mesh(mesh):
+                return sampling.advance_steps.lower(stage, *placed, None)
+
+        yield name, lower, steps // chunk, count, local_bytes(part)
+
+
+def _together(
+    parts: list[tuple[str, int, Report, int]],
+    where: Slice,
+    batch_size: int,
+    weights: Mapping[str, float],
+    wait: bool,
+    num_params: int,
+) -> Report:
+    """All calls one after the other; of the memory they need in turn, the most."""
+    first = parts[0][2]
+
+    def total(field: str) -> float:
+        return sum(calls * getattr(part, field) for _, calls, part, _ in parts)
+
+    seconds: dict[str, float | None] = {}
+    for method in first.seconds:
+        told = [(calls, part.seconds[method]) for _, calls, part, _ in parts]
+        known = [calls * s for calls, s in told if s is not None]
+        seconds[method] = sum(known) if len(known) == len(told) else None
+    found: dict[str, dict[str, float]] = {}
+    for _, calls, part, _ in parts:
+        for kind, numbers in part.collectives.items():
+            kept = found.setdefault(kind, collections.defaultdict(float))
+            for key, value in numbers.items():
+                kept[key] += calls * value
+    analytic, compiled = total("analytic_flops"), total("compiled_flops")
+    needed = min(analytic, compiled)  # what is the same in all steps may be computed once a call
+    # the stage that needs most, beside the weights of the others where they stay
+    stage_seconds: dict[str, float | None] = {}
+    for stage, calls, each, _ in parts:
+        best = each.seconds["optimal"] or each.seconds["roofline"]
+        told = best and calls * best
+        before = stage_seconds.get(stage, 0.0)
+        stage_seconds[stage] = None if told is None or before is None else before + told
+    name, _, part, beside = max(parts, key=lambda x: x[2].memory["total"] + x[3])
+    held = {name: weights[name]} if wait else weights
+    memory = {f"weights of {k}": size for k, size in held.items()}
+    memory["activations"] = part.memory["activations"]
+    need = part.memory["total"] + beside
+    memory["program, padding"] = need - sum(memory.values())
+    memory["total"] = need
+    return dataclasses.replace(
+        first,
+        batch_size=batch_size,
+        num_params=num_params,
+        memory=memory,
+        from_host=sum(weights.values()) if wait else 0.0,
+        analytic_flops=analytic,
+        compiled_flops=compiled,
+        hbm_traffic=total("hbm_traffic"),
+        link_seconds=total("link_seconds"),
+        collectives={kind: dict(numbers) for kind, numbers in found.items()},
+        seconds=seconds,
+        unknown_cycles=int(total("unknown_cycles")),
+        mfu={k: s and needed / (s * where.chip.flops) for k, s in seconds.items()},
+        stage_seconds=stage_seconds,
+        kernels=any(part.kernels for _, _, part, _ in parts),
+    )

@@ -1,0 +1,153 @@
+"""What every command shares: flags, one line for a mistake or Ctrl-C, compiled programs kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.storage import paths
+
+
+def _name() -> str:
+    """`sample.py`, or `dalle2_jax.evals` of python -m."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+try:
+    from absl import app, flags, logging
+except ModuleNotFoundError:  # another Python than that of .venv: nothing is there
+    print(
+        f"{_name()}: the project's libraries are not installed in {sys.executable}: "
+        "run `make demo` and `. .venv/bin/activate`, or pip install -e . in the project's folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+NOISY = ("orbax", "xla_bridge")  # lines that say nothing to a user: which backends there are not
+TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax", "resvg_py")
+
+
+def say(error: Exception | str, status: int = 2) -> int:
+    """Prints one line to stderr, `sample.py: ...` or `dalle2_jax.evals: ...`; returns `status`."""
+    print(f"{_name()}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def run(main: Callable[..., int | None], words: Sequence[str] = ()) -> None:
+    """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake.
+
+    `words` says what stands beside the flags and is handed to `main`, as in ("import", "SOURCE"):
+    those in capitals are the user's, the others stand as they are.
+
+    Ctrl-C is one line and status 130, after `main` cleaned up; `stop` and `stop_at_once` are for
+    those that have nothing to clean up.
+    """
+
+    def guarded(argv: list[str]) -> int:
+        given = argv[1:]
+        if not words and given:
+            return say(f"unknown argument {given[0]!r}: flags start with --")
+        fits = [word.isupper() or word == own for word, own in zip(words, given, strict=False)]
+        if len(given) != len(words) or not all(fits):
+            return say(f"write {' '.join(words)} beside the flags, not {' '.join(given)!r}")
+        try:
+            return main(*given) or 0
+        except UserError as error:
+            return say(error, error.exit_status)
+        except ModuleNotFoundError as error:
+            return say(_missing(error))
+
+    logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in NOISY))
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        sys.exit(_say_stopped())
+
+
+def _say_stopped() -> int:
+    print(file=sys.stderr)  # ends the line of ^C or of a bar
+    return say("stopped", 128 + signal.SIGINT)
+
+
+def stop(number: int = signal.SIGINT, *_: object) -> None:
+    """A handler of SIGINT and SIGTERM that ends the process with one line; of SIGTERM with status
+    0, as a run that was told to end and has lost nothing.
+
+    For a command that leaves nothing half written when it is killed. JAX runs Python code from
+    places that swallow a KeyboardInterrupt.
+    """
+    try:
+        _say_stopped()
+    finally:  # in the midst of another print a handler cannot print
+        os._exit(0 if number == signal.SIGTERM else 128 + signal.SIGINT)
+
+
+def stop_at_once() -> None:
+    """Ctrl-C acts as `stop`, even while XLA compiles: a handler would wait for it to end.
+
+    A file that is being written then stays behind as a hidden .tmp file.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in threads to come as well
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGINT})
+        stop()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install; raises `error` again where it is no library of training."""
+    if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
+        raise error
+    return f"{error.name} is not installed: in the project's folder, pip install -e '.[train]'"
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):  # absl knows no -h, and exits with 1
+        for module, defined in flags.FLAGS.flags_by_module_dict().items():
+            for flag in defined if module.startswith("dalle2_jax.") else ():
+                flags.FLAGS.register_key_flag_for_module(argv[0], flag)  # or it shows none of them
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    try:
+        return flags.FLAGS(argv)
+    except ModuleNotFoundError as error:  # some settings are known to training's libraries alone
+        sys.exit(say(_missing(error)))
+    except (flags.Error, TypeError, ValueError) as error:  # a config file raises what it likes
+        sys.exit(say(error))
+
+
+def choice(flag: flags.FlagHolder, kind: Callable[[str], object], what: str) -> object:
+    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}; `what`
+    says in an error what could be written."""
+    if flag.value is None:
+        return None
+    try:
+        if "=" not in flag.value:
+            return kind(flag.value)
+        pairs = [part.split("=") for part in flag.value.split(",")]
+        chosen = {stage.strip(): kind(value) for stage, value in pairs}
+    except ValueError:
+        told = f"--{flag.name}={flag.value}: write {what}, or so much for each STAGE=...,..."
+        raise UserError(told) from None
+    if len(chosen) < len(pairs):
+        raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
+    return chosen
+
+
+def keep_compiled_programs() -> None:
+    """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
+    import jax  # late: before it Ctrl-C and a mistake are told at once
+
+    cache = paths.users_cache()
+    if cache is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

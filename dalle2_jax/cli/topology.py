@@ -1,0 +1,58 @@
+"""The flags of train.py and sample.py that ask the TPU compiler in place of running."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from dalle2_jax.errors import UserError
+
+if TYPE_CHECKING:  # mistakes in the flags are told before jax is loaded
+    from dalle2_jax.aot.report import Report
+
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "A TPU slice, as v5e:8x8 or v5e-64: compile for it and tell, run nothing. What says where and "
+    "how to run (a workdir, hosts, prompts) may stay beside it and does nothing.",
+)
+_GO_WITH_IT: list[flags.FlagHolder[bool]] = []
+
+
+def only_with_topology(name: str, told: str) -> flags.FlagHolder[bool]:
+    """A flag that says nothing where something is run."""
+    _GO_WITH_IT.append(flags.DEFINE_bool(name, False, f"With --topology: {told}"))
+    return _GO_WITH_IT[-1]
+
+
+JSON = only_with_topology("json", "one JSON object in place of the table.")
+THOROUGH = only_with_topology("thorough", "all of the compiler's search, up to ten times as long.")
+
+
+def check() -> None:
+    """To be called where something is to be run: UserError for a flag that would say nothing."""
+    for flag in _GO_WITH_IT:
+        if flag.value:
+            raise UserError(f"--{flag.name} goes with --topology: give a slice, as in v5e:8x8")
+
+
+def tell(ask: Callable[..., Report], *args: Any, **kwargs: Any) -> int:
+    """Prints the report that `ask` gives of its arguments and of the flags; the exit status.
+
+    With --json, what does not fit is told as JSON too.
+    """
+    from dalle2_jax.aot.report import TooLarge  # late: it loads jax
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is lost, and a handler in Python would
+        signal.signal(number, signal.SIG_DFL)  # wait for the compiler
+    try:
+        report = ask(*args, topology=TOPOLOGY.value, thorough=THOROUGH.value, **kwargs)
+    except TooLarge as error:
+        if JSON.value:
+            print(error.json())
+        raise
+    print(report.json() if JSON.value else report.table())
+    return 0

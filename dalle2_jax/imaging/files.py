@@ -1,0 +1,266 @@
+"""Pictures as files: PNGs that carry how they were drawn, and labelled grids of them.
+
+Pictures are uint8 [h, w, 3]. The story of a picture is a JSON object in an iTXt chunk, so that the
+file alone is enough to draw it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.imaging.decode import DamagedImage, decode, transparent
+from dalle2_jax.storage import paths
+from dalle2_jax.storage.atomic import replacing
+
+CHUNK = "dalle2_jax"
+_PAPER, _INK, _PALE_INK = (255, 255, 255), (32, 33, 36), (95, 99, 104)
+_MAX_LINES = 3
+
+
+def save_png(
+    path: str | Path, picture: np.ndarray, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes uint8 [h, w, 3] whole or not at all; `metadata` (plain JSON values) goes inside.
+
+    The folder is made where it is not. The same picture and metadata give the same bytes. Raises
+    UserError for a place that cannot be written.
+    """
+    path = paths.to_path(path)
+    picture = np.asarray(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+        raise ValueError(f"a picture is uint8 [h, w, 3], not {picture.dtype} {picture.shape}")
+    chunks = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        chunks.add_itxt(CHUNK, _to_json(metadata))
+    try:
+        paths.make_folder(path.parent)
+        with paths.told("cannot write", path), replacing(path) as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_animation(
+    path: str | Path, frames: Sequence[np.ndarray] | np.ndarray, milliseconds: int
+) -> None:
+    """Writes uint8 [h, w, 3] frames of one size as a WebP that runs there and back for ever, each
+    for so long; the ends stay four times as long. UserError as of `save_png`."""
+    path = paths.to_path(path)
+    there = [Image.fromarray(np.asarray(frame)) for frame in frames]
+    images = [*there, *there[-2:0:-1]]
+    ends = (0, len(there) - 1)
+    times = [milliseconds * (4 if place in ends else 1) for place in range(len(images))]
+    try:
+        paths.make_folder(path.parent)
+        with paths.told("cannot write", path), replacing(path) as temporary:
+            options: dict[str, Any] = {"duration": times, "loop": 0, "quality": 90}
+            images[0].save(
+                temporary, format="WEBP", save_all=True, append_images=images[1:], **options
+            )
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """Makes the folder and proves that it can be written to; UserError if not, or for no name."""
+    if not str(path).strip():  # pathlib takes it for the current folder
+        raise UserError("the folder to write to has no name: give one, or . for the current folder")
+    path = paths.to_path(path)
+    if paths.is_remote(path):
+        with paths.told("cannot write to the folder", path):
+            (path / ".writable").write_bytes(b"")
+            (path / ".writable").unlink()
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_png` put into a PNG. Raises UserError where there is nothing of the kind."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # a text chunk may follow the pixels
+            text = getattr(image, "text", {}).get(CHUNK)
+    except Image.DecompressionBombError as error:  # its limit against pictures that fill the memory
+        raise UserError(f"{path} is larger than Pillow reads: {error}") from error
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a PNG, or a damaged one") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        metadata = json.loads(text or "")
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} does not say how it was drawn: it has no {CHUNK!r} text")
+    return metadata
+
+
+def read(path: str | Path) -> np.ndarray:
+    """A picture file of any mode as uint8 [h, w, 3]: upright, over white, 16 bits brought to 8.
+
+    So it is that training reads pictures, see `data.decode`. Raises UserError for a file that is
+    missing, damaged, no picture, or too large.
+    """
+    return _read(path, decode)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Which pixels of a picture are to be drawn anew, bool [h, w], from a file that shows it: where
+    alpha is 0 or, if it is so nowhere, where it is white. UserError as of `read`."""
+    erased = _read(path, transparent)
+    return erased if erased.any() else read(path).mean(axis=-1) > 127.5
+
+
+def read_erased(path: str | Path) -> np.ndarray:
+    """Where a picture's alpha is 0, bool [h, w]. UserError as of `read`."""
+    return _read(path, transparent)
+
+
+def _read(path: str | Path, decoded: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    path = paths.to_path(path)
+    try:
+        with paths.told("cannot read", path):
+            return decoded(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DamagedImage, ValueError) as error:  # or a name that no file can have
+        raise UserError(f"{path}: {error}") from error
+
+
+def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> the middle [size, size, 3] after its shorter side is brought to `size`, as
+    CLIP's own preprocessing does it: Pillow's bicubic filter, in whole numbers."""
+    h, w = picture.shape[:2]
+    shorter = min(h, w)
+    width, height = (int(size * side / shorter) for side in (w, h))
+    image = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def labelled_grid(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    *,
+    row_labels: Sequence[str] = (),
+    picture_labels: Sequence[str] = (),
+    scale: int = 1,
+) -> np.ndarray:
+    """Pictures, all of one size, in rows of `columns` on white -> uint8 [height, width, 3].
+
+    A row's label stands above it over the whole width, a picture's below it; long ones are
+    wrapped, and cut after three lines. `scale` enlarges each picture a whole number of times.
+    """
+    if len(pictures) == 0 or columns < 1:
+        raise ValueError("a grid needs one picture and one column at least")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    if row_labels and len(row_labels) != rows:
+        raise ValueError(f"{len(row_labels)} labels for {rows} rows")
+    if picture_labels and len(picture_labels) != len(pictures):
+        raise ValueError(f"{len(picture_labels)} labels for {len(pictures)} pictures")
+    h, w = (side * scale for side in np.shape(pictures[0])[:2])
+    gap = max(8, w // 16)
+    width = columns * (w + gap) + gap
+    row_font = _font(max(13, min(22, w // 8), w // 32), row_labels)
+    small_font = _font(max(11, min(16, w // 10), w // 32), picture_labels)
+    above = [_wrap(label, row_font, width - 2 * gap) for label in row_labels] or [[]] * rows
+    below = [_wrap(label, small_font, w) for label in picture_labels] or [[]] * len(pictures)
+
+    places: list[tuple[int, int]] = []  # (top of the row's label, top of its pictures)
+    y = gap
+    for row in range(rows):
+        top = y + _height(above[row], row_font) + (gap // 2 if above[row] else 0)
+        places.append((y, top))
+        lines = max(below[row * columns : (row + 1) * columns], key=len)
+        y = top + h + _height(lines, small_font) + gap
+
+    canvas = Image.new("RGB", (width, y), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for row, (label_top, _) in enumerate(places):
+        draw.multiline_text((gap, label_top), "\n".join(above[row]), fill=_INK, font=row_font)
+    for i, picture in enumerate(pictures):
+        x, top = gap + (i % columns) * (w + gap), places[i // columns][1]
+        image = Image.fromarray(np.asarray(picture))
+        canvas.paste(image.resize((w, h), Image.Resampling.NEAREST), (x, top))
+        text = "\n".join(below[i])
+        draw.multiline_text((x, top + h + 2), text, fill=_PALE_INK, font=small_font)
+    return np.asarray(canvas)
+
+
+def slug(text: str, length: int = 48) -> str:
+    """A prompt as part of a file's name: lower-case ASCII letters, digits and dashes."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:length].strip("-") or "picture"
+
+
+def _to_json(metadata: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True)
+    if any("\ud800" <= char <= "\udfff" for char in text):  # a prompt with half a character
+        return json.dumps(dict(metadata), ensure_ascii=True, sort_keys=True)
+    return text
+
+
+def _font(size: int, texts: Sequence[str]) -> Any:
+    """Pillow's own font, which is the same everywhere, or a system's where a text needs more."""
+    if not all(text.isascii() for text in texts):
+        for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _height(lines: Sequence[str], font: Any) -> int:
+    """Pixels that `multiline_text` needs for these lines, a little air included."""
+    if not lines:
+        return 0
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return int(draw.multiline_textbbox((0, 0), "\n".join(["Åg"] * len(lines)), font=font)[3]) + 4
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Words into at most three lines of `width` pixels; a word too wide is broken."""
+    text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        while font.getlength(word) > width and len(word) > 1 and len(lines) <= _MAX_LINES:
+            fits = next(
+                n for n in range(len(word), 0, -1) if n == 1 or _fits(word[:n], font, width)
+            )
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    lines += [line] if line else []
+    if len(lines) > _MAX_LINES:
+        last = lines[_MAX_LINES - 1]
+        while last and not _fits(last + "…", font, width):
+            last = last[:-1]
+        lines = [*lines[: _MAX_LINES - 1], last + "…"]
+    return lines
+
+
+def _fits(text: str, font: Any, width: int) -> bool:
+    return font.getlength(text) <= width

@@ -1,0 +1,175 @@
+"""CLIP's loss over all pairs of a batch, with all its logits on no chip (2103.00020, section 2.3).
+
+With b pairs over n shards, m = b / n: each chip keeps its pictures; the captions go round a ring
+and come home after n turns, with what their columns of the logits have come to. One chip never
+holds more than m x min(m, COLUMNS) logits, the backward pass goes round once more, and what lives
+between the passes is of size b. The log-sum-exp is summed up on the way under a running maximum
+(Milakov & Gimelshein, 1805.02867), over rows and columns alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.parallel.shards import batch_shards, on_shards
+from dalle2_jax.types import Array
+
+COLUMNS = 1024  # of the logits at a time
+
+
+class Contrast(NamedTuple):
+    loss: Array  # scalar: mean cross-entropy over both directions
+    image_to_text: Array  # scalar in [0, 1]: how often a picture's own caption scores highest
+    text_to_image: Array
+
+
+def contrast(z_img: Array, z_txt: Array, scale: Array) -> Contrast:
+    """Symmetric cross-entropy between z_img [b, d] and z_txt [b, d], pair i against all others.
+
+    `scale` multiplies the dot products: a scalar, or [b] where each example brings its own, which
+    then serves its row of either direction. Of equal logits the first counts as the highest.
+    Everything in float32. b must be a multiple of the batch shards of the mesh it is traced in.
+    """
+    z_img, z_txt, scale = (x.astype(jnp.float32) for x in (z_img, z_txt, scale))
+    losses, text_found, image_found = _pairs(z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1]))
+    return Contrast(losses.mean(), text_found.mean(), image_found.mean())
+
+
+@jax.custom_vjp
+def _pairs(z_img: Array, z_txt: Array, scale: Array) -> tuple[Array, Array, Array]:
+    """(each pair's loss [b], its caption is found [b] 0 or 1, its picture is found [b])."""
+    return _pairs_fwd(z_img, z_txt, scale)[0]
+
+
+def _pairs_fwd(z_img: Array, z_txt: Array, scale: Array) -> tuple[Any, Any]:
+    axes, n = batch_shards()
+    run = on_shards(functools.partial(_forward, axes, n), axes)
+    *out, lse_img, lse_txt = run(z_img, z_txt, scale)
+    return tuple(out), (z_img, z_txt, scale, lse_img, lse_txt)
+
+
+def _pairs_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
+    axes, n = batch_shards()
+    return on_shards(functools.partial(_backward, axes, n), axes)(*residuals, cotangents[0])
+
+
+_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+class _Peak(NamedTuple):
+    """What is known of some rows (or columns) of logits after the part that was seen."""
+
+    top: Array  # the highest logit
+    place: Array  # int32, its place in the global batch, the first of equal ones
+    total: Array  # sum of exp(logit - top)
+
+    @classmethod
+    def none(cls, *shape: int) -> _Peak:
+        return cls(jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+
+    def see(self, logits: Array, first: Array, axis: int) -> _Peak:
+        """With the logits along `axis`, which stand at `first`, `first` + 1, ... of the batch."""
+        top = logits.max(axis)
+        place = first + jnp.argmax(logits, axis).astype(jnp.int32)
+        # A shard meets the batch from its own place on: of equal logits the first is not the
+        # first it meets.
+        won = (top > self.top) | ((top == self.top) & (place < self.place))
+        highest = jnp.maximum(top, self.top)
+        seen = jnp.exp(logits - jnp.expand_dims(highest, axis)).sum(axis)
+        total = self.total * jnp.exp(self.top - highest) + seen
+        return _Peak(highest, jnp.where(won, place, self.place), total)
+
+    def lse(self) -> Array:
+        return self.top + jnp.log(self.total)
+
+
+def _dots(a: Array, b: Array) -> Array:
+    """a @ b, exact to float32: a TPU's default of bfloat16 would cost a logit of 100 its tenths."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _round(
+    axes: tuple[str, ...], n: int, visit: Callable[..., Any], rows: Any, given: Any, found: Any
+) -> tuple[Any, Any]:
+    """Takes the captions, `given` and what is `found` of them ([m, ...] each), round the ring.
+
+    `visit(rows, given, found, row, column)` sees up to COLUMNS of them at a time and returns
+    (rows, found); `row` and `column` are the places of the first of either in the global batch.
+    """
+    m = jax.tree.leaves(given)[0].shape[0]
+    width = next(c for c in range(min(m, COLUMNS), 0, -1) if m % c == 0)
+    me = jax.lax.axis_index(axes) if axes else 0
+
+    def cut(x: Array) -> Array:
+        return x.reshape(m // width, width, *x.shape[1:])
+
+    def move(tree: Any) -> Any:  # to the next shard
+        ring = [(i, (i + 1) % n) for i in range(n)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree) if axes else tree
+
+    def turn(carry: Any, t: Array) -> tuple[Any, None]:
+        rows, given, found = carry
+        columns = (me - t) % n * m + width * jnp.arange(m // width)
+        rows, found = jax.lax.scan(
+            lambda rows, x: visit(rows, x[0], x[1], me * m, x[2]), rows, (given, found, columns)
+        )
+        # `given` does not wait for the visit: the compiler may send it in the meantime.
+        return (rows, move(given), move(found)), None
+
+    start = rows, jax.tree.map(cut, given), jax.tree.map(cut, found)
+    (rows, _, found), _ = jax.lax.scan(turn, start, jnp.arange(n))
+    return rows, jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), found)
+
+
+def _forward(axes: tuple[str, ...], n: int, z_img: Array, z_txt: Array, scale: Array) -> Any:
+    """Of one shard, all [m]: losses, hits of both directions, log-sum-exps of both."""
+    m = z_img.shape[0]
+
+    def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:
+        dots = _dots(z_img, given[0].T)  # m c
+        rows = rows.see(scale[:, None] * dots, column, axis=1)
+        return rows, found.see(given[1][None, :] * dots, row, axis=0)
+
+    rows, columns = _round(axes, n, visit, _Peak.none(m), (z_txt, scale), _Peak.none(m))
+    here = (jax.lax.axis_index(axes) if axes else 0) * m + jnp.arange(m)
+    hits = [(side.place == here).astype(jnp.float32) for side in (rows, columns)]
+    lse_img, lse_txt = rows.lse(), columns.lse()
+    losses = (lse_img + lse_txt) / 2 - scale * jnp.sum(z_img * z_txt, axis=1)
+    return losses, *hits, lse_img, lse_txt
+
+
+def _backward(
+    axes: tuple[str, ...],
+    n: int,
+    z_img: Array,
+    z_txt: Array,
+    scale: Array,
+    lse_img: Array,
+    lse_txt: Array,
+    g: Array,  # m, the cotangents of the losses
+) -> tuple[Array, Array, Array]:
+    """Of one shard: the gradients of z_img, z_txt [m, d] and scale [m]."""
+    m = z_img.shape[0]
+
+    def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:
+        (dz_img, dscale), (dz_txt, dscale_txt) = rows, found
+        txt, scale_txt, lse, g_txt = given
+        dots = _dots(z_img, txt.T)  # m c
+        same = row + jnp.arange(m)[:, None] == column + jnp.arange(txt.shape[0])[None, :]
+        # softmax - one-hot of either direction, times its pair's share
+        by_row = (jnp.exp(scale[:, None] * dots - lse_img[:, None]) - same) * (g / 2)[:, None]
+        by_column = (jnp.exp(scale_txt[None, :] * dots - lse[None, :]) - same) * (g_txt / 2)[None]
+        pull = scale[:, None] * by_row + scale_txt[None, :] * by_column  # of the dot products
+        rows = dz_img + _dots(pull, txt), dscale + jnp.sum(by_row * dots, axis=1)
+        found = dz_txt + _dots(pull.T, z_img), dscale_txt + jnp.sum(by_column * dots, axis=0)
+        return rows, found
+
+    nothing = jnp.zeros_like(z_img), jnp.zeros_like(scale)
+    given = z_txt, scale, lse_txt, g
+    (dz_img, dscale), (dz_txt, dscale_txt) = _round(axes, n, visit, nothing, given, nothing)
+    return dz_img, dz_txt, dscale + dscale_txt

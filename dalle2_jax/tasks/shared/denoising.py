@@ -1,0 +1,97 @@
+"""What the tasks of all diffusion stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion import guidance
+from dalle2_jax.diffusion.guidance import Apply
+from dalle2_jax.diffusion.losses import sample_t
+from dalle2_jax.diffusion.process import Process
+from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import masks
+from dalle2_jax.sampling.stage import Settings, StageSampler
+from dalle2_jax.types import Array, Metrics
+from dalle2_jax.validation.sections import construct, plain
+
+Sampler = TypeVar("Sampler", bound=StageSampler)
+
+
+def make_sampler(
+    cls: type[Sampler],
+    config: Any,
+    network: nn.Module,
+    process: Process,
+    measured: bool = False,
+    **options: Any,
+) -> Sampler:
+    """How previews, and later the exported model, are drawn: with `config.task.sampling`.
+
+    What variance="analytic" needs is known at the end of a training alone where it is `measured`,
+    so that previews do without. Raises UserError for what `process` cannot be sampled with: told
+    now, not after training.
+    """
+    where = "config.task.sampling"
+    settings = construct(Settings, config.task.get("sampling") or {}, where)
+    if settings.variance == "analytic":
+        if not measured:
+            told = f'{where}.variance="analytic" is a prior\'s alone, whose training measures it'
+            raise UserError(told)
+        settings = dataclasses.replace(settings, variance="small")
+    try:
+        guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
+        return cls(network, process, settings, **options)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def denoising_loss(
+    process: Process, apply: Apply, x_0: Array, key: Array, times: range | None = None
+) -> tuple[Array, Metrics]:
+    """Mean loss at random t, of all or of `times`, of x_0 [b, ...]; and the metrics `mse` (and
+    `vb`).
+
+    The t of a batch are stratified: each is uniform, together they cover time evenly, so that
+    the loss varies less from batch to batch.
+    """
+    key_t, key_noise = jax.random.split(key)
+    times = range(process.num_timesteps) if times is None else times
+    t = times.start + sample_t(key_t, x_0.shape[0], len(times), stratified=True)
+    noise = jax.random.normal(key_noise, x_0.shape)
+    losses = process.losses(apply, x_0, t, noise)
+    metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}
+    return losses["loss"].mean(), metrics
+
+
+def known_in_part(
+    key: Array, x_0: Array, nothing_known: float, most_moved: float = 0.0
+) -> tuple[Array, Array]:
+    """Pictures [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
+    inpainting is told, by random masks [b, h, w, 4].
+
+    Nothing is told of a share `nothing_known` of them, which are drawn as any. Half of the others
+    are moved by up to `most_moved` of their sides: a canvas that is extended holds such parts.
+    """
+    key_mask, key_nothing, key_moved = jax.random.split(key, 3)
+    b, size = x_0.shape[:2]
+    place = jax.random.uniform(key_nothing, (b, 1, 1, 1))
+    if most_moved:
+        moves = place >= (1 + nothing_known) / 2
+        x_0 = jnp.where(moves, masks.moved(key_moved, x_0, most_moved), x_0)
+    mask = jnp.where(place >= nothing_known, masks.random_masks(key_mask, b, size), 0)
+    return x_0, masks.partly_known(x_0, mask)
+
+
+def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
+    """A diffusion stage's entry in `config.json`: what builds and samples it again."""
+    sections = ("model", "diffusion")
+    return {name: plain(config[name]) for name in sections} | {
+        "sampling": plain(config.task.get("sampling") or {}),
+        **plain(extra),
+    }

@@ -1,0 +1,148 @@
+"""The trained CLIP that the prior and the decoder learn from, loaded once and never updated."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.data.config import DataConfig
+from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
+from dalle2_jax.nets.clip import CLIP, TextEncoding
+from dalle2_jax.nets.forward import forward
+from dalle2_jax.nets.transformer import ACTIVATIONS
+from dalle2_jax.sampling import load
+from dalle2_jax.storage import model_folder
+from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.types import Array, Params
+from dalle2_jax.validation.sections import check_keys, construct
+
+
+def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
+    """Raises UserError if the tokens of `config.data` are not those that `text` reads."""
+    names = ("context_length", "vocab_size")
+    try:
+        tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
+    except ValueError as error:
+        raise UserError(f"config.data: {error}") from error
+    given = {name: getattr(tokenizer, name) for name in names}
+    _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
+
+
+def check_pictures(config: Any, least: int, whose: str) -> None:
+    """Raises UserError if the pictures of `config.data` are smaller than those learned from."""
+    size = config.data.get("image_size", DataConfig.image_size)
+    if size < least:
+        raise UserError(
+            f"config.data.image_size={size} but {whose} asks for {least}: "
+            f"set --config.data.image_size={least}"
+        )
+
+
+def _check_equal(
+    where: str, given: Mapping[str, Any], wanted: Mapping[str, Any], whose: str
+) -> None:
+    for name, value in wanted.items():
+        if given.get(name) != value:
+            raise UserError(
+                f"{where}.{name}={given.get(name)} but {whose} has {value}: "
+                f"set --{where}.{name}={value}"
+            )
+
+
+def check_transformer(where: str, section: Mapping[str, Any], activation: str) -> None:
+    """Raises UserError for heads that do not divide the width and for an unknown activation."""
+    width, heads = section.get("width", 1), section.get("heads", 1)
+    if heads < 1 or width % heads:
+        raise UserError(f"{where}.heads={heads} must divide {where}.width={width}")
+    check_keys([activation], ACTIVATIONS, "config.model.activation")
+
+
+def _network_of(path: str) -> CLIP:
+    """The CLIP of a config file, FILE or FILE:VARIANT."""
+    file, _, variant = path.partition(":")
+    spec = importlib.util.spec_from_file_location("clip_config", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UserError(f"config.clip_from={path}: there is no file {file}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        model = module.get_config(*filter(None, [variant])).model
+    except Exception as error:  # a config file raises what it likes
+        raise UserError(f"config.clip_from={path}: {error}") from error
+    return construct(CLIP, model, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenCLIP:
+    network: CLIP
+    image_size: int
+    folder: str
+    hash: str  # names its tensors in the entries of the stages that learn from it
+
+    @classmethod
+    def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
+        """From `config.clip_from`, with a width that `config.model.dim` must equal.
+
+        A config file (configs/clip.py:paper) in place of a folder tells the shapes alone, which
+        serve to compile for a slice but not to train.
+
+        Where it `reads_captions`, `config.data` and `config.model.context_length` must suit it.
+        """
+        if not config.clip_from:
+            raise UserError(
+                "config.clip_from is empty: name the model folder of a trained CLIP, "
+                "as in --config.clip_from=runs/tiny/model"
+            )
+        if re.search(r"\.py(:\w+)?$", config.clip_from):
+            network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
+        else:
+            folder = model_folder.resolve(config.clip_from)
+            network, weights = load.clip_network(folder), model_folder.stage_hash(folder, "clip")
+        text, whose = network.text, f"the CLIP of {folder}"
+        if network.image is None:
+            raise UserError(
+                f"config.clip_from={config.clip_from} has no image tower, which tells z_img of the "
+                "pictures to learn from: name a model that has one (Karlo's image variations)"
+            )
+        _check_equal("config.model", config.model, {"dim": network.dim}, whose)
+        check_pictures(config, network.image["image_size"], whose)
+        if reads_captions:
+            check_captions(config, text, whose)
+            length = {"context_length": text["context_length"]}
+            _check_equal("config.model", config.model, length, whose)
+        return cls(
+            network=network,
+            image_size=network.image["image_size"],
+            folder=str(folder),
+            hash=weights,
+        )
+
+    def params(self) -> Params:
+        """Shapes alone where there are no weights, see `load`."""
+        if not self.hash:
+            inputs = self.network.init_inputs
+            return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
+        return load.clip(Path(self.folder))[1]
+
+    def encode_image(self, params: Params, pictures: Array) -> Array:
+        """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
+        method = self.network.image.get("resize", "area")
+        pictures = jnp.clip(arrays.resize(pictures, self.image_size, method), -1, 1)
+        return forward(self.network, params, pictures, method="encode_image")
+
+    def encode_text(self, params: Params, tokens: Array, keep: Array | None = None) -> TextEncoding:
+        """The encodings of tokens [b, n]; of the empty caption where `keep` [b] is False, which is
+        no caption for a network that learned no null (sampling.stage.no_caption)."""
+        if keep is not None:
+            text = self.network.text
+            empty = Tokenizer(text["context_length"], text["vocab_size"])([""])
+            tokens = jnp.where(keep[:, None], tokens, empty)
+        return forward(self.network, params, tokens, method="encode_text")

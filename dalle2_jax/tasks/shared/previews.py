@@ -1,0 +1,32 @@
+"""What training shows now and then: pictures laid out so that progress can be seen."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.imaging import arrays
+from dalle2_jax.nets.clip import normalise
+from dalle2_jax.types import Array, Batch
+
+_NEAREST = 4
+
+
+def first(batch: Batch, rows: int) -> Batch:
+    """The first `rows` examples of a batch."""
+    return jax.tree.map(lambda x: x[:rows], batch)
+
+
+def side_by_side(*columns: Array) -> Array:
+    """Pictures [b, h, w, 3] in [-1, 1] of one size -> uint8 [b, columns, h, w, 3]."""
+    return arrays.to_uint8(jnp.stack(columns, axis=1))
+
+
+def nearest(pictures: Array, z_img: Array, z: Array) -> Array:
+    """For each row what was asked and what was found: the true picture, then the nearest ones.
+
+    pictures [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
+    them. Only directions count. Where the second column equals the first, z says what it should.
+    """
+    order = jnp.argsort(-z @ normalise(z_img).T, axis=1)[:, :_NEAREST]  # r k
+    return side_by_side(pictures[: len(z)], *(pictures[column] for column in order.T))

@@ -1,0 +1,205 @@
+"""What every command shares: one line for a mistake, no noise, a cache where there is a home."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from dalle2_jax.cli import commands
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import logging
+from dalle2_jax import commands
+from dalle2_jax.errors import UserError
+
+def main():
+    for path in ("jax/_src/xla_bridge.py", "orbax/checkpoint.py", "mine.py"):
+        record = logging.LogRecord("jax", logging.WARNING, path, 1, f"said by {path}", (), None)
+        logging.getLogger().handle(record)
+    raise ERROR
+
+commands.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        ("UserError('one', 'two')", 2, "c.py: ('one', 'two')"),
+        ("UserError('a\\nb')", 2, "c.py: a b"),
+        (
+            "ModuleNotFoundError(name='optax')",
+            2,
+            "optax is not installed: in the project's",
+        ),
+        ("ModuleNotFoundError('other', name='other')", 1, "Traceback"),
+    ],
+)
+def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
+    (tmp_path / "c.py").write_text(SCRIPT.replace("ERROR", error))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "c.py")],
+        env={"PATH": "", "PYTHONPATH": str(Path(commands.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status and told in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "said by" in line]
+    assert len(lines) == 1 and lines[0].endswith("said by mine.py")
+    assert status == 1 or len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "script", ["sample.py", "train.py", "-m dalle2_jax.evals", "-m dalle2_jax.data.emoji.write"]
+)
+def test_another_python_than_that_of_the_environment_is_told_what_to_do(script):
+    command = [sys.executable, "-S", *script.split()]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    told = f"{script.removeprefix('-m ')}: the project's libraries are not installed in"
+    assert told in done.stderr
+
+
+CTRL_C = """
+import hashlib, signal, time
+from dalle2_jax import commands
+
+class Swallows:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(100)
+
+def swallows():
+    Swallows()
+
+def computes():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as XLA compiles: no handler is reached
+
+def cleans_up():
+    try:
+        print("ready", flush=True)
+        time.sleep(100)
+    finally:
+        print("cleaned up")
+
+SETUP
+commands.run(MAIN)
+"""
+
+
+def interrupt(process: subprocess.Popen, number=signal.SIGINT) -> tuple[str, list[str]]:
+    """A signal once "ready" is printed -> (the rest of stdout, the lines of stderr)."""
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return out, err.split("\n")
+
+
+@pytest.mark.parametrize(
+    ("main", "setup", "out"),
+    [
+        # Started in the background a process ignores SIGINT.
+        ("cleans_up", "signal.signal(signal.SIGINT, signal.default_int_handler)", "cleaned up\n"),
+        ("swallows", "signal.signal(signal.SIGINT, commands.stop)", ""),
+        ("computes", "commands.stop_at_once()", ""),
+    ],
+)
+def test_ctrl_c_is_one_line(tmp_path, main, setup, out):
+    (tmp_path / "c.py").write_text(CTRL_C.replace("SETUP", setup).replace("MAIN", main))
+    command = [sys.executable, str(tmp_path / "c.py")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert interrupt(process) == (out, ["", "c.py: stopped", ""])
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_before_the_training_loop(tmp_path, number, status):
+    (tmp_path / "c.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(100)\n")
+    command = [sys.executable, "train.py", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert interrupt(process, number)[1][-3:] == ["", "train.py: stopped", ""]
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["sample.py", "-h"], 0, ["python sample.py", "--prompt:", "--mode:", "--steps:"]),
+        (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
+        (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge:", "--num:"]),
+        (["-m", "dalle2_jax.evals.upsampling", "-h"], 0, ["default: 'data/emoji_1024'"]),
+        (["-m", "dalle2_jax.data.emoji.write", "--help"], 0, ["--size:"]),
+        (
+            ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--num_processes=2"],
+            2,
+            ["train.py: --coordinator_address and --process_id missing: give"],
+        ),
+        (
+            ["sample.py", "--weights=tiny", "--topology=v5e:1x1", "--batch_size=0"],
+            2,
+            ["sample.py: --batch_size=0 must be 1 or more"],
+        ),
+        (
+            ["train.py", "--config=configs/clip.py:tiny", "--workdir=w", "--topology="],
+            2,
+            ["train.py: --topology= is unknown: write v4, v5e, v5p, v6e and a shape"],
+        ),
+        (
+            ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--auto_batch"],
+            2,
+            ["train.py: --auto_batch goes with --topology: give a slice"],
+        ),
+        (
+            ["sample.py", "--prompt=a cat", "--thorough"],
+            2,
+            ["sample.py: --thorough goes with --topology: give a slice"],
+        ),
+        (["-m", "dalle2_jax.evals", "--num=0"], 2, ["dalle2_jax.evals: --num=0 must be 1"]),
+        (
+            ["-m", "dalle2_jax.data.emoji.write", "x"],
+            2,
+            ["dalle2_jax.data.emoji.write: unknown argument 'x'"],
+        ),
+    ],
+)
+def test_help_and_the_commands_name(arguments, status, told):
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status
+    said = done.stderr if status else done.stdout
+    assert all(text in said for text in told), said
+
+
+@pytest.fixture
+def cache_folder(monkeypatch):
+    """() -> where the cache was set to lie; the setting itself is left alone."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    return lambda: settings.get("jax_compilation_cache_dir")
+
+
+def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, cache_folder, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands.keep_compiled_programs()
+    assert cache_folder() == str(tmp_path / "dalle2_jax" / "jax")
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch, cache_folder):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    commands.keep_compiled_programs()
+    assert cache_folder() is None

@@ -1,0 +1,215 @@
+"""sample.py: files that tell how they were drawn, and a mistake in one line with status 2."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax import DALLE2, __version__
+from dalle2_jax.imaging import files
+
+ROOT = Path(__file__).parent.parent
+
+
+def sample(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [sys.executable, "sample.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_pictures_carry_what_draws_them_again(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("dog, flat\n\n")
+    out = tmp_path / "new" / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--prompt=a cat", f"--prompts_file={tmp_path}/prompts.txt", "--n=2", "--seed=3"),
+        *(f"--weights={folder}", f"--out={out}", "--steps=3", "--cfg_scale=decoder=4,prior=1"),
+        *("--sampler=dpm++",),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "grid.png")
+    names = [
+        f"{prompt}-s3-{number}.png"  # the seed's: another seed's stay beside them
+        for prompt in ("000-a-cat", "001-dog-flat")
+        for number in (0, 1)
+    ]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png"]
+    for stage in ("prior", "decoder", "upsampler_16"):
+        assert stage in done.stderr  # a bar each
+
+    about = files.read_metadata(out / names[3])
+    assert (about["prompt"], about["seed"], about["index"]) == ("dog, flat", 3, 1)
+    assert about["version"] == __version__ and about["weights"] == folder
+    model = DALLE2.from_pretrained(folder)
+    assert about["hash"] == model.weights_hash
+    settings = {
+        name: {stage: s[name] for stage, s in about["settings"].items()}
+        for name in ("steps", "cfg_scale", "solver")
+    }
+    assert settings["steps"]["decoder"] == 3 and settings["cfg_scale"]["decoder"] == 4.0
+    assert set(settings["solver"].values()) == {"dpm++"}
+    again = model.generate(about["prompt"], n=2, seed=about["seed"], **settings)[about["index"]]
+    saved = np.asarray(Image.open(out / names[3]))
+    assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
+    assert files.read_metadata(out / "grid.png")["prompts"] == ["a cat", "dog, flat"]
+    assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
+
+
+def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
+    out = tmp_path / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--prompt=a cat", "--n=2", "--best_of=5", "--seed=3", "--batch_size=3"),
+        *(f"--weights={folder}", f"--out={out}", "--cfg_interval=decoder=0.5:3"),
+        *("--cfg_rescale=0.3", "--variance=prior=large", "--sampler=prior=ddpm"),
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (files.read_metadata(out / f"000-a-cat-s3-{i}.png") for i in (0, 1))
+    assert first["score"] >= second["score"] and first["best_of"] == second["best_of"] == 5
+    assert first["index"] != second["index"]
+    decoder, prior = (first["settings"][stage] for stage in ("decoder", "prior"))
+    assert decoder["cfg_interval"] == [0.5, 3.0] and decoder["cfg_rescale"] == 0.3
+    assert prior["variance"] == "large" and decoder["variance"] == "small"
+    names = ("cfg_interval", "cfg_rescale", "variance", "solver")
+    settings = {n: {stage: s[n] for stage, s in first["settings"].items()} for n in names}
+    every = DALLE2.from_pretrained(folder).generate("a cat", n=5, seed=3, **settings)
+    saved = np.asarray(Image.open(out / "000-a-cat-s3-0.png")).astype(int)
+    assert np.abs(saved - every[first["index"]].astype(int)).max() <= 2
+
+
+def test_pictures_of_another_size(folder, tmp_path):
+    options = (f"--weights={folder}", f"--out={tmp_path}/out", "--size=12", "--n=1")
+    done = sample(tmp_path / "cache", "--prompt=a cat", *options)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / "000-a-cat-s0-0.png"
+    saved, about = np.asarray(Image.open(file)), files.read_metadata(file)
+    assert about["size"] == 12 and saved.shape == (12, 12, 3)
+    again = DALLE2.from_pretrained(folder, size=about["size"]).generate("a cat", seed=0)[0]
+    assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
+
+    done = sample(
+        *(tmp_path / "cache", "--mode=variations", f"--image={file}", "--steps=4", *options)
+    )
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out" / "variations-s0-000-01-variation-0.png"
+    assert Image.open(file).size == (12, 12) and files.read_metadata(file)["size"] == 12
+
+    done = sample(tmp_path / "cache", "--prompt=a cat", *options, "--size=17")
+    assert done.returncode == 2
+    assert done.stderr.endswith("size=17: this model draws pictures from 8 to 16 px\n")
+
+
+def test_ctrl_c_is_one_line(folder, tmp_path):
+    command = [sys.executable, "sample.py", "--prompt=a", "--n=9999", f"--out={tmp_path}/out"]
+    with subprocess.Popen(
+        [*command, f"--weights={folder}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while "prior" not in process.stderr.readline():  # a bar: it is compiled meanwhile
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told.endswith("\nsample.py: stopped\n") and "Traceback" not in told
+    assert not (tmp_path / "out" / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], 'give --prompt "..." or --prompts_file FILE'),
+        (["--prompt=  "], "a prompt is empty"),
+        (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt"),
+        (["--prompt=a", "--weights=nowhere"], "nowhere"),
+        (
+            ["--prompt=a", "--steps=many"],
+            "--steps=many: write 50 or 10:10:3:2:2, or so much",
+        ),
+        (["--prompt=a", "--steps=decoder=3,decoder=5"], "a stage stands there twice"),
+        (["--prompt=a", "--steps=0"], "steps must be whole numbers of 1 or more, not 0"),
+        (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
+        (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),
+        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or so much for"),
+        (["--prompt=a", "--steps=2:0"], "steps must be whole numbers of 1 or more, not (2, 0)"),
+        (["--prompt=a", "--cfg_interval=5:3"], "cfg_interval must be null or [low, high]"),
+        (["--prompt=a", "--cfg_rescale=prior=2"], "cfg_rescale must be a number within 0 and 1"),
+        (["--prompt=a", "--variance=analytic"], 'variance="analytic" needs x_0_error'),
+        (["--prompt=a", "--n=3", "--best_of=2"], "--best_of=2 must be --n=3 at least"),
+        (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
+        (["--prompt=a", "--out="], "the folder to write to has no name"),
+        (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
+        (["--prompt=a", "--n=x"], "n"),
+        (["--prompt=a", "--sede=3"], "sede"),
+        (["--prompt=a", "--prior=dalle"], "value should be one of <diffusion|ar|none>"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
+    given = [f"--weights={folder}", f"--out={tmp_path}/out", *arguments]
+    done = sample(tmp_path / "cache", *given)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def given(tmp_path) -> list[str]:
+    """--image flags of a picture, and of one of another shape in a line of pixels."""
+    rng = np.random.default_rng(0)
+    flags = []
+    for name, shape in (("a", (20, 30, 3)), ("b", (10_000, 3, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{name}.png")
+        flags.append(f"--image={tmp_path / name}.png")
+    return flags
+
+
+def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_path):
+    out = tmp_path / "out"
+    done = sample(
+        tmp_path / "cache",
+        *("--mode=interpolate", *given, "--frames=3", "--steps=2", "--seed=5"),
+        *(f"--weights={folder}", f"--out={out}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "interpolate.png")
+    frames = [
+        f"interpolate-s5-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
+    ]
+    assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
+    about = files.read_metadata(out / frames[1])
+    assert (about["mode"], about["label"], about["seed"]) == ("interpolate", "0.50", 5)
+    assert about["images"] == [flag.partition("=")[2] for flag in given]
+    assert about["settings"]["decoder"]["steps"] == 2
+    with Image.open(out / "interpolate.webp") as moving:
+        assert moving.n_frames == 4 and moving.size == (16, 16)  # there and back
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--mode=varations"], "value should be one of <generate|reconstruct|variations|"),
+        (["--mode=variations"], "--mode=variations: 0 times --image; it takes --image A"),
+        (["--mode=variations", "A", "--prompt=x"], "--mode=variations: 1 times --prompt; it takes"),
+        (["--mode=interpolate", "A"], "--mode=interpolate takes two, not 1: --image A --image B"),
+        (
+            ["--mode=text_diff", "A"],
+            "--mode=text_diff: 0 times --prompt; it takes --image A --prom",
+        ),
+        (["--prompt=x", "A"], "a.png: say by --mode what to do with it"),
+        (["--mode=interpolate", "A", "B", "--frames=1"], "--frames=1: 1 is not integer >= 2"),
+    ],
+)
+def test_what_a_mode_does_not_take_is_told_in_one_line(flags, told, given, tmp_path):
+    flags = [{"A": given[0], "B": given[1]}.get(flag, flag) for flag in flags]
+    done = sample(tmp_path, *flags)
+    assert done.returncode == 2 and told in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

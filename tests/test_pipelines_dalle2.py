@@ -1,0 +1,335 @@
+"""DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.cli.drawing import draw_prompts
+from dalle2_jax.errors import UserError
+from dalle2_jax.pipelines import cascade, placement
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.storage import model_folder
+from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.validation.sections import Section
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a cat", "dog, flat"]
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> DALLE2:
+    return DALLE2.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(model) -> np.ndarray:
+    return model.generate(PROMPTS, n=3, seed=7)
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """One level of 255 apart at most: another batch size rounds otherwise."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def size_of(arrays) -> int:
+    """Bytes of one copy of each."""
+    return sum(x.nbytes for x in arrays)
+
+
+def test_pictures_have_the_last_upsamplers_size(model, pictures):
+    assert pictures.shape == (6, 16, 16, 3) and pictures.dtype == np.uint8
+    assert model.image_size == 16 and jax.device_count() == 8
+    assert pictures.std() > 5  # not blank
+
+
+def test_the_same_seed_draws_the_same_and_all_pictures_differ(model, pictures):
+    np.testing.assert_array_equal(model.generate(PROMPTS, n=3, seed=7), pictures)
+    others = [*pictures, *model.generate(PROMPTS, n=3, seed=8)]
+    for i, a in enumerate(others):
+        assert not any(close(a, b) for b in others[:i])
+
+
+def test_weights_that_wait_on_the_host_draw_the_same(folder, pictures):
+    """And of all stages only the running one's lie on the devices."""
+    model = DALLE2.from_pretrained(folder, offload=True)
+    sizes = {name: size_of(jax.tree.leaves(tree)) for name, tree in model.params.items()}
+    before, seen = size_of(jax.live_arrays()), {}
+
+    def progress(stage, done, steps):
+        gc.collect()
+        seen[stage] = max(seen.get(stage, 0), size_of(jax.live_arrays()) - before)
+
+    drawn = model.generate(PROMPTS, n=3, seed=7, progress=progress)
+    np.testing.assert_array_equal(drawn, pictures)
+    for stage, size in seen.items():  # beside pictures, noise and text: less than CLIP's weights
+        assert sizes[stage] <= size < sizes[stage] + sizes["clip"]
+
+
+def test_weights_wait_beyond_half_of_a_devices_memory():
+    params = {"prior": {"kernel": np.zeros((4, 8), np.float32), "bias": np.zeros(8, np.float32)}}
+    assert placement.waits(params, 2 * 160 - 1) and not placement.waits(params, 2 * 160)
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch(model, pictures):
+    for size in (1, 4, 5, 16):
+        assert close(model.generate(PROMPTS, n=3, seed=7, batch_size=size), pictures)
+    assert close(model.generate(PROMPTS[1], n=3, seed=7), pictures[3:])
+    assert close(model.generate(PROMPTS[1], seed=7), pictures[3:4])
+    assert close(model.generate([*PROMPTS, *PROMPTS], n=3, seed=7)[6:], pictures)
+
+
+ALONE = """
+import sys, numpy as np
+import jax
+import jax.numpy as jnp
+from dalle2_jax import DALLE2
+assert jax.device_count() == 1
+folder, out, *prompts = sys.argv[1:]
+np.save(out, DALLE2.from_pretrained(folder).generate(prompts, n=3, seed=7))
+print(*{"tensorflow", "torch", "orbax", "tensorflow_datasets"}.intersection(sys.modules))
+"""
+
+
+def test_one_device_draws_what_eight_draw_without_the_trainers_libraries(
+    folder,
+    pictures,
+    tmp_path,
+):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", ALONE, folder, str(tmp_path / "x.npy"), *PROMPTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+    assert close(np.load(tmp_path / "x.npy"), pictures)
+
+
+def test_progress_counts_the_steps_of_all_batches(model):
+    seen = {}
+    model.generate(
+        PROMPTS,
+        n=8,
+        batch_size=8,
+        progress=lambda s, done, n: seen.setdefault(s, []).append((done, n)),
+    )
+    assert list(seen) == ["prior", "decoder", "upsampler_16"]
+    for stage, steps in (("prior", 4), ("decoder", 4), ("upsampler_16", 2)):
+        assert seen[stage][-1] == (2 * steps, 2 * steps)
+        assert seen[stage] == sorted(seen[stage])
+
+
+def test_settings_are_the_folders_until_changed(model, pictures):
+    before = model.settings()
+    assert before["decoder"] == {
+        "steps": 4,
+        "solver": "ddim",
+        "cfg_scale": 2.0,
+        "clip": ("static", 1.0),
+        "spacing": "",
+        "eta": 0.0,
+        "variance": "small",
+        "cfg_interval": None,
+        "cfg_rescale": 0.0,
+        "repeats": 1,
+    }
+    one = model.with_settings(steps=3, cfg_scale=5.0, solver="dpm++")
+    assert one.settings()["decoder"]["steps"] == 3 and one.settings()["prior"]["steps"] == 4
+    assert one.settings()["decoder"]["cfg_scale"] == 5.0
+    assert one.settings()["prior"]["cfg_scale"] == 1.0
+    assert {s["solver"] for s in one.settings().values()} == {"dpm++"}
+    many = model.with_settings(steps={"prior": 2, "upsampler_16": 1}, solver={"prior": "ddpm"})
+    assert [s["steps"] for s in many.settings().values()] == [2, 4, 1]
+    assert [s["solver"] for s in many.settings().values()] == ["ddpm", "ddim", "ddim"]
+    guided = model.with_settings(
+        cfg_interval=np.array([0.5, 3.0]), cfg_rescale={"prior": 0.5}, variance={"decoder": "large"}
+    ).settings()
+    assert guided["decoder"]["cfg_interval"] == (0.5, 3.0)
+    assert guided["prior"]["cfg_interval"] is None and guided["prior"]["cfg_rescale"] == 0.5
+    assert [s["variance"] for s in guided.values()] == ["small", "large", "small"]
+    assert model.settings() == before and model.with_settings().settings() == before
+    drawn = model.generate(PROMPTS, n=3, seed=7, steps=3)
+    assert not close(drawn, pictures)
+    assert close(model.with_settings(steps=3).generate(PROMPTS, n=3, seed=7), drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": {"decodr": 3}}, "steps: no stage 'decodr'; did you mean 'decoder'?"),
+        ({"cfg_scale": {"upsampler_64": 3.0}}, "did you mean 'upsampler_16'"),
+        ({"steps": 0}, "steps must be whole numbers of 1 or more, not 0"),
+        ({"steps": 21}, "steps must be at most 20, not 21"),
+        ({"steps": 2.5}, "steps must be whole numbers of 1 or more, not 2.5"),
+        ({"solver": "ddmp"}, "unknown sampler 'ddmp'; did you mean 'ddpm'"),
+        ({"solver": "DDIM"}, "unknown sampler 'DDIM'; did you mean 'ddim'"),
+        ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number, not nan"),
+        ({"cfg_interval": 3}, "cfg_interval must be null or"),
+        ({"cfg_rescale": {"upsampler": 1}}, "cfg_rescale: no stage 'upsampler'; did you mean"),
+        ({"variance": "analytic"}, 'variance="analytic" needs x_0_error'),
+        ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
+        ({"steps": np.int64(21)}, "steps must be at most 20, not 21"),
+        ({"steps": np.float32(5)}, "steps must be whole numbers of 1 or more, not 5.0"),
+        ({"steps": {0: 3}}, "steps: no stage 0; known: decoder, prior, upsampler_16"),
+        ({"solver": ["ddim"]}, "unknown sampler"),
+        ({"solver": {"prior": {"ddim"}}}, "unknown sampler"),
+        ({"cfg_scale": {"upsampler_16": 3.0}}, "an upsampler has nothing to be guided by"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
+    with pytest.raises(UserError, match=told):
+        model.with_settings(**change)
+
+
+def test_numpys_numbers_are_numbers(model):
+    one = model.with_settings(np.int64(3), np.float32(2.5), np.str_("dpm++")).settings()
+    assert one == model.with_settings(3, 2.5, "dpm++").settings()
+    json.dumps(one)  # as a picture's metadata is
+    sections = {"decoder": [np.int32(2), 1]}
+    assert model.with_settings(sections).settings()["decoder"]["steps"] == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"prompts": ""}, "a prompt is empty"),
+        ({"prompts": ["a", "  "]}, "a prompt is empty"),
+        ({"prompts": []}, "a prompt is empty"),
+        ({"prompts": None}, "there is nothing to draw: give prompts, z_img or both"),
+        ({"prompts": 3}, "prompts must be a text or a list of texts, not 3"),
+        ({"prompts": ["a", 1]}, "prompts must be a text or a list of texts"),
+        ({"prompts": "a", "n": 0}, "n must be a whole number from 1 to 4294967296, not 0"),
+        ({"prompts": "a", "n": "2"}, "n must be a whole number .* not '2'"),
+        ({"prompts": "a", "n": True}, "n must be a whole number .* not True"),
+        ({"prompts": "a", "batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
+        ({"prompts": "a", "seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
+        ({"prompts": "a", "seed": 1.5}, "seed must be a whole number"),
+        ({"prompts": "a", "seed": 2**32}, "not 4294967296"),
+        ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 1 prompts: give one for each"),
+        ({"prompts": ["a", "b"], "seed": [1, -2]}, "seed must be a whole number .* not -2"),
+        ({"prompts": ["a", "b"], "seed": [1, [2, 3]]}, r"seed must be a whole .* not \[2, 3\]"),
+        ({"prompts": ["a", "b"], "seed": np.ones((2, 2), int)}, "seed must be a whole number"),
+        ({"prompts": "a", "z_img": [["x"] * 16]}, r"z_img must be numbers \[1, 16\]"),
+        ({"prompts": "a", "n": 2, "z_img": [[1.0], [1.0, 2.0]]}, r"z_img must be numbers"),
+        ({"prompts": "a", "z_img": [[np.nan] * 16]}, r"z_img\[0\] must be finite and not all 0"),
+        ({"prompts": "a", "z_img": [[0] * 16]}, r"z_img\[0\] must be finite and not all 0"),
+        ({"prompts": "a", "z_img": [[np.inf] + [0] * 15]}, r"z_img\[0\] must be finite"),
+    ],
+)
+def test_wrong_arguments_are_told(model, arguments, told):
+    with pytest.raises(UserError, match=told):
+        model.generate(**arguments)
+
+
+def test_the_largest_seed_and_a_long_prompt_are_drawn(model):
+    long = "cat " * 100
+    assert model.generate(long, seed=2**32 - 1).shape == (1, 16, 16, 3)
+
+
+def test_z_img_takes_the_priors_place(model, pictures):
+    z_img = model.encode_image(pictures)
+    assert z_img.shape == (6, 16)
+    np.testing.assert_allclose(np.linalg.norm(z_img, axis=1), 1, atol=1e-5)
+    drawn = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
+    assert not close(drawn, pictures)
+    longer = z_img * np.linspace(0.5, 1e30, 6)[:, None]  # a direction is all that is read
+    assert close(model.generate(PROMPTS, n=3, seed=7, z_img=longer, batch_size=4), drawn)
+    for i in (1, 5):  # whose row it is
+        alone = model.generate(PROMPTS[i // 3], n=3, seed=7, z_img=np.stack([z_img[i]] * 3))
+        assert close(alone[i % 3], drawn[i])
+    with pytest.raises(UserError, match=r"z_img must be \[6, 16\], not \[1, 16\]"):
+        model.generate(PROMPTS, n=3, z_img=z_img[:1])
+
+
+def test_every_prompt_may_have_a_seed_of_its_own(model, pictures):
+    drawn = model.generate(PROMPTS, n=3, seed=np.array([8, 7]))
+    assert close(model.generate(PROMPTS, n=3, seed=np.array(7)), pictures)
+    assert close(drawn[3:], pictures[3:]) and not close(drawn[:3], pictures[:3])
+    assert close(drawn[:3], model.generate(PROMPTS[0], n=3, seed=8))
+
+
+def test_the_middle_of_a_picture_is_encoded(model, pictures):
+    wide = np.concatenate([255 - pictures[:, :, :5], pictures, pictures[:, :, :5]], axis=2)
+    np.testing.assert_allclose(model.encode_image(wide), model.encode_image(pictures), atol=1e-6)
+    for wrong in (pictures / 127.5 - 1, pictures[0], pictures[..., :1]):
+        with pytest.raises(UserError, match=r"pictures must be uint8 \[b, h, w, 3\], not .* \["):
+            model.encode_image(wrong)
+    with pytest.raises(UserError, match=r"pictures: there is none in uint8 \[0, 16, 16, 3\]"):
+        model.encode_image(pictures[:0])
+    with pytest.raises(UserError, match="all of its rows of one length"):
+        model.encode_image([pictures[0], pictures[0, :8]])
+
+
+def test_batches_come_as_they_are_drawn(model, pictures):
+    batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
+    np.testing.assert_array_equal(next(batches), pictures)
+    assert next(batches, None) is None
+    without_end = model.stream(PROMPTS[0], n=10**9, seed=7)  # nothing is made for all of them
+    assert close(next(without_end)[:3], pictures[:3])
+
+
+def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model, tmp_path, capsys):
+    text = dict(context_length=20, vocab_size=600, width=8, depth=1, heads=1)
+    network = dataclasses.replace(model.decoder.network, text=Section(text), context_length=20)
+    own = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, network=network))
+    captions = own.captions(["a cat", "dog"])
+    np.testing.assert_array_equal(captions.clip, model.tokenizer(["a cat", "dog"]))
+    np.testing.assert_array_equal(captions.decoder, Tokenizer(20, 600)(["a cat", "dog"]))
+    inputs = network.init_inputs(text_width=16)
+    params = {**own.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
+    own = dataclasses.replace(own, params=params)
+    assert own.generate("a cat").shape == (1, 16, 16, 3)
+    for one, told in (
+        (own, "CLIP reads only 'a cat fa', the decoder all of it"),
+        (model, "only 'a cat fa' is read"),
+    ):
+        draw_prompts(one, ["a cat face", "a cat"], 1, 0, 8, tmp_path)
+        notes = [n for n in capsys.readouterr().err.splitlines() if n.startswith("note")]
+        assert len(notes) == 1 and told in notes[0]
+
+
+def test_stages_take_different_noise():
+    two = np.arange(2, dtype=np.uint32)
+    keys = cascade._keys(np.zeros_like(two), two, ["prior", "decoder", "a", "b"])
+    data = [tuple(row) for key in keys.values() for row in np.asarray(jax.random.key_data(key))]
+    assert len(set(data)) == 8
+
+
+def test_without_upsamplers_the_decoders_pictures_come_out(model):
+    small = dataclasses.replace(model, upsamplers={})
+    assert small.generate("a cat").shape == (1, 8, 8, 3)
+    assert set(small.settings()) == {"prior", "decoder"}
+
+
+def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
+    entry = model_folder.read_stage(folder, "clip")
+    model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(UserError, match="has no stage 'decoder'; there is: clip"):
+        DALLE2.from_pretrained(str(tmp_path / "m"))
+    with pytest.raises(UserError, match="nowhere"):
+        DALLE2.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="weights must be 'tiny', a model folder or a hub id, not"):
+        DALLE2.from_pretrained(None)
+
+
+def test_the_model_says_where_it_comes_from(model, folder):
+    assert model.weights == folder
+    assert model.weights_hash == model_folder.weights_hash(folder)
+
+
+def test_weights_are_kept_in_the_dtype_that_networks_compute_in():
+    """Half the memory on a TPU; vectors and shapes as they are."""
+    tree = {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}
+    found = placement.stored(tree, "bfloat16")
+    assert found["kernel"].dtype == jnp.bfloat16 and found["bias"].dtype == np.float32
+    assert placement.stored(tree, "float32")["kernel"] is tree["kernel"]
+    shapes = placement.stored(jax.eval_shape(lambda: tree), "bfloat16")
+    assert shapes["kernel"] == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
