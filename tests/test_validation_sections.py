@@ -7,8 +7,8 @@ import flax.linen as nn
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.validation.sections import check_keys, construct, near_miss, plain
+from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.validation.sections import check_keys, construct, plain
 
 
 @dataclasses.dataclass(frozen=True)

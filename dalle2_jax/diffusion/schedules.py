@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.validation.sections import near_miss
+from dalle2_jax.errors import UserError, near_miss
 
 MIN_LAMBDA = -5.1
 MAX_BETA = 0.999  # IDDPM section 3.2: keeps the last steps of (8) away from a singularity

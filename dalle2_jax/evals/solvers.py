@@ -18,9 +18,8 @@ from dalle2_jax.cli import commands  # first: it tells where no library is insta
 # isort: split
 from absl import flags
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.evals import common
-from dalle2_jax.validation.sections import near_miss
 
 STAGES = flags.DEFINE_list("stages", [], "Which; all that denoise, unless told.")
 SOLVERS = flags.DEFINE_list("solvers", [], "Which; all, unless told.")

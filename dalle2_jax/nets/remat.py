@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.validation.sections import near_miss
+from dalle2_jax.errors import UserError, near_miss
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.imaging import arrays, masks
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
@@ -32,7 +32,6 @@ from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 from dalle2_jax.validation import arguments
-from dalle2_jax.validation.sections import near_miss
 
 _STEPS = 50  # of the decoder, there and back
 

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.validation import arguments
-from dalle2_jax.validation.sections import near_miss
 
 Choice = Any
 """One value for the stage(s) a setting means by default, or {stage: value}."""

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.nets.clip import TextEncoding, normalise
 from dalle2_jax.sampling.stage import Progress
 from dalle2_jax.types import Array, Params
-from dalle2_jax.validation.sections import near_miss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.imaging import arrays, degradation
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.unet import KNOWN
@@ -26,7 +26,7 @@ from dalle2_jax.tasks.shared.denoising import (
 )
 from dalle2_jax.tasks.shared.frozen_clip import check_pictures
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.sections import check_range, construct, near_miss
+from dalle2_jax.validation.sections import check_range, construct
 
 PARTS = ("first", "last")
 DEGRADATIONS = ("blur", *degradation.STRENGTHS)

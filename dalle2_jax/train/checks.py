@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.storage import model_folder, paths
-from dalle2_jax.validation.sections import near_miss
 
 
 def folder(name: str | os.PathLike[str], setting: str) -> Path:

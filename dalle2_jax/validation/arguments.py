@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.validation.sections import near_miss
+from dalle2_jax.errors import UserError, near_miss
 
 MOST_HELD = 10_000
 """Pictures that are returned at once: more would fill the memory."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 
 T = TypeVar("T")
 
@@ -18,16 +17,6 @@ class Section(dict):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
-
-
-def near_miss(key: str, known: Iterable[str]) -> str:
-    """`; did you mean 'batch_size'?`, or the known keys where nothing is near."""
-    known = sorted(known)
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not found:  # a dotted path: the last part alone may be near
-        last = {k.rpartition(".")[2]: k for k in known}
-        found = [last[k] for k in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
-    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(known)}"
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -17,9 +17,8 @@ from dalle2_jax.diffusion.solvers.multistep import (
     UniPC,
 )
 from dalle2_jax.diffusion.solvers.single import DDIM, DDPM, Heun, OverSchedule
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.types import Solver
-from dalle2_jax.validation.sections import near_miss
 
 __all__ = [
     "DDIM",
