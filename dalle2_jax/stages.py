@@ -86,7 +86,10 @@ STAGES = (
 
 
 def find(stage: str) -> Stage:
-    """Returns the row of `stage`, a name as in `config.json`; raises UserError for an unknown one."""
+    """Returns the row of `stage`, a name as in `config.json`.
+
+    Raises UserError for an unknown one.
+    """
     for row in STAGES:
         if row.matches(stage):
             return row

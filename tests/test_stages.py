@@ -48,5 +48,5 @@ def test_an_unknown_stage_is_refused_with_a_hint(name, hint):
 
 
 def test_an_unknown_family_is_refused_with_a_hint():
-    with pytest.raises(UserError, match="config.task.name: .*did you mean 'ar_prior'"):
+    with pytest.raises(UserError, match=r"config\.task\.name: .*did you mean 'ar_prior'"):
         stages.find_family("ar_priors", "config.task.name")
