@@ -33,13 +33,19 @@ NOISY = ("orbax", "xla_bridge")  # lines that say nothing to a user: which backe
 TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax", "resvg_py")
 
 
-def say(error: Exception | str, status: int = 2) -> int:
-    """Prints one line to stderr, `sample.py: ...` or `dalle2_jax.evals: ...`; returns `status`."""
-    print(f"{_name()}: {' '.join(str(error).split())}", file=sys.stderr)
+_program = ""  # the name shown before messages; "": that of the script
+
+
+def say(error: Exception | str, status: int = 2, program: str = "") -> int:
+    """Prints one line to stderr, `sample.py: ...` or `dalle2 train: ...`; returns `status`."""
+    name = program or _program or _name()
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def run(main: Callable[..., int | None], words: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[..., int | None], words: Sequence[str] = (), program: str | None = None
+) -> None:
     """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake.
 
     `words` says what stands beside the flags and is handed to `main`, as in ("import", "SOURCE"):
@@ -47,7 +53,11 @@ def run(main: Callable[..., int | None], words: Sequence[str] = ()) -> None:
 
     Ctrl-C is one line and status 130, after `main` cleaned up; `stop` and `stop_at_once` are for
     those that have nothing to clean up.
+
+    `program` is the name shown before messages; None: that of the script.
     """
+    global _program
+    _program = program or ""
 
     def guarded(argv: list[str]) -> int:
         given = argv[1:]
