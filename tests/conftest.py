@@ -1,19 +1,22 @@
-"""Settings for every test; they must stand before jax or TensorFlow is imported first."""
+"""Settings for every test; they must be made before jax or TensorFlow is first imported."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # with libtpu and no TPU, start-up stalls without it
-# Eight devices; programs are compiled quickly rather than well: a test runs each but once.
+# Eight devices. A test runs each program once or twice, so what counts is the time to compile it:
+# no optimisation by LLVM, and XLA's older emitters of fusions, which take a third of the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
 ).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns when a test forks
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -21,6 +24,22 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_configure(config):
+    """Gives all processes of this run one compilation cache, which begins empty and is deleted.
+
+    Many tests compile the same program. Workers and the processes that tests start inherit the
+    environment; a worker therefore finds the variable set.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = tempfile.mkdtemp(prefix="dalle2_jax_tests_")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +66,6 @@ def karlo(tmp_path_factory) -> Path:
 def theirs(karlo, tmp_path) -> Path:
     """A copy of what diffusers would have saved, to be harmed."""
     return Path(shutil.copytree(karlo.with_name("theirs"), tmp_path / "theirs"))
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """For tests that build the same programs again and again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @pytest.fixture

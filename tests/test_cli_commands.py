@@ -185,6 +185,7 @@ def test_help_and_the_commands_name(arguments, status, told):
 def cache_folder(monkeypatch):
     """() -> where the cache was set to lie; the setting itself is left alone."""
     settings = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     return lambda: settings.get("jax_compilation_cache_dir")
 
@@ -193,6 +194,12 @@ def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, cache_folder, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     commands.keep_compiled_programs()
     assert cache_folder() == str(tmp_path / "dalle2_jax" / "jax")
+
+
+def test_a_cache_that_the_environment_names_stays(monkeypatch, cache_folder, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    commands.keep_compiled_programs()
+    assert cache_folder() is None
 
 
 def test_without_a_home_there_is_no_cache(monkeypatch, cache_folder):

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from dalle2_jax.parallel import fsdp, sharding
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 FSDP = ((".*", "fsdp:1"),)
 
 

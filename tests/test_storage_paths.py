@@ -82,9 +82,7 @@ def lines(workdir):
     return [line for line in told if "checkpoint" not in line]
 
 
-def test_a_run_in_a_bucket_goes_on_and_exports(
-    bucket, orbax_in_bucket, one_device, compile_once, tmp_path
-):
+def test_a_run_in_a_bucket_goes_on_and_exports(bucket, orbax_in_bucket, one_device, tmp_path):
     train(tmp_path / "here", 12)
     place = f"{bucket}/runs/toy"
     train(place, 6, keep=2)

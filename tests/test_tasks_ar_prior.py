@@ -24,8 +24,6 @@ from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import decay_mask
 from dalle2_jax.train.step import global_batch, make_preview, on_mesh, place_frozen
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 AR = small_cascade.AR_PRIOR
 

@@ -44,8 +44,6 @@ def start(tmp_path):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent / "jax")}
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         ranks = range(count) if ranks is None else ranks
         for rank in ranks:
             command = [sys.executable, str(SCRIPT), str(rank), str(count), str(port)]

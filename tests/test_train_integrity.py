@@ -16,8 +16,6 @@ from dalle2_jax.train.checkpoint import Checkpoints
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def template_of():
     cfg, task = config(), ToyTask()

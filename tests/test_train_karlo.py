@@ -16,7 +16,7 @@ from dalle2_jax.pretrained.export import export_model
 from dalle2_jax.storage import model_folder
 from dalle2_jax.train import loop
 
-pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 

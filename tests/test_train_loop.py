@@ -27,8 +27,6 @@ from dalle2_jax.train.recovery import Recovery
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def run_on(
     devices: int, steps: int = 8, data=None, noise=0.01, **changes
@@ -92,8 +90,6 @@ def test_metrics_tell_of_a_checkpoint_once_it_is_there(tmp_path):
 def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):
     script = [sys.executable, toy_task.__file__, str(tmp_path / "killed"), "30"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start_and_wait_for(step: int):
         process = subprocess.Popen(

@@ -29,7 +29,7 @@ def train(model, workdir, steps, **changes):
     return loop.train(config, build.task(config), build.dataset(config, "train"), workdir)
 
 
-@pytest.mark.usefixtures("compile_once", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_a_prior_is_exported_with_what_analytic_variances_need(tmp_path):
     model = tmp_path / "model"
     small_cascade.write(model, ["clip", "decoder"])
@@ -62,7 +62,7 @@ def test_a_prior_is_exported_with_what_analytic_variances_need(tmp_path):
         drawing.with_settings(variance="smal")
 
 
-@pytest.mark.usefixtures("compile_once", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_weights_without_it_are_measured_by_a_run_of_no_steps(tmp_path):
     model = tmp_path / "model"
     small_cascade.write(model)

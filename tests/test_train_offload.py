@@ -13,7 +13,6 @@ from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 RULES = ((".*", "fsdp:1"),)
 
 

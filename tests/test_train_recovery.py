@@ -15,7 +15,7 @@ from dalle2_jax.train.recovery import Recovery
 from dalle2_jax.train.state import abstract_state, init_state
 from dalle2_jax.train.step import global_batch, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 class Loud(ToyTask):

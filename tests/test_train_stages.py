@@ -14,7 +14,7 @@ from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.storage import licence, model_folder
 from dalle2_jax.train import loop
 
-pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 
@@ -31,7 +31,7 @@ def train(config, workdir):
     return loop.train(config, build.task(config), datasets[0], workdir, datasets[1])
 
 
-def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path, compile_once):
+def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
     """Two steps and two more give the losses and the very bytes of four at once; then it draws."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for stage in small_cascade.CONFIGS:

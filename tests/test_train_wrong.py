@@ -22,7 +22,7 @@ from dalle2_jax.train import loop, manifest
 from dalle2_jax.train.checkpoint import WorkdirLock
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_once", "one_device"),
+    pytest.mark.usefixtures("one_device"),
     # Orbax's event loop is gone when TensorStore tells of a failed write
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

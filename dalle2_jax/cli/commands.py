@@ -153,8 +153,14 @@ def choice(flag: flags.FlagHolder, kind: Callable[[str], object], what: str) -> 
 
 
 def keep_compiled_programs() -> None:
-    """JAX's compilation cache, in the user's cache folder: a second run starts fast."""
-    import jax  # late: before it Ctrl-C and a mistake are told at once
+    """Keeps compiled programs in the user's cache folder, so that a second run starts fast.
+
+    Does nothing if the variable JAX_COMPILATION_CACHE_DIR names another folder, which JAX reads.
+    """
+    import jax  # late, so that mistakes in the flags are reported at once
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
 
     cache = paths.users_cache()
     if cache is None:
