@@ -7,36 +7,25 @@ that its sections are made into; `complete` fills in the rest.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import operator
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from dalle2_jax import stages
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import config_file
 from dalle2_jax.types import Batch, Task
 from dalle2_jax.validation.sections import check_keys, check_range, construct, with_defaults
 
 Config = Any  # a ConfigDict: its attributes have no types
-
-# stage family -> a module with `from_config`, which takes the whole config and returns a Task, and
-# `SECTIONS`, the classes that the sections of such a config are made into
-TASKS = {
-    "clip": "dalle2_jax.tasks.clip",
-    "prior": "dalle2_jax.tasks.prior",
-    "ar_prior": "dalle2_jax.tasks.ar_prior",
-    "decoder": "dalle2_jax.tasks.decoder",
-    "upsampler": "dalle2_jax.tasks.upsampler",
-}
 
 # Sections whose keys belong to the stage or the data source: checked by what reads them.
 FREE_SECTIONS = ("model", "diffusion", "task", "data")
@@ -46,7 +35,7 @@ def defaults() -> Config:
     """The trainer's own settings; those of `FREE_SECTIONS` belong to the stage and the data."""
     return ConfigDict(
         dict(
-            task={},  # `name` is one of TASKS, the rest the task's settings; or the name alone
+            task={},  # `name`, a family of `stages`, and the task's settings; or the name alone
             model={},
             diffusion={},
             data={},
@@ -107,48 +96,12 @@ _RANGES: dict[tuple[float, float], str] = {
 }
 
 
-def _paths(config: Config, prefix: str = "") -> list[str]:
-    paths = []
-    for key, value in config.items():
-        paths.append(prefix + key)
-        if isinstance(value, ConfigDict):
-            paths += _paths(value, f"{prefix}{key}.")
-    return paths
-
-
-def check_overrides(argv: Iterable[str], config: Config) -> None:
-    """Raises UserError for a `--config.x` on the command line that a complete config lacks."""
-    known = _paths(config)
-    for argument in argv:
-        if found := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            check_keys([found[1]], known, "--config.*")
-
-
-class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
-    """Reads FILE:VARIANT of a --config flag and completes it before the --config.x are applied,
-    so that each of them has a type and may name a setting that the file leaves at its default."""
-
-    path = ""  # FILE:VARIANT, as it was given
-
-    def parse(self, path: str) -> Config:
-        self.path = path
-        file = path.partition(":")[0]
-        if not Path(file).is_file():
-            raise UserError(f"there is no file {file}")
-        try:
-            given: Any = super().parse(path)
-        except Exception as error:  # a config file raises what it likes
-            # ml_collections puts the whole traceback into the message of a new error
-            cause = error.__context__ or error
-            kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
-            raise UserError(f"{kind}{cause}") from error
-        if not isinstance(given, ConfigDict):
-            raise UserError("get_config gives no ConfigDict, or the file cannot be read")
-        config = complete(given)
-        with config.unlocked():
-            config.data = ConfigDict(with_defaults(DataConfig, config.data))
-        check_overrides(sys.argv[1:], config)
-        return config
+def read_config(path: str) -> Config:
+    """Reads FILE:VARIANT and completes it, the section `data` too; raises UserError."""
+    config = complete(config_file.load(path))
+    with config.unlocked():
+        config.data = ConfigDict(with_defaults(DataConfig, config.data))
+    return config
 
 
 def beside_clip(config: Config, path: str) -> Config:
@@ -176,8 +129,8 @@ def complete(config: Config) -> Config:
         check_range("config", least, most, **{n: _at(full, n) for n in names.split()})
     if not full.num_steps and not full.init_from:
         raise UserError("config.num_steps=0 exports the weights of config.init_from: name them")
-    if full.task.get("name") in TASKS:
-        for section, cls in _task_module(full.task.name).SECTIONS.items():
+    if full.task.get("name") in [row.family for row in stages.STAGES]:  # `task` refuses others
+        for section, cls in _task_module(full).SECTIONS.items():
             full[section] = ConfigDict(with_defaults(cls, full[section]))
     return ConfigDict(full).lock()
 
@@ -222,13 +175,13 @@ def task(config: Config) -> Task:
     """The Task of a complete config. Raises UserError for an unknown one, and for data that it
     cannot be of."""
     construct(DataConfig, config.data, "config.data")
+    return _task_module(config).from_config(config)
+
+
+def _task_module(config: Config) -> Any:
+    """Returns the module of the config's task; raises UserError for an unknown one."""
     name = config.task.get("name", "")
-    check_keys([name], TASKS, "config.task.name")
-    return _task_module(name).from_config(config)
-
-
-def _task_module(name: str) -> Any:
-    return importlib.import_module(TASKS[name])
+    return stages.resolve(stages.find_family(name, "config.task.name").task)
 
 
 def check(config: Config, task: Task) -> None:

@@ -309,7 +309,7 @@ def test_what_waits_on_the_host_is_counted_there():
 )
 def test_the_tpu_variants_fill_their_tiles(stage):
     path = f"configs/{stage}.py:tpu"
-    made = build.beside_clip(build.ConfigParser("config").parse(path), path)
+    made = build.beside_clip(build.read_config(path), path)
     with made.unlocked():
         made.batch_size = 64
     assert 0 <= training.count(build.complete(made))[1] <= 0.05

@@ -64,7 +64,7 @@ def test_collectives_are_those_of_fsdp(plain):
 
 def small_clip(batch_size=8 * 16, **changes):
     """CLIP's B/32 with two blocks in either tower."""
-    made = build.ConfigParser("config").parse("configs/clip.py:b32")
+    made = build.read_config("configs/clip.py:b32")
     with made.unlocked(), made.model.unlocked():
         made.batch_size = batch_size
         made.task.update(changes)
@@ -76,7 +76,7 @@ def small_clip(batch_size=8 * 16, **changes):
 def test_the_ar_prior_moves_weights_alone():
     """At the paper's width and sequence, with two blocks; its statistics are whole everywhere."""
     path = "configs/ar_prior.py:paper"
-    made = build.beside_clip(build.ConfigParser("config").parse(path), path)
+    made = build.beside_clip(build.read_config(path), path)
     with made.unlocked(), made.model.unlocked():
         made.batch_size, made.model.depth = 8 * 8, 2
     found = training.report(made, "v5e:2x4")

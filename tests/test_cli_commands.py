@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from command import MAIN
 
 from dalle2_jax.cli import commands
 
@@ -136,9 +137,13 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
     [
         (["sample.py", "-h"], 0, ["python sample.py", "--prompt:", "--mode:", "--steps:"]),
         (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
-        (["-m", "dalle2_jax.evals", "-h"], 0, ["--judge:", "--num:"]),
-        (["-m", "dalle2_jax.evals.upsampling", "-h"], 0, ["default: 'data/emoji_1024'"]),
-        (["-m", "dalle2_jax.data.emoji.write", "--help"], 0, ["--size:"]),
+        ([*MAIN, "evals", "report", "-h"], 0, ["--judge:", "--num:"]),
+        (
+            [*MAIN, "evals", "upsampling", "-h"],
+            0,
+            ["default: 'data/emoji_1024'"],
+        ),
+        ([*MAIN, "data", "emoji", "--help"], 0, ["--size:"]),
         (
             ["train.py", "--config=configs/prior.py:tiny", "--workdir=w", "--num_processes=2"],
             2,
@@ -164,11 +169,15 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
             2,
             ["sample.py: --thorough goes with --topology: give a slice"],
         ),
-        (["-m", "dalle2_jax.evals", "--num=0"], 2, ["dalle2_jax.evals: --num=0 must be 1"]),
         (
-            ["-m", "dalle2_jax.data.emoji.write", "x"],
+            [*MAIN, "evals", "report", "--num=0"],
             2,
-            ["dalle2_jax.data.emoji.write: unknown argument 'x'"],
+            ["dalle2 evals report: --num=0 must be 1"],
+        ),
+        (
+            [*MAIN, "data", "emoji", "x"],
+            2,
+            ["dalle2 data emoji: unknown argument 'x'"],
         ),
     ],
 )

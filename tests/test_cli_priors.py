@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small_cascade
 import small_judge
+from command import MAIN
 from PIL import Image
 
 from dalle2_jax import DALLE2
@@ -82,7 +83,7 @@ def test_what_the_folder_lacks_is_told_in_one_line(both, tmp_path):
 def test_the_ablation_is_a_line_a_group_and_prior(both, tmp_path):
     judge = small_judge.write(tmp_path / "judge")
     done = run(
-        *("-m", "dalle2_jax.evals.priors", f"--weights={both}", f"--judge={judge}"),
+        *(*MAIN, "evals", "priors", f"--weights={both}", f"--judge={judge}"),
         *(f"--data={FIXTURE}", "--subset=", "--num=2", "--batch_size=2"),
     )
     assert done.returncode == 0, done.stderr
@@ -103,5 +104,12 @@ def test_the_ablation_is_a_line_a_group_and_prior(both, tmp_path):
 
 
 def test_a_judge_that_is_missing_is_one_line(both, tmp_path):
-    done = run("-m", "dalle2_jax.evals.priors", f"--weights={both}", f"--judge={tmp_path}/no")
+    done = run(
+        "-m",
+        "dalle2_jax.cli.main",
+        "evals",
+        "priors",
+        f"--weights={both}",
+        f"--judge={tmp_path}/no",
+    )
     assert done.returncode == 2 and "judge: " in done.stderr and "Traceback" not in done.stderr

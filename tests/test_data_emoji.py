@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from command import MAIN
 
 from dalle2_jax.data.emoji import icon_sets, npm, tfds_builder, words, write
 from dalle2_jax.data.sources import tfds_folder
@@ -273,7 +274,7 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
 def test_command_prints_one_line_and_exits_2(tmp_path, argument, said):
     (tmp_path / "file").write_text("here")
     argument = argument.replace("=file", f"={tmp_path / 'file'}")
-    command = [sys.executable, "-m", "dalle2_jax.data.emoji.write", argument]
+    command = [sys.executable, *MAIN, "data", "emoji", argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()

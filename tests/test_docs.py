@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dalle2_jax import build
+from dalle2_jax.cli import config_flag
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
@@ -27,11 +28,11 @@ def test_shell_commands_parse(block):
 
 
 def test_settings_exist():
-    config = build.ConfigParser("config").parse(f"{DOCS.parent}/configs/decoder.py:tiny")
+    config = build.read_config(f"{DOCS.parent}/configs/decoder.py:tiny")
     found = re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)*)", "".join(PAGES.values()))
     named = set(found) - {"json"}
     assert {"workdir", "data.path", "clip_from"} - named == {"workdir"}
-    build.check_overrides([f"--config.{name}=" for name in named], config)
+    config_flag.check_overrides([f"--config.{name}=" for name in named], config)
 
 
 @pytest.mark.parametrize("page", PAGES)

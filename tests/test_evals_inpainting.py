@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evals.inpainting, and what it says of seams."""
+"""dalle2 evals inpainting, and what it says of seams."""
 
 import os
 import subprocess
@@ -16,7 +16,14 @@ FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 def test_tables_and_pictures(folder, tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, "-m", "dalle2_jax.evals.inpainting", f"--weights={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dalle2_jax.cli.main",
+        "evals",
+        "inpainting",
+        f"--weights={folder}",
+    ]
     command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset=", "--num=2"]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env={**os.environ}

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evals.inversion: a table, a line a case."""
+"""dalle2 evals inversion: a table, a line a case."""
 
 import os
 import subprocess
@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import MAIN
 
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dalle2_jax.evals.inversion", *flags]
+    command = [sys.executable, *MAIN, "evals", "inversion", *flags]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
 
 

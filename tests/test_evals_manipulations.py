@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evals.manipulations: its tables, and what a way's table says."""
+"""dalle2 evals manipulations: its tables, and what a way's table says."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_judge
+from command import MAIN
 
 from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
@@ -24,7 +25,15 @@ def rows(table: str) -> list[list[str]]:
 
 def test_a_table_of_variations_and_one_of_each_way(tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, "-m", "dalle2_jax.evals.manipulations", "--size=32", "--steps=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "dalle2_jax.cli.main",
+        "evals",
+        "manipulations",
+        "--size=32",
+        "--steps=8",
+    ]
     command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset="]
     command += ["--num=2", "--num_ways=2", "--frames=3", "--eta=0", "--eta=1", "--theta=0.4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
@@ -73,6 +82,6 @@ def test_every_way_leads_somewhere():
     ("flag", "told"), [("--theta=2", "theta"), ("--frames=1", "frames"), ("--eta=2", "eta")]
 )
 def test_a_mistake_is_one_line(flag, told):
-    command = [sys.executable, "-m", "dalle2_jax.evals.manipulations", flag]
+    command = [sys.executable, *MAIN, "evals", "manipulations", flag]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_judge
+from command import MAIN
 from PIL import Image
 
 from dalle2_jax.data.emoji.words import STYLES
@@ -181,7 +182,7 @@ def test_drawing_gives_a_picture_a_caption_whatever_stands_beside_it(model, grou
 
 
 def evals(*flags):
-    command = [sys.executable, "-m", "dalle2_jax.evals", *flags]
+    command = [sys.executable, *MAIN, "evals", "report", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

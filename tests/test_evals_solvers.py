@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evals.solvers: a line a case, the cheapest that is good enough marked."""
+"""dalle2 evals solvers: a line a case, the cheapest that is good enough marked."""
 
 import os
 import subprocess
@@ -15,7 +15,14 @@ FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 def run(folder, tmp_path, *flags: str) -> subprocess.CompletedProcess:
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, "-m", "dalle2_jax.evals.solvers", f"--weights={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dalle2_jax.cli.main",
+        "evals",
+        "solvers",
+        f"--weights={folder}",
+    ]
     command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset=", *flags]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
 

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evals.upsampling: PSNR, a judge's scores and costs, beside bicubic."""
+"""dalle2 evals upsampling: PSNR, a judge's scores and costs, beside bicubic."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_judge
+from command import MAIN
 from PIL import Image
 
 from dalle2_jax.evals import cost, psnr
@@ -16,7 +17,7 @@ FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dalle2_jax.evals.upsampling", *flags]
+    command = [sys.executable, *MAIN, "evals", "upsampling", *flags]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -117,11 +117,11 @@ def test_heavy_imports_stay_in_their_rooms(path):
             assert library not in {"jax", "flax", "optax"}, f"{relative(path)} imports {library}"
 
 
-def test_input_pipelines_load_no_jax():
-    code = "import sys, dalle2_jax.data.pipeline; print('jax' in sys.modules)"
+def test_input_pipelines_need_no_jax():
+    # TensorFlow itself imports jax where it finds it, so jax is hidden rather than looked for.
+    code = "import sys; sys.modules['jax'] = None; import dalle2_jax.data.pipeline"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False"]
 
 
 def test_no_import_circles():

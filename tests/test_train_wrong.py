@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from toy_task import ToyTask, config, dataset, losses
 
-import train
 from dalle2_jax import build
+from dalle2_jax.cli import train
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import loop, manifest
 from dalle2_jax.train.checkpoint import WorkdirLock

@@ -132,7 +132,7 @@ def _shapes(weights: str, size: int | None = None) -> DALLE2:
                 raise UserError(f"--weights={weights}: there is no file {folder / name}.py")
             continue
         try:
-            config = build.ConfigParser("config").parse(path)
+            config = build.read_config(path)
         except UserError:
             if not name.startswith("upsampler"):  # a cascade may end early
                 raise

@@ -39,7 +39,7 @@ def check() -> None:
             raise UserError(f"--{flag.name} goes with --topology: give a slice, as in v5e:8x8")
 
 
-def tell(ask: Callable[..., Report], *args: Any, **kwargs: Any) -> int:
+def report(ask: Callable[..., Report], *args: Any, **kwargs: Any) -> int:
     """Prints the report that `ask` gives of its arguments and of the flags; the exit status.
 
     With --json, what does not fit is told as JSON too.

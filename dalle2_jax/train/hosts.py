@@ -12,17 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from dalle2_jax.errors import UserError
-
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts that JAX can find.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-WAIT_SECONDS = flags.DEFINE_float(
-    "wait_seconds", 600.0, "How long the hosts wait for each other.", 1.0, 1e6
-)
 
 _MESSAGE_BYTES = 2048
 _COMPILING_SECONDS = 3600  # as long as the watchdog gives the first step
@@ -35,12 +27,6 @@ class HostsMissing(UserError):
     """Not all came; they may next time."""
 
     exit_status = os.EX_TEMPFAIL
-
-
-def connect_by_flags() -> None:
-    """`connect` as the command line says."""
-    given = DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    connect(*given, wait_seconds=WAIT_SECONDS.value)
 
 
 def connect(

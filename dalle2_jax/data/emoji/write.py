@@ -1,12 +1,12 @@
 """The emoji set as a TFDS directory: six styles of some 1,600 concepts, captioned, at any size.
 
-    python -m dalle2_jax.data.emoji.write --out data/emoji --size 128
+    dalle2 data emoji --out data/emoji --size 128
 
 takes minutes and some 120 MB of downloads and disk; 128 px is what the first tiny upsampler trains
 at. Every drawing is a vector graphic, so the second one's 1024 px are as sharp; --subset, written
 as config.data.subset, draws only the records that it reads, in half the time.
 Read it back with `tfds.builder_from_directory("data/emoji")`, or train on it with
-`--config.data.path=data/emoji`. Exit status: 0 done, 2 a mistake in the input.
+`--config.data.path=data/emoji`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ import errno
 import os
 import pathlib
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
-
-from dalle2_jax.cli import commands  # first: it tells where no library is installed
-
-# isort: split
-from absl import flags
 
 from dalle2_jax.data.emoji import npm
 from dalle2_jax.data.emoji.icon_sets import Concept, load_concepts
@@ -121,26 +114,3 @@ def _write_error(e: BaseException | None, out: pathlib.Path) -> str | None:
             return npm.disk_error(e, out)
         e = e.__cause__
     return None
-
-
-def main() -> None:
-    given = flags.FLAGS
-    counts = build(given.out, given.size, overwrite=given.overwrite, subset=given.subset)
-    for split, count in counts.items():
-        print(f"{split:20s}{count:6d} pictures")
-    print(f"written to {given.out} at {given.size} px")
-
-
-def run() -> None:
-    """Entry point."""
-    # Defined here, not at import: other commands have an --out too.
-    flags.DEFINE_string("out", "data/emoji", "Folder to write the dataset to; created.")
-    flags.DEFINE_integer("size", DEFAULT_SIZE, "Side of the pictures in pixels.", 8, MAX_SIZE)
-    flags.DEFINE_string("subset", "", "Draw some alone, such as 'concrete,style=noto|twemoji'.")
-    flags.DEFINE_bool("overwrite", False, "Replace the dataset that --out holds.")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # clean up first
-    commands.run(main)
-
-
-if __name__ == "__main__":
-    run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.transformer import ACTIVATIONS
 from dalle2_jax.sampling import load
-from dalle2_jax.storage import model_folder
+from dalle2_jax.storage import config_file, model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 from dalle2_jax.validation.sections import check_keys, construct
@@ -66,18 +65,12 @@ def check_transformer(where: str, section: Mapping[str, Any], activation: str) -
 
 
 def _network_of(path: str) -> CLIP:
-    """The CLIP of a config file, FILE or FILE:VARIANT."""
-    file, _, variant = path.partition(":")
-    spec = importlib.util.spec_from_file_location("clip_config", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise UserError(f"config.clip_from={path}: there is no file {file}")
-    module = importlib.util.module_from_spec(spec)
+    """Returns the CLIP of a config file, FILE or FILE:VARIANT."""
     try:
-        spec.loader.exec_module(module)
-        model = module.get_config(*filter(None, [variant])).model
-    except Exception as error:  # a config file raises what it likes
+        config = config_file.load(path)
+    except UserError as error:
         raise UserError(f"config.clip_from={path}: {error}") from error
-    return construct(CLIP, model, path)
+    return construct(CLIP, config.model, path)
 
 
 @dataclasses.dataclass(frozen=True)

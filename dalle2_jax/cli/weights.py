@@ -1,4 +1,4 @@
-"""Public weights: python -m dalle2_jax.pretrained import SOURCE --out FOLDER
+"""Public weights: dalle2 weights import SOURCE --out FOLDER
 
 SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline or
 UnCLIPImageVariationPipeline (Karlo), or the prior's pipeline of Kandinsky 2.1 or 2.2 (a CLIP and a
@@ -11,7 +11,7 @@ What comes out is a model folder for sample.py --weights, which also takes SOURC
 what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
 TPUs compute in it anyway.
 
-python -m dalle2_jax.pretrained export FOLDER --out PIPELINE is the way back, for a model folder of
+dalle2 weights export FOLDER --out PIPELINE is the way back, for a model folder of
 such networks.
 
 Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
@@ -23,13 +23,12 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from dalle2_jax.cli import commands
-from dalle2_jax.storage import paths  # first: it tells where no library is installed
-
-# isort: split
 from absl import flags
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.storage import paths
+
+WORDS = ("VERB", "SOURCE")
 
 OUT = flags.DEFINE_string("out", None, "The folder to write; it must not be there yet.")
 DTYPE = flags.DEFINE_enum(
@@ -60,7 +59,3 @@ def main(verb: str, source: str) -> None:
     else:
         export.export_model(model_folder.resolve(source), out)
     print(OUT.value)
-
-
-if __name__ == "__main__":
-    commands.run(main, words=("VERB", "SOURCE"))

@@ -1,4 +1,4 @@
-"""How well parts are drawn anew: python -m dalle2_jax.evals.inpainting --weights tiny
+"""How well parts are drawn anew: dalle2 evals inpainting --weights tiny
 
 Of pictures of held-out pairs a part is erased and drawn again from the caption; a judge looks for
 what was asked, in the whole and in the drawn part alone. A second table holds the seams: how far
@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dalle2_jax.cli import commands  # first: it tells where no library is installed
-
-# isort: split
 from absl import flags
 
-from dalle2_jax.evals import common
+from dalle2_jax.cli import commands
+from dalle2_jax.cli.evals import flags as shared
 
 OUT = flags.DEFINE_string("out", "out/evals_inpainting", "Folder for the pictures.")
 NUM = flags.DEFINE_integer("num", 64, "Pictures.", 1)
 
 
 def main() -> None:
+    commands.stop_at_once()
     import numpy as np  # late: Ctrl-C is told at once
     from tqdm import tqdm
 
@@ -34,13 +33,13 @@ def main() -> None:
 
     commands.keep_compiled_programs()
     out = files.prepare_folder(OUT.value)
-    model = common.model()
-    judge = common.judge_of(model)
-    held_out, pool = common.held_out_pairs(NUM.value)
+    model = shared.load_model()
+    judge = shared.load_judge(model)
+    held_out, pool = shared.read_held_out_pairs(NUM.value)
     size = model.image_size
     given = np.stack([crop_resize(p, size, (1.0, 0.5, 0.5)) for p in held_out.pictures])
 
-    seeds = draw.seeds(common.SEED.value, held_out.captions)
+    seeds = draw.seeds(shared.SEED.value, held_out.captions)
     asked = list(zip(given, held_out.captions, seeds, strict=True))
     draws, lines, columns = {}, [], [given]
 
@@ -76,14 +75,9 @@ def main() -> None:
     lines.append((name, *(seams.across(p, mask) for p in (drawn, sharp, given))))
     columns.append(drawn)
 
-    scores, _ = report.evaluate(judge, [held_out], pool, draws, common.SEED.value)
+    scores, _ = report.evaluate(judge, [held_out], pool, draws, shared.SEED.value)
     print(report.to_markdown(scores))
     print(seams.to_markdown(lines))
     grid = np.stack(columns, axis=1)[:12].reshape(-1, size, size, 3)
     files.save_png(out / "inpainting.png", files.labelled_grid(grid, len(columns)))
     print(out / "inpainting.png")
-
-
-if __name__ == "__main__":
-    commands.stop_at_once()
-    commands.run(main)

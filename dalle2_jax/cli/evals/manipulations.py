@@ -1,4 +1,4 @@
-"""What becomes of given pictures, judged: python -m dalle2_jax.evals.manipulations --weights tiny
+"""What becomes of given pictures, judged: dalle2 evals manipulations --weights tiny
 
 Variations (unCLIP section 3.1): how often a judge finds in them what the given picture shows,
 beside pictures drawn from its caption, and how far they are from it. Interpolations and text diffs
@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dalle2_jax.cli import commands  # first: it tells where no library is installed
-
-# isort: split
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax.evals import common
+from dalle2_jax.cli import commands
+from dalle2_jax.cli.evals import flags as shared
 
 if TYPE_CHECKING:
     from dalle2_jax.evals.groups import Group
@@ -35,15 +33,16 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures at a time.", 1)
 
 
 def main() -> None:
+    commands.stop_at_once()
     from dalle2_jax.evals import report, ways  # late: Ctrl-C is told at once
     from dalle2_jax.evals.groups import HELD_OUT
 
     commands.keep_compiled_programs()
-    model = common.model()
+    model = shared.load_model()
     model.varying(steps=STEPS.value)  # told now, where they are too many
-    judge = common.judge_of(model)
-    groups, pool = common.groups(NUM.value, "seen pairs", HELD_OUT)
-    scores, drawn = report.evaluate(judge, groups, pool, _variations(model), common.SEED.value)
+    judge = shared.load_judge(model)
+    groups, pool = shared.read_groups(NUM.value, "seen pairs", HELD_OUT)
+    scores, drawn = report.evaluate(judge, groups, pool, _variations(model), shared.SEED.value)
     lines = [
         "| | concept first, % | style first, % | PSNR to the given picture, dB |",
         "|---|---|---|---|",
@@ -52,9 +51,9 @@ def main() -> None:
         lines += _rows(group, scores[group.name]["scores"], drawn[group.name])
     print("\n".join(lines), flush=True)
 
-    given, _ = common.held_out_pairs(NUM_WAYS.value)
+    given, _ = shared.read_held_out_pairs(NUM_WAYS.value)
     told = {"steps": STEPS.value, "batch_size": FRAMES.value}
-    for way in ways.ways(model, given, FRAMES.value, THETA.value, common.SEED.value, told):
+    for way in ways.ways(model, given, FRAMES.value, THETA.value, shared.SEED.value, told):
         places = tqdm(range(len(given.pairs)), desc=way.name, unit="picture")
         frames = np.stack([way.draw(place) for place in places])
         print(f"\n{way.name}\n\n{ways.to_markdown(judge, frames, given.pairs, way)}", flush=True)
@@ -68,14 +67,14 @@ def _variations(model: DALLE2) -> dict[str, Callable[[Group], np.ndarray]]:
 
     def varied(eta: float) -> Callable[[Group], np.ndarray]:
         def draws(group: Group) -> np.ndarray:
-            seeds = draw.seeds(common.SEED.value, group.captions)
+            seeds = draw.seeds(shared.SEED.value, group.captions)
             return model.variations(group.pictures, 1, seeds, eta=eta, **told)
 
         return draws
 
     return {
         "drawn from the caption": lambda group: draw.generate(
-            model, group.captions, common.SEED.value, **size
+            model, group.captions, shared.SEED.value, **size
         ),
         "reconstructed": lambda group: model.reconstruct(group.pictures, **told),
         **{f"varied, eta {eta:g}": varied(eta) for eta in ETA.value},
@@ -99,8 +98,3 @@ def _rows(group: Group, scores: Any, drawn: Mapping[str, np.ndarray]) -> Iterato
             near = psnr(made, arrays.resize(given, made.shape[1], "area"))
             cells.append(f"{near.mean():.1f}")
         yield f"| {' | '.join(cells)} |" + " |" * (4 - len(cells))
-
-
-if __name__ == "__main__":
-    commands.stop_at_once()
-    commands.run(main)

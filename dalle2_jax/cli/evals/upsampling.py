@@ -1,4 +1,4 @@
-"""What the upsamplers add: python -m dalle2_jax.evals.upsampling --data data/emoji_1024
+"""What the upsamplers add: dalle2 evals upsampling --data data/emoji_1024
 
 Three tables of held-out pairs: PSNR against the true picture, beside bicubic upsampling of the same
 small picture; a judge's scores of what is drawn, beside bicubic upsampling of the decoder's
@@ -12,51 +12,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle2_jax.cli import commands  # first: it tells where no library is installed
-
-# isort: split
 from absl import flags
 
+from dalle2_jax.cli import commands
+from dalle2_jax.cli.evals import flags as shared
 from dalle2_jax.errors import UserError
-from dalle2_jax.evals import common
 
 NUM = flags.DEFINE_integer("num", 64, "Pictures.", 1)
+flags.set_default(shared.DATA, "data/emoji_1024")
+flags.set_default(shared.SIZE, 1024)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Pictures at a time.", 1)
 
 
 def main() -> None:
+    commands.stop_at_once()
     from dalle2_jax.evals import cost, draw, psnr, report  # late: Ctrl-C is told at once
 
     commands.keep_compiled_programs()
-    model = common.model()
+    model = shared.load_model()
     if not model.upsamplers:
         raise UserError(f"--size={model.image_size} is drawn without an upsampler: give a larger")
-    judge = common.judge_of(model, BATCH_SIZE.value) if common.JUDGE.value else None
-    group, pool = common.held_out_pairs(NUM.value)
+    judge = shared.load_judge(model, BATCH_SIZE.value) if shared.JUDGE.value else None
+    group, pool = shared.read_held_out_pairs(NUM.value)
     side, largest = group.pictures.shape[1], list(model.upsamplers.values())[-1].image_size
     if side % largest:
         raise UserError(
-            f"{common.DATA.value}: pictures of {side} px are no measure for those of {largest} px; "
-            f"make some: python -m dalle2_jax.data.emoji.write --size {largest} --out FOLDER"
+            f"{shared.DATA.value}: pictures of {side} px are no measure for those of {largest} px; "
+            f"make some: dalle2 data emoji --size {largest} --out FOLDER"
         )
 
-    print(psnr.table(model, group.pictures, BATCH_SIZE.value, common.SEED.value), flush=True)
+    print(psnr.table(model, group.pictures, BATCH_SIZE.value, shared.SEED.value), flush=True)
     if judge:
         small = model.at_size(model.decoder.image_size)
-        same: Any = {"seed": common.SEED.value, "batch_size": BATCH_SIZE.value}
+        same: Any = {"seed": shared.SEED.value, "batch_size": BATCH_SIZE.value}
         draws = {
             "upsampled": lambda group: draw.generate(model, group.captions, **same),
             "the decoder's, bicubic": lambda group: psnr.enlarged(
                 draw.generate(small, group.captions, **same), model.image_size
             ),
         }
-        scores, _ = report.evaluate(judge, [group], pool, draws, common.SEED.value)
+        scores, _ = report.evaluate(judge, [group], pool, draws, shared.SEED.value)
         print("\n" + report.to_markdown(scores), flush=True)
-    print(cost.table(model, group.captions[: BATCH_SIZE.value], common.SEED.value))
-
-
-if __name__ == "__main__":
-    flags.set_default(common.DATA, "data/emoji_1024")
-    flags.set_default(common.SIZE, 1024)
-    commands.stop_at_once()
-    commands.run(main)
+    print(cost.table(model, group.captions[: BATCH_SIZE.value], shared.SEED.value))

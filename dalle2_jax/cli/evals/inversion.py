@@ -1,4 +1,4 @@
-"""How well pictures are kept: python -m dalle2_jax.evals.inversion --weights tiny
+"""How well pictures are kept: dalle2 evals inversion --weights tiny
 
 Pictures of held-out pairs are inverted and drawn again by the decoder alone; a table of the PSNR at
 its resolution is printed; nobody judges. Needs the extra `train` (it reads a data set). Exit
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle2_jax.cli import commands  # first: it tells where no library is installed
-
-# isort: split
 from absl import flags
 from tqdm import tqdm
 
-from dalle2_jax.evals import common
+from dalle2_jax.cli import commands
+from dalle2_jax.cli.evals import flags as shared
 
 NUM = flags.DEFINE_integer("num", 32, "Pictures.", 1)
 STEPS = flags.DEFINE_multi_integer("steps", [250, 100, 50, 25], "Of the decoder, each way.")
@@ -24,6 +22,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", 1)
 
 
 def main() -> None:
+    commands.stop_at_once()
     import dataclasses  # late: Ctrl-C is told at once
 
     import jax.numpy as jnp
@@ -32,8 +31,8 @@ def main() -> None:
     from dalle2_jax.imaging import arrays
 
     commands.keep_compiled_programs()
-    model = dataclasses.replace(common.model(), upsamplers={}, size=None)
-    held_out, _ = common.held_out_pairs(NUM.value)
+    model = dataclasses.replace(shared.load_model(), upsamplers={}, size=None)
+    held_out, _ = shared.read_held_out_pairs(NUM.value)
     pixels = arrays.to_float(jnp.asarray(held_out.pictures))
     given = arrays.resize(pixels, model.image_size, "area")
     given = np.asarray(arrays.to_uint8(given)).astype(float)
@@ -51,8 +50,3 @@ def main() -> None:
         cells = steps, iterations, f"{psnr.mean():.1f}", f"{psnr.min():.1f}"
         lines.append(f"| {' | '.join(map(str, (*cells, f'{latents.x_T.std():.2f}')))} |")
     print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    commands.stop_at_once()
-    commands.run(main)
