@@ -16,7 +16,7 @@ from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.pretrained import unclip
 from dalle2_jax.sampling import load
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.settings import Settings
 from dalle2_jax.validation.sections import construct, plain, with_defaults
 
 NETWORKS = {

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import files
+from dalle2_jax.imaging import files, grids
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def find(grid, colour):
 def test_grid_shows_every_picture_whole_and_in_order(labels, scale):
     colours = [(200, 10 * i, 40) for i in range(5)]
     tiles = [np.full((40, 48, 3), colour, np.uint8) for colour in colours]
-    grid = files.labelled_grid(
+    grid = grids.labelled_grid(
         tiles, 3, row_labels=labels, picture_labels=["a", "b", "c " * 30, "", "e"], scale=scale
     )
     assert grid.dtype == np.uint8
@@ -123,11 +123,11 @@ def test_grid_shows_every_picture_whole_and_in_order(labels, scale):
 
 def test_grid_of_one_and_mistakes():
     one = np.zeros((1, 8, 8, 3), np.uint8)
-    assert files.labelled_grid(one, 4).shape[1] < 40
+    assert grids.labelled_grid(one, 4).shape[1] < 40
     with pytest.raises(ValueError, match="one picture"):
-        files.labelled_grid([], 4)
+        grids.labelled_grid([], 4)
     with pytest.raises(ValueError, match="2 labels for 1 rows"):
-        files.labelled_grid(one, 1, row_labels=["a", "b"])
+        grids.labelled_grid(one, 1, row_labels=["a", "b"])
 
 
 def test_wrapping_keeps_the_words_and_the_width():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.cli.drawing import draw_prompts
+from dalle2_jax.cli import output
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipelines import cascade, placement
 from dalle2_jax.pipelines.dalle2 import DALLE2

@@ -133,7 +133,7 @@ def test_what_transformers_leaves_out_is_the_smallest_openai_clip(tmp_path):
     from dalle2_jax.pretrained import clip
 
     (stage,) = clip.stages(tmp_path)
-    network = load.network_of("clip")(**stage.entry["model"])
+    network = load.network_class("clip")(**stage.entry["model"])
     inputs = network.init_inputs()
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs))["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == 151_277_313  # ViT-B/32's

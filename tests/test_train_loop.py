@@ -315,7 +315,7 @@ def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
 
 def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
     captions, given = ["A red apple", "two dogs", "", "a cat"] * 4, []
-    grid = side.pictures.labelled_grid
+    grid = side.grids.labelled_grid
 
     def captioned(start):
         for batch in dataset()(start):

@@ -20,16 +20,17 @@ from dalle2_jax.aot.chips import GIB, Slice, open_slice
 from dalle2_jax.aot.largest import largest
 from dalle2_jax.aot.report import DoesNotFit, Report, TooLarge, compile_twice, measure
 from dalle2_jax.aot.training import local_bytes
+from dalle2_jax.diffusion.sample import begin
 from dalle2_jax.errors import UserError
+from dalle2_jax.nets.conditioning import decoder_condition, prior_condition
 from dalle2_jax.parallel import sharding
-from dalle2_jax.pipelines.cascade import encode_text
-from dalle2_jax.pipelines.dalle2 import DALLE2
-from dalle2_jax.pipelines.placement import on_mesh, stored, waits
-from dalle2_jax.sampling import stage as sampling
-from dalle2_jax.sampling.ar_prior import ARPriorSampler
-from dalle2_jax.sampling.ar_prior import draw as draw_z_img
+from dalle2_jax.pipelines.cascade import Cascade, encode_text
+from dalle2_jax.pipelines.loading import load_cascade
+from dalle2_jax.pipelines.placement import cast, should_offload, visible
+from dalle2_jax.sampling.ar_prior import ARPriorSampler, sample_z_img
+from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.sampling.prior import PriorSampler
-from dalle2_jax.sampling.stage import StageSampler
+from dalle2_jax.sampling.stage import StageSampler, one_step
 from dalle2_jax.types import Params, PyTree
 
 STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
@@ -56,10 +57,11 @@ def report(
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} must be 1 or more")
     where = open_slice(topology)
-    model = _shapes(weights, size).with_prior(prior).with_settings(**changes)
+    cascade = _shapes(weights, size).with_prior(prior)
+    model = cascade.with_options(SamplingOptions(**changes))
     mesh = sharding.make_mesh({"data": -1}, where.devices)
     weighed = {
-        name: _on(mesh, PartitionSpec(), stored(tree, model.clip.dtype))
+        name: _on(mesh, PartitionSpec(), cast(tree, model.clip.dtype))
         for name, tree in model.params.items()
     }
     attempt = functools.partial(_report, model, weighed, where, mesh, thorough=thorough)
@@ -68,7 +70,7 @@ def report(
     return largest(lambda n: attempt(batch_size=n), where.chips, where.chip.hbm)
 
 
-def flops_by_stage(model: DALLE2, batch_size: int) -> dict[str, int]:
+def flops_by_stage(model: Cascade, batch_size: int) -> dict[str, int]:
     """Of drawing `batch_size` pictures, all steps counted."""
     mesh = sharding.make_mesh({"data": -1})
     weighed = {name: _on(mesh, PartitionSpec(), tree) for name, tree in model.params.items()}
@@ -79,7 +81,7 @@ def flops_by_stage(model: DALLE2, batch_size: int) -> dict[str, int]:
 
 
 def _report(
-    model: DALLE2,
+    model: Cascade,
     weighed: Mapping[str, Params],
     where: Slice,
     mesh: Mesh,
@@ -87,7 +89,7 @@ def _report(
     thorough: bool,
 ) -> Report:
     held = sum(local_bytes(tree) for tree in weighed.values())
-    wait = waits(weighed, where.chip.hbm)
+    wait = should_offload(weighed, where.chip.hbm)
     parts: list[tuple[str, int, Report, int]] = []
     for name, lower, calls, analytic, own in _programs(model, weighed, mesh, batch_size):
         there = local_bytes(weighed[name]) if wait else held
@@ -119,11 +121,11 @@ def _report(
     return _together(parts, where, batch_size, sizes, wait, count)
 
 
-def _shapes(weights: str, size: int | None = None) -> DALLE2:
+def _shapes(weights: str, size: int | None = None) -> Cascade:
     """The model, of a folder, or of the configs in FOLDER/VARIANT as shapes alone."""
     folder, variant = Path(weights).parent, Path(weights).name
     if not (folder / "decoder.py").is_file():
-        return DALLE2.from_pretrained(weights, "bfloat16", size=size)  # as on a TPU
+        return load_cascade(weights, "bfloat16", size=size)  # as on a TPU
     tasks, params = {}, {}
     for name in STAGES:
         path = f"{folder / name}.py:{variant}"
@@ -143,7 +145,7 @@ def _shapes(weights: str, size: int | None = None) -> DALLE2:
     clip = tasks["decoder"].clip
     params["clip"] = clip.params()
     prior, decoder, *upsamplers = (task.sampler for task in tasks.values())
-    model = DALLE2(
+    cascade = Cascade(
         tokenizer=Any,  # pyright: ignore[reportArgumentType]  # nothing is read
         clip=clip.network,
         prior=prior,
@@ -153,7 +155,7 @@ def _shapes(weights: str, size: int | None = None) -> DALLE2:
         weights=weights,
         weights_hash="",
     )
-    return model if size is None else model.at_size(size)
+    return cascade if size is None else cascade.at_size(size)
 
 
 def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
@@ -162,7 +164,7 @@ def _on(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
 
 
 def _programs(
-    model: DALLE2, params: Mapping[str, Params], mesh: Mesh, b: int
+    model: Cascade, params: Mapping[str, Params], mesh: Mesh, b: int
 ) -> Iterator[tuple[str, Any, int, int, int]]:
     """(stage, what lowers its program, its calls, FLOPs of a call, bytes of its weights)."""
     rows = functools.partial(_on, mesh, PartitionSpec("data"))
@@ -177,19 +179,22 @@ def _programs(
     )
     encoded = jax.eval_shape(functools.partial(encode_text, clip), params["clip"], tokens)
     if isinstance(model.prior, PriorSampler):
-        cond = jax.eval_shape(model.prior.condition, encoded, encoded)
+        cond = jax.eval_shape(
+            functools.partial(prior_condition, model.prior.network), encoded, encoded
+        )
         k = model.prior.rows
         cond = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b * k, *x.shape[1:]), x.dtype), cond)
         yield from _stage("prior", model.prior, params["prior"], cond, b * k, rows, mesh)
     elif isinstance(model.prior, ARPriorSampler):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
-        cond = jax.eval_shape(model.prior.condition, encoded)
-        draw = functools.partial(draw_z_img, model.prior)
-        count = flops.of_function(draw, params["ar_prior"], cond, keys)
+        cond = encoded._asdict()
+        sample = functools.partial(sample_z_img, model.prior)
+        count = flops.of_function(sample, params["ar_prior"], cond, keys)
         yield "ar_prior", _not_compiled, 1, count, local_bytes(params["ar_prior"])
     z_img = jax.ShapeDtypeStruct((b, clip.dim), jnp.float32)
     tokens = jax.ShapeDtypeStruct((b, model.decoder.network.context_length), jnp.int32)
-    cond = jax.eval_shape(model.decoder.condition, z_img, encoded, tokens, None, encoded)
+    condition = functools.partial(decoder_condition, model.decoder.network)
+    cond = jax.eval_shape(condition, z_img, encoded, tokens, None, encoded)
     yield from _stage("decoder", model.decoder, params["decoder"], cond, b, rows, mesh)
     for name, upsampler in model.upsamplers.items():
         cond = {"low_res": jax.ShapeDtypeStruct((b, *upsampler.shape), jnp.float32)}
@@ -211,20 +216,24 @@ def _stage(
     mesh: Mesh,
 ) -> Iterator[tuple[str, Any, int, int, int]]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
-    state = jax.eval_shape(lambda k: sampling.start(stage, k, stage.shape, None), keys)
+    program, numbers = stage.program(), stage.numbers()
+    noise = jax.ShapeDtypeStruct((b, *stage.shape), jnp.float32)
+    state = jax.eval_shape(functools.partial(begin, program.make_solver()), noise)
+    t = jax.ShapeDtypeStruct((), jnp.int32)
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), numbers)
+    # One step, not the loop that runs several: of a loop's body the compiler counts one pass.
+    step = functools.partial(one_step, program)
     for part, steps in stage.parts(params):
-        chunk = sampling.steps_a_call(steps)
-        ts = jax.ShapeDtypeStruct((chunk,), jnp.int32)
-        args = part, cond, state, ts, keys
-        placed = (part, rows(cond), rows(state), _on(mesh, PartitionSpec(), ts), rows(keys))
-        count = flops.of_function(lambda *a: sampling.advance_steps(stage, *a, None), *args)
+        everywhere = functools.partial(_on, mesh, PartitionSpec())
+        placed = (part, rows(cond), everywhere(numbers), rows(state), everywhere(t), rows(keys))
+        count = flops.of_function(step, part, cond, numbers, state, t, keys)
 
         def lower(placed: Any = placed) -> Any:
             jax.clear_caches()  # a program traced with kernels would serve without them
-            with on_mesh(mesh):
-                return sampling.advance_steps.lower(stage, *placed, None)
+            with visible(mesh):
+                return jax.jit(step).lower(*placed)
 
-        yield name, lower, steps // chunk, count, local_bytes(part)
+        yield name, lower, steps, count, local_bytes(part)
 
 
 def _together(

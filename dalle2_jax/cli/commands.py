@@ -134,22 +134,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(say(error))
 
 
-def choice(flag: flags.FlagHolder, kind: Callable[[str], object], what: str) -> object:
-    """`--steps=50` -> 50, `--steps=prior=16,decoder=50` -> {"prior": 16, "decoder": 50}; `what`
-    says in an error what could be written."""
+def by_stage(flag: flags.FlagHolder, read: Callable[[str], object], form: str) -> object:
+    """Reads a flag of one value, or of STAGE=VALUE,...
+
+    `--steps=50` gives 50, `--steps=prior=16,decoder=50` gives {"prior": 16, "decoder": 50}, no flag
+    None. `form` says in an error what a value looks like. Raises UserError.
+    """
     if flag.value is None:
         return None
     try:
         if "=" not in flag.value:
-            return kind(flag.value)
+            return read(flag.value)
         pairs = [part.split("=") for part in flag.value.split(",")]
-        chosen = {stage.strip(): kind(value) for stage, value in pairs}
+        values = {stage.strip(): read(value) for stage, value in pairs}
     except ValueError:
-        told = f"--{flag.name}={flag.value}: write {what}, or so much for each STAGE=...,..."
-        raise UserError(told) from None
-    if len(chosen) < len(pairs):
+        raise UserError(
+            f"--{flag.name}={flag.value}: write {form}, or one for each STAGE=...,..."
+        ) from None
+    if len(values) < len(pairs):
         raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
-    return chosen
+    return values
 
 
 def keep_compiled_programs() -> None:

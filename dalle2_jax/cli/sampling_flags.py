@@ -1,6 +1,6 @@
-"""The flags of sample.py that say how the stages are drawn, as `Cascade.with_settings` takes them.
+"""Flags of how the stages are sampled, as `SamplingOptions` takes them.
 
-Nothing is imported here that takes time or starts threads, as in `modes`.
+Each is one value, or STAGE=VALUE,... Nothing that takes time is imported here.
 """
 
 from __future__ import annotations
@@ -12,43 +12,51 @@ from absl import flags
 from dalle2_jax.cli import commands
 
 STEPS = flags.DEFINE_string(
-    "steps", None, "Of the decoder, as 50, or 10:10:3:2:2 in parts of time; or STAGE=STEPS,..."
+    "steps",
+    None,
+    "Sampling steps: 50 for the decoder, or per stage as prior=16,decoder=50. 10:10:3:2:2 sets the "
+    "steps in each fifth of the schedule.",
 )
-CFG_SCALE = flags.DEFINE_string("cfg_scale", None, "Of the decoder, or STAGE=W,STAGE=W; 1 is off.")
+CFG_SCALE = flags.DEFINE_string(
+    "cfg_scale", None, "Guidance scale of the decoder, or STAGE=SCALE,...; 1 is off."
+)
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,..."
+    "sampler",
+    None,
+    "Solver of all stages: ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,...",
 )
 CFG_INTERVAL = flags.DEFINE_string(
-    "cfg_interval", None, "LOW:HIGH of sigma / alpha within which is guided, or STAGE=LOW:HIGH,..."
+    "cfg_interval",
+    None,
+    "LOW:HIGH, the noise levels sigma / alpha between which guidance acts; or STAGE=LOW:HIGH,...",
 )
 CFG_RESCALE = flags.DEFINE_string(
     "cfg_rescale", None, "How far guidance keeps the contrast, 0 to 1; or STAGE=SHARE,..."
 )
 VARIANCE = flags.DEFINE_string(
-    "variance", None, "Of ddpm's noise: STAGE=small, large or analytic,..."
+    "variance", None, "Variance of ddpm's noise: small, large or analytic; or STAGE=NAME,..."
 )
-_NAMES = {"solver": SAMPLER, "variance": VARIANCE}
 
 
 def read() -> dict[str, Any]:
-    """The arguments of `with_settings`; UserError for a flag that cannot be read."""
-    kinds = [
-        (STEPS, counts, "50 or 10:10:3:2:2"),
-        (CFG_SCALE, float, "a number"),
-        (CFG_INTERVAL, interval, "LOW:HIGH"),
-        (CFG_RESCALE, float, "a number"),
-    ]
-    chosen = {kind[0].name: commands.choice(*kind) for kind in kinds}
-    return chosen | {name: commands.choice(flag, str, "a name") for name, flag in _NAMES.items()}
+    """Returns the fields of `SamplingOptions`; raises UserError for a flag that cannot be read."""
+    return {
+        "steps": commands.by_stage(STEPS, _counts, "50 or 10:10:3:2:2"),
+        "cfg_scale": commands.by_stage(CFG_SCALE, float, "a number"),
+        "solver": commands.by_stage(SAMPLER, str, "a name"),
+        "cfg_interval": commands.by_stage(CFG_INTERVAL, _interval, "LOW:HIGH"),
+        "cfg_rescale": commands.by_stage(CFG_RESCALE, float, "a number"),
+        "variance": commands.by_stage(VARIANCE, str, "a name"),
+    }
 
 
-def counts(text: str) -> int | tuple[int, ...]:
-    """50, or 10:10:3:2:2; ValueError for anything else."""
+def _counts(text: str) -> int | tuple[int, ...]:
+    """Reads 50, or 10:10:3:2:2; raises ValueError for anything else."""
     first, *more = map(int, text.split(":"))
     return (first, *more) if more else first
 
 
-def interval(text: str) -> tuple[float, float]:
-    """LOW:HIGH; ValueError for anything else."""
+def _interval(text: str) -> tuple[float, float]:
+    """Reads LOW:HIGH; raises ValueError for anything else."""
     low, high = map(float, text.split(":"))
     return low, high

@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from dalle2_jax.diffusion.guidance import threshold
 from dalle2_jax.diffusion.schedules import Schedule, extract
@@ -90,7 +89,7 @@ def eps_from_v(schedule: Schedule, x_t: Array, v: Array, t: Array) -> Array:
 def learned_log_variance(schedule: Schedule, raw: Array, t: Array) -> Array:
     """Equation (7): the raw output [b, ...], in [-1, 1] for the usual range -> log variance."""
     low = extract(schedule.posterior_log_variance_clipped, t, raw.ndim)
-    high = extract(np.log(schedule.beta), t, raw.ndim)
+    high = extract(schedule.log_beta, t, raw.ndim)
     fraction = (raw.astype(jnp.float32) + 1) / 2
     return fraction * high + (1 - fraction) * low
 

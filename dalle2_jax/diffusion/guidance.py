@@ -33,7 +33,7 @@ def guided(
     uncond: Array,
     w: float | Array,
     learned_variance: bool = False,
-    rescale: float = 0.0,
+    rescale: float | Array = 0.0,
 ) -> Array:
     """Equations (1) and (5) on raw outputs [b, ...].
 
@@ -56,9 +56,9 @@ def guided(
     return jnp.concatenate([out, variance], axis=-1)
 
 
-def _rescaled(out: Array, cond: Array, phi: float) -> Array:
+def _rescaled(out: Array, cond: Array, phi: float | Array) -> Array:
     """Equation (5)."""
-    if phi == 0:
+    if isinstance(phi, int | float) and phi == 0:
         return out
     std, wanted = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
     return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out
@@ -76,8 +76,8 @@ def guide(
     uncond: PyTree,
     w: float | Array,
     learned_variance: bool = False,
-    rescale: float = 0.0,
-    where: np.ndarray | None = None,
+    rescale: float | Array = 0.0,
+    where: np.ndarray | Array | None = None,
 ) -> Apply:
     """The guided network as a function of (x_t, t) alone, one doubled batch a call.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from dalle2_jax.diffusion.gaussian import eps_from_x_0
 from dalle2_jax.diffusion.schedules import Schedule, extract
+from dalle2_jax.diffusion.tables import table
 from dalle2_jax.types import Array, Denoiser, Prediction, PyTree, Solver
 
 
@@ -51,6 +52,11 @@ class Resampling:
     schedule: Schedule
     repeats: int
 
+    @table
+    def _noising(self) -> tuple[np.ndarray, np.ndarray]:
+        """The coefficients of x_{t-1} and of the noise in (2)."""
+        return np.sqrt(self.schedule.alpha), np.sqrt(1 - self.schedule.alpha)
+
     @property
     def evaluations(self) -> int:
         return num_calls(self.solver.evaluations, self.repeats)
@@ -64,6 +70,5 @@ class Resampling:
         call, again = jnp.divmod(jnp.maximum(t - 1, 0), self.repeats)
         t = jnp.where(t > 0, call + 1, 0)
         x_prev, memory = self.solver.step(denoiser, x_t, t, noise, memory)
-        ratio = self.schedule.alpha_bar / self.schedule.alpha_bar_prev
-        signal, sigma = (extract(a, t, x_t.ndim) for a in (np.sqrt(ratio), np.sqrt(1 - ratio)))
+        signal, sigma = (extract(values, t, x_t.ndim) for values in self._noising)
         return jnp.where(again > 0, signal * x_prev + sigma * noise, x_prev), memory

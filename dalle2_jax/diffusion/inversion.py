@@ -14,7 +14,6 @@ whose error falls with the length of a step; putting the result in again (a fixe
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,35 +21,48 @@ import numpy as np
 
 from dalle2_jax.diffusion.schedules import extract
 from dalle2_jax.diffusion.solvers.single import OverSchedule, batch_t
-from dalle2_jax.types import Array, Denoiser, PyTree
+from dalle2_jax.diffusion.tables import table
+from dalle2_jax.types import Array, Denoiser
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DDIMInversion(OverSchedule):
-    """Equation (1), a `Solver` whose steps are taken with t from 0 up to T - 1.
+    """The coefficients of (1) over a schedule. One step, with `eps` the network at t:
 
-    `iterations` of the fixed point in a step; 1 is the paper's inversion.
+    x = x_{t-1}
+    repeat `iterations` times:  x = c_x x_{t-1} + c_eps eps(x)
+    x_t = x                      1 iteration is the inversion of the paper
     """
 
-    iterations: int = 1
-
-    @property
-    def evaluations(self) -> int:
-        return self.schedule.num_timesteps * self.iterations
-
-    @functools.cached_property
+    @table
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         r = np.sqrt(abar / prev)
         return r, np.sqrt(1 - abar) - r * np.sqrt(1 - prev)
 
-    def step(
-        self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
-    ) -> tuple[Array, PyTree]:
-        """x_{t-1} at scalar index t -> (x_t, memory); `noise` is not used."""
-        c_x, c_eps = (extract(table, t, x_t.ndim) for table in self._tables)
+    def inverse_step(
+        self, denoiser: Denoiser, x_prev: Array, t: Array, iterations: Array | int
+    ) -> Array:
+        """Returns x_t float32 [b, ...] from x_{t-1}, at scalar index t."""
+        c_x, c_eps = (extract(values, t, x_prev.ndim) for values in self._tables)
 
-        def again(_: Array, x: Array) -> Array:
-            return c_x * x_t + c_eps * denoiser(x, batch_t(t, x)).eps
+        def closer(_: Array, x: Array) -> Array:
+            return c_x * x_prev + c_eps * denoiser(x, batch_t(t, x)).eps
 
-        return jax.lax.fori_loop(0, self.iterations, again, x_t.astype(jnp.float32)), memory
+        return jax.lax.fori_loop(0, iterations, closer, x_prev.astype(jnp.float32))
+
+
+def invert_steps(
+    solver: DDIMInversion,
+    denoiser: Denoiser,
+    x_t: Array,
+    first: Array | int,
+    count: Array | int,
+    iterations: Array | int = 1,
+) -> Array:
+    """Takes `count` steps backwards from x_t [b, ...]: those of t = first, first + 1, ..."""
+
+    def body(i: Array, x: Array) -> Array:
+        return solver.inverse_step(denoiser, x, first + i, iterations)
+
+    return jax.lax.fori_loop(0, count, body, x_t.astype(jnp.float32))

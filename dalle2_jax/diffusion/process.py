@@ -1,17 +1,15 @@
-"""What a stage's config says of its diffusion, as one object."""
+"""The diffusion process of a stage, as its config describes it."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from dalle2_jax.diffusion import gaussian, losses, schedules
-from dalle2_jax.diffusion.guidance import Apply
-from dalle2_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """How a stage was noised and what its network predicts (unCLIP, Table 3)."""
+    """How a stage is noised and what its network predicts (unCLIP, Table 3)."""
 
     schedule: str = "cosine"
     num_timesteps: int = 1000
@@ -24,17 +22,5 @@ class Process:
         losses.loss_weight(self.training_schedule(), self.prediction, self.weighting)
 
     def training_schedule(self) -> schedules.Schedule:
+        """Returns the schedule with all timesteps."""
         return schedules.make(self.schedule, self.num_timesteps)
-
-    def losses(self, apply: Apply, x_0: Array, t: Array, noise: Array) -> dict[str, Array]:
-        """See `losses.training_losses`."""
-        return losses.training_losses(
-            self.training_schedule(),
-            apply,
-            x_0,
-            t,
-            noise,
-            kind=self.prediction,
-            learned_variance=self.learned_variance,
-            weighting=self.weighting,
-        )

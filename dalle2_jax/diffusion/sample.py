@@ -8,6 +8,7 @@ number of devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,34 +63,68 @@ def _noise(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
+class State(NamedTuple):
+    """The carry of the sampling loop."""
+
+    x_t: Array  # b ...
+    memory: PyTree  # the solver's
+    x_0: Array  # b ..., as last predicted
+
+
+def begin(solver: Solver, x_T: Array) -> State:
+    """Returns the state before the first step; x_T [b, ...]."""
+    x_T = x_T.astype(jnp.float32)
+    return State(x_T, solver.init(x_T), jnp.zeros_like(x_T))
+
+
+def take_step(
+    solver: Solver,
+    denoiser: Denoiser,
+    state: State,
+    t: Array,
+    keys: Array | None,
+    noise: Array | None = None,
+) -> State:
+    """Takes one step, x_t -> x_{t-1}; `noise` [b, ...] in place of that of `keys` [b]."""
+    if noise is None:
+        assert keys is not None, "sampling takes keys or noise"
+        noise = step_noise(keys, t, state.x_t.shape[1:])
+    predictions = []
+
+    def remembering(x_t: Array, t: Array) -> Prediction:
+        predictions.append(denoiser(x_t, t))
+        return predictions[-1]
+
+    x_t, memory = solver.step(remembering, state.x_t, t, noise, state.memory)
+    # The first prediction of the step: later ones may have been traced inside a branch.
+    return State(x_t, memory, predictions[0].x_0)
+
+
 def advance(
     solver: Solver,
     denoiser: Denoiser,
-    state: tuple[Array, PyTree],
-    ts: Array,
+    state: State,
+    first: Array | int,
+    count: Array | int,
     keys: Array | None,
     noise: Array | None = None,
-) -> tuple[Array, PyTree]:
-    """The steps ts int32 [n], falling, from state = (x_t, memory) on.
+) -> State:
+    """Takes `count` steps, those at t = first, first - 1, ...
 
-    A part of `sample`: jitted over a few steps at a time, it lets the host draw a progress bar
-    between calls without a callback in the program, which would keep the compiled program out
-    of JAX's persistent cache.
+    Both may be traced, so one program serves any number of steps. Jitted over a few steps at a
+    time, it lets the host report progress between calls without a callback in the program, which
+    would keep the program out of JAX's persistent cache.
+
+    Args:
+        noise: [count, b, ...], in the order of sampling; in place of that of `keys` [b].
     """
 
-    def body(
-        state: tuple[Array, PyTree], step: tuple[Array, Array | None]
-    ) -> tuple[tuple[Array, PyTree], None]:
-        x_t, memory = state
-        t, z = step
-        if z is None:
-            assert keys is not None, "sampling takes keys or noise"
-            z = step_noise(keys, t, x_t.shape[1:])
-        state = solver.step(denoiser, x_t, t, z, memory)
-        return state, None
+    def body(i: Array, state: State) -> State:
+        return take_step(
+            solver, denoiser, state, first - i, keys, None if noise is None else noise[i]
+        )
 
-    state, _ = jax.lax.scan(body, state, (jnp.asarray(ts, jnp.int32), noise))
-    return state
+    return jax.lax.fori_loop(0, count, body, state)
 
 
 def sample(
@@ -112,7 +147,4 @@ def sample(
         noise: [T, b, ...], noise[i] for step T-1-i in the order of sampling; instead of keys.
     """
     total = steps.num_timesteps if isinstance(steps, Schedule) else steps
-    x_T = x_T.astype(jnp.float32)
-    state = (x_T, solver.init(x_T))
-    ts = jnp.arange(total - 1, -1, -1)
-    return advance(solver, denoiser, state, ts, keys, noise)[0]
+    return advance(solver, denoiser, begin(solver, x_T), total - 1, total, keys, noise).x_t

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle2_jax.diffusion.tables import table
 from dalle2_jax.errors import UserError, near_miss
 
 MIN_LAMBDA = -5.1
@@ -61,30 +62,34 @@ class Schedule:
     def beta(self) -> np.ndarray:
         return 1.0 - self.alpha  # (2)
 
-    @functools.cached_property
+    @table
+    def log_beta(self) -> np.ndarray:
+        return np.log(self.beta)
+
+    @table
     def sqrt_alpha_bar(self) -> np.ndarray:
         return np.sqrt(self.alpha_bar)
 
-    @functools.cached_property
+    @table
     def sqrt_one_minus_alpha_bar(self) -> np.ndarray:
         return np.sqrt(1.0 - self.alpha_bar)
 
-    @functools.cached_property
+    @table
     def posterior_variance(self) -> np.ndarray:
         return self.beta * (1.0 - self.alpha_bar_prev) / (1.0 - self.alpha_bar)  # (4)
 
-    @functools.cached_property
+    @table
     def posterior_log_variance_clipped(self) -> np.ndarray:
         """log beta~ with its first entry, log 0, replaced by the second (IDDPM)."""
         if self.num_timesteps == 1:
             return np.log(self.beta)
         return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
-    @functools.cached_property
+    @table
     def posterior_mean_coef_x_0(self) -> np.ndarray:
         return self.beta * np.sqrt(self.alpha_bar_prev) / (1.0 - self.alpha_bar)  # (5)
 
-    @functools.cached_property
+    @table
     def posterior_mean_coef_x_t(self) -> np.ndarray:
         return (1.0 - self.alpha_bar_prev) * np.sqrt(self.alpha) / (1.0 - self.alpha_bar)  # (6)
 

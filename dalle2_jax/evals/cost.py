@@ -10,7 +10,7 @@ from dalle2_jax.pipelines.dalle2 import DALLE2
 
 
 class Clock:
-    """A `placement.StageProgress` of one batch: stage -> seconds from its start to its end."""
+    """A progress callback for one batch: stage -> seconds from its start to its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -24,7 +24,7 @@ class Clock:
 def table(model: DALLE2, captions: Sequence[str], seed: int) -> str:
     """Markdown: of a picture in each stage, one of each caption drawn in one batch here and now."""
     count = len(captions)
-    flops = flops_by_stage(model, count)  # first: it forgets what was compiled
+    flops = flops_by_stage(model.cascade, count)  # first: it forgets what was compiled
     model.generate(captions, seed=seed, batch_size=count)  # compiles
     clock = Clock()
     model.generate(captions, seed=seed, batch_size=count, progress=clock)
@@ -32,7 +32,7 @@ def table(model: DALLE2, captions: Sequence[str], seed: int) -> str:
         "| stage | network evaluations | GFLOP a picture | seconds a picture |",
         "|---|---|---|---|",
     ]
-    for stage, sampler in model.samplers().items():
+    for stage, sampler in model.cascade.samplers().items():
         if stage not in flops:  # z_txt in the place of z_img costs nothing
             continue
         work, seconds = flops[stage] / count / 1e9, clock.seconds[stage] / count

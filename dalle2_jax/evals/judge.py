@@ -46,7 +46,7 @@ class Judge:
                 f"judge: {error}; train one: python train.py --config=configs/clip.py:judge "
                 "--workdir=runs/judge"
             ) from error
-        network, params = load.clip(path)
+        network, params = load.network(path, "clip"), load.params(path, "clip")
         if network.image is None:
             raise UserError(f"judge: {folder} has no image tower: it cannot see pictures")
         text = network.text

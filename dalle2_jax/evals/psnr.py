@@ -10,6 +10,7 @@ import numpy as np
 
 from dalle2_jax.imaging import arrays, degradation
 from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.sampling.stage import finish
 from dalle2_jax.types import Array
 
 # unCLIP, section 2.1: what the input of the first upsampler is spoilt by, and of the later ones.
@@ -34,8 +35,11 @@ def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> st
 
     `pictures` uint8 [n, h, w, 3], squares of the last upsampler's side or a multiple.
     """
-    stages = list(model.upsamplers)
-    sizes = [model.decoder.image_size, *(s.image_size for s in model.upsamplers.values())]
+    stages = list(model.cascade.upsamplers)
+    sizes = [
+        model.cascade.decoder.image_size,
+        *(s.image_size for s in model.cascade.upsamplers.values()),
+    ]
     ends = dict(zip(stages, itertools.pairwise(sizes), strict=True))
     lines = [
         "| from, px | to, px | the small picture | upsampled, PSNR in dB | bicubic | better by |",
@@ -53,7 +57,8 @@ def table(model: DALLE2, pictures: np.ndarray, batch_size: int, seed: int) -> st
             for stage in part:
                 key, key_stage = jax.random.split(key)
                 keys = jax.random.split(key_stage, len(small))
-                small = model.upsamplers[stage](model.params[stage], small, keys)
+                sampler = model.cascade.upsamplers[stage]
+                small = finish(sampler(model.cascade.params[stage], small, keys))
             ours.append(psnr(small, true))
         a, b = np.concatenate(ours), np.concatenate(bicubic)
         error = (a - b).std() / len(a) ** 0.5

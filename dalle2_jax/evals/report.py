@@ -15,7 +15,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.evals import frechet, retrieval
 from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
-from dalle2_jax.imaging import arrays, files
+from dalle2_jax.imaging import arrays, files, grids
 from dalle2_jax.storage.atomic import replacing
 
 NUM_CANDIDATES = 100
@@ -155,7 +155,7 @@ def held_out_grid(group: Group, drawn: np.ndarray) -> np.ndarray:
     both = np.stack([drawn, true], axis=1).reshape(-1, *drawn.shape[1:])
     labels = [text for caption in group.captions[:_GRID_PAIRS] for text in (caption, "(true)")]
     scale = max(1, -(-_GRID_SIDE // drawn.shape[1]))
-    return files.labelled_grid(both, _GRID_COLUMNS, picture_labels=labels, scale=scale)
+    return grids.labelled_grid(both, _GRID_COLUMNS, picture_labels=labels, scale=scale)
 
 
 def _resized(images_uint8: np.ndarray, size: int) -> np.ndarray:

@@ -6,7 +6,6 @@ file alone is enough to draw it again.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging.decode import DamagedImage, decode, transparent
@@ -24,8 +23,6 @@ from dalle2_jax.storage import paths
 from dalle2_jax.storage.atomic import replacing
 
 CHUNK = "dalle2_jax"
-_PAPER, _INK, _PALE_INK = (255, 255, 255), (32, 33, 36), (95, 99, 104)
-_MAX_LINES = 3
 
 
 def save_png(
@@ -45,7 +42,7 @@ def save_png(
         chunks.add_itxt(CHUNK, _to_json(metadata))
     try:
         paths.make_folder(path.parent)
-        with paths.told("cannot write", path), replacing(path) as temporary:
+        with paths.as_user_error("cannot write", path), replacing(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -63,7 +60,7 @@ def save_animation(
     times = [milliseconds * (4 if place in ends else 1) for place in range(len(images))]
     try:
         paths.make_folder(path.parent)
-        with paths.told("cannot write", path), replacing(path) as temporary:
+        with paths.as_user_error("cannot write", path), replacing(path) as temporary:
             options: dict[str, Any] = {"duration": times, "loop": 0, "quality": 90}
             images[0].save(
                 temporary, format="WEBP", save_all=True, append_images=images[1:], **options
@@ -78,7 +75,7 @@ def prepare_folder(path: str | Path) -> Path:
         raise UserError("the folder to write to has no name: give one, or . for the current folder")
     path = paths.to_path(path)
     if paths.is_remote(path):
-        with paths.told("cannot write to the folder", path):
+        with paths.as_user_error("cannot write to the folder", path):
             (path / ".writable").write_bytes(b"")
             (path / ".writable").unlink()
         return path
@@ -135,7 +132,7 @@ def read_erased(path: str | Path) -> np.ndarray:
 def _read(path: str | Path, decoded: Callable[[bytes], np.ndarray]) -> np.ndarray:
     path = paths.to_path(path)
     try:
-        with paths.told("cannot read", path):
+        with paths.as_user_error("cannot read", path):
             return decoded(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -154,56 +151,6 @@ def middle_square(picture: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def labelled_grid(
-    pictures: Sequence[np.ndarray] | np.ndarray,
-    columns: int,
-    *,
-    row_labels: Sequence[str] = (),
-    picture_labels: Sequence[str] = (),
-    scale: int = 1,
-) -> np.ndarray:
-    """Pictures, all of one size, in rows of `columns` on white -> uint8 [height, width, 3].
-
-    A row's label stands above it over the whole width, a picture's below it; long ones are
-    wrapped, and cut after three lines. `scale` enlarges each picture a whole number of times.
-    """
-    if len(pictures) == 0 or columns < 1:
-        raise ValueError("a grid needs one picture and one column at least")
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    if row_labels and len(row_labels) != rows:
-        raise ValueError(f"{len(row_labels)} labels for {rows} rows")
-    if picture_labels and len(picture_labels) != len(pictures):
-        raise ValueError(f"{len(picture_labels)} labels for {len(pictures)} pictures")
-    h, w = (side * scale for side in np.shape(pictures[0])[:2])
-    gap = max(8, w // 16)
-    width = columns * (w + gap) + gap
-    row_font = _font(max(13, min(22, w // 8), w // 32), row_labels)
-    small_font = _font(max(11, min(16, w // 10), w // 32), picture_labels)
-    above = [_wrap(label, row_font, width - 2 * gap) for label in row_labels] or [[]] * rows
-    below = [_wrap(label, small_font, w) for label in picture_labels] or [[]] * len(pictures)
-
-    places: list[tuple[int, int]] = []  # (top of the row's label, top of its pictures)
-    y = gap
-    for row in range(rows):
-        top = y + _height(above[row], row_font) + (gap // 2 if above[row] else 0)
-        places.append((y, top))
-        lines = max(below[row * columns : (row + 1) * columns], key=len)
-        y = top + h + _height(lines, small_font) + gap
-
-    canvas = Image.new("RGB", (width, y), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for row, (label_top, _) in enumerate(places):
-        draw.multiline_text((gap, label_top), "\n".join(above[row]), fill=_INK, font=row_font)
-    for i, picture in enumerate(pictures):
-        x, top = gap + (i % columns) * (w + gap), places[i // columns][1]
-        image = Image.fromarray(np.asarray(picture))
-        canvas.paste(image.resize((w, h), Image.Resampling.NEAREST), (x, top))
-        text = "\n".join(below[i])
-        draw.multiline_text((x, top + h + 2), text, fill=_PALE_INK, font=small_font)
-    return np.asarray(canvas)
-
-
 def slug(text: str, length: int = 48) -> str:
     """A prompt as part of a file's name: lower-case ASCII letters, digits and dashes."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
@@ -215,52 +162,3 @@ def _to_json(metadata: Mapping[str, Any]) -> str:
     if any("\ud800" <= char <= "\udfff" for char in text):  # a prompt with half a character
         return json.dumps(dict(metadata), ensure_ascii=True, sort_keys=True)
     return text
-
-
-def _font(size: int, texts: Sequence[str]) -> Any:
-    """Pillow's own font, which is the same everywhere, or a system's where a text needs more."""
-    if not all(text.isascii() for text in texts):
-        for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"):
-            with contextlib.suppress(OSError):
-                return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
-def _height(lines: Sequence[str], font: Any) -> int:
-    """Pixels that `multiline_text` needs for these lines, a little air included."""
-    if not lines:
-        return 0
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    return int(draw.multiline_textbbox((0, 0), "\n".join(["Åg"] * len(lines)), font=font)[3]) + 4
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Words into at most three lines of `width` pixels; a word too wide is broken."""
-    text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        joined = f"{line} {word}" if line else word
-        if font.getlength(joined) <= width:
-            line = joined
-            continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width and len(word) > 1 and len(lines) <= _MAX_LINES:
-            fits = next(
-                n for n in range(len(word), 0, -1) if n == 1 or _fits(word[:n], font, width)
-            )
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    lines += [line] if line else []
-    if len(lines) > _MAX_LINES:
-        last = lines[_MAX_LINES - 1]
-        while last and not _fits(last + "…", font, width):
-            last = last[:-1]
-        lines = [*lines[: _MAX_LINES - 1], last + "…"]
-    return lines
-
-
-def _fits(text: str, font: Any, width: int) -> bool:
-    return font.getlength(text) <= width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -74,6 +74,8 @@ class ARPrior(nn.Module):
     replaced by a learned vector. All codes share one table of embeddings and one output layer, for
     a place has an embedding and an output bias of its own.
     """
+
+    reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
 
     dim: int
     context_length: int

@@ -61,6 +61,8 @@ class Decoder(nn.Module):
     are (GLIDE 2.3). Without that, nothing is.
     """
 
+    reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
+
     unet: Mapping[str, Any]
     dim: int
     context_length: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,8 @@ class DiffusionPrior(nn.Module):
     encoding. With `standardised` x_0 is z_img by the mean and deviation of each coordinate, which
     lie among the parameters and are not learned: a fresh network has 0 and 1.
     """
+
+    reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
 
     dim: int
     context_length: int

@@ -1,53 +1,154 @@
-"""DALL-E 2 as a user holds it: load a model folder, draw pictures from sentences and pictures.
-
-A picture is (z_img, x_T): CLIP's embedding, and the noise from which the decoder draws the picture
-under it (`Cascade.invert`). What the product did with pictures moves in one of the two, or in both
-(unCLIP section 3).
-"""
+"""`DALLE2`, the model as a user holds it: load a model folder, generate and edit images."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import canvas, masks
-from dalle2_jax.pipelines.cascade import Cascade, Latents
-from dalle2_jax.pipelines.embeddings import normalise, project, slerp
-from dalle2_jax.sampling import load
-from dalle2_jax.validation import arguments
+from dalle2_jax.pipelines import edits, inversion
+from dalle2_jax.pipelines.cascade import Cascade
+from dalle2_jax.pipelines.edits import Ranked
+from dalle2_jax.pipelines.events import ProgressCallback, collect, images_of, result_of
+from dalle2_jax.pipelines.inversion import Latents
+from dalle2_jax.pipelines.loading import load_cascade
+from dalle2_jax.sampling.overrides import Override, SamplingOptions
 
-_OPTIONS = ("batch_size", "progress")  # of what inverts
-_REPEATS = 5  # of a step, for a decoder that was not fine-tuned to inpaint
-
-
-class Ranked(NamedTuple):
-    picture: np.ndarray  # uint8 [h, w, 3]
-    index: int  # among all that were drawn of its prompt
-    score: float  # cosine of CLIP's embeddings of picture and prompt
+__all__ = ["DALLE2", "Latents", "Ranked"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DALLE2(Cascade):
-    """All that the product did, on the weights of a model folder: see `Cascade.from_pretrained`.
+class DALLE2:
+    """All that the product did, on the weights of a model folder.
 
-    Pictures are uint8 [b, h, w, 3] of any size, one is [h, w, 3]; of what is not square the middle
-    is taken. Those drawn have `image_size`. `steps` are the decoder's, to invert and to draw; None:
-    50. More of them keep a given picture better. Further options are `batch_size` and `progress` of
-    `Cascade.stream`; of `generate`, `ranked`, `inpaint` and `outpaint` all of its. Raises UserError
-    for what is of another type or range.
+        model = DALLE2.from_pretrained("tiny")
+        images = model.with_settings(steps=20).generate("a flat emoji of a red apple", n=4)
+
+    Images are uint8 [b, h, w, 3], one image is [h, w, 3]. Images that are given may have any size;
+    of one that is not square the middle is used. Generated ones have `image_size`.
+
+    Methods that edit take `steps`, the decoder's steps to invert and to decode (None: 50; more keep
+    a given image better). All methods that generate take `batch_size`, how many images at a time
+    (rounded up to a multiple of the devices), and `progress`, which is called with (stage, steps
+    done, steps in all). All raise UserError for arguments of another type or range.
+
+    Attributes:
+        cascade: the networks, their settings and parameters.
     """
 
+    cascade: Cascade
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | os.PathLike[str] = "tiny",
+        dtype: str | None = None,
+        offload: bool | None = None,
+        size: int | None = None,
+    ) -> Self:
+        """Loads a model.
+
+        Args:
+            weights: "tiny" (inside the package), a model folder, or a hub id; also Karlo as
+                diffusers saves it, which is imported into the user's cache, once.
+            dtype: what the networks compute in; None is bfloat16 on a TPU, else float32.
+            offload: whether weights wait in the host's memory until their stage runs, which costs
+                their transfer in every batch. None: if they would fill more than half of the
+                device's memory.
+            size: side of the images in pixels, from the decoder's to the last upsampler's. Only the
+                stages that reach it are loaded; a larger result is averaged down. None: as the
+                folder's config.json says ("tiny": 128), or else the largest.
+
+        Raises:
+            UserError: an unknown name; a folder that is missing or damaged, or lacks a stage; a
+                size that no stage reaches.
+        """
+        return cls(load_cascade(weights, dtype, offload, size))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the generated images in pixels."""
+        return self.cascade.image_size
+
+    @property
+    def weights(self) -> str:
+        """The name that the model was loaded by."""
+        return self.cascade.weights
+
+    @property
+    def weights_hash(self) -> str:
+        """16 hex digits that identify the model's configuration and tensors."""
+        return self.cascade.weights_hash
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the decoder was trained to inpaint.
+
+        If not, parts of images are generated by resampling, which takes more steps and fits less
+        well (RePaint, 2201.09865).
+        """
+        return edits.inpaints(self.cascade)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Returns how each stage is sampled, {stage: {setting: plain value}}."""
+        samplers = self.cascade.samplers()
+        return {name: dataclasses.asdict(s.settings) for name, s in samplers.items()}
+
+    def with_settings(
+        self,
+        steps: Override = None,
+        cfg_scale: Override = None,
+        solver: Override = None,
+        eta: Override = None,
+        cfg_interval: Override = None,
+        cfg_rescale: Override = None,
+        variance: Override = None,
+    ) -> Self:
+        """Returns the same model, sampled differently; None keeps what the folder says.
+
+        Each is one value or {stage: value}; one value of `solver` is every stage's, of another the
+        decoder's. Their meaning is documented in `sampling.settings.Settings`.
+
+        Args:
+            steps: sampling steps.
+            cfg_scale: guidance scale; 1 is off.
+            solver: one of `diffusion.solvers.NAMES`.
+            eta: DDIM's noise, 0 to 1.
+            cfg_interval: (low, high) of sigma / alpha within which guidance acts.
+            cfg_rescale: 0 to 1, how far guidance keeps the contrast.
+            variance: of DDPM's noise: "small", "large" or "analytic".
+
+        Raises:
+            UserError: an unknown stage or solver, or a value out of range.
+        """
+        options = SamplingOptions(
+            steps=steps,
+            cfg_scale=cfg_scale,
+            solver=solver,
+            eta=eta,
+            cfg_interval=cfg_interval,
+            cfg_rescale=cfg_rescale,
+            variance=variance,
+        )
+        return dataclasses.replace(self, cascade=self.cascade.with_options(options))
+
+    def with_prior(self, name: str | None) -> Self:
+        """Returns the same model with the prior "diffusion", "ar" or "none".
+
+        "none" decodes z_txt in place of z_img; None keeps the present prior. Raises UserError if
+        the folder has no such prior.
+        """
+        return dataclasses.replace(self, cascade=self.cascade.with_prior(name))
+
     def at_size(self, size: int) -> Self:
-        """The same model, drawing pictures of `size` px: at most those of its last stage, which are
-        those it was loaded for (`from_pretrained`). Raises UserError for another size."""
-        size = arguments.whole("size", size, 1)
-        ends = [s.image_size for s in (self.decoder, *self.upsamplers.values())]
-        kept = list(self.upsamplers.items())[: load.needed(size, ends)]
-        return dataclasses.replace(self, upsamplers=dict(kept), size=size)
+        """Returns the same model, generating images of `size` px.
+
+        At most the size it was loaded for (`from_pretrained`); raises UserError for another.
+        """
+        return dataclasses.replace(self, cascade=self.cascade.at_size(size))
 
     def generate(
         self,
@@ -56,106 +157,195 @@ class DALLE2(Cascade):
         seed: int | Sequence[int] = 0,
         *,
         best_of: int | None = None,
-        **options: Any,
+        z_img: np.ndarray | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """Draws n pictures of each prompt -> uint8 [len(prompts) * n, h, w, 3], prompt by prompt.
+        """Generates n images of each prompt: uint8 [len(prompts) * n, h, w, 3], prompt by prompt.
 
-        Picture i of a prompt depends on the seed, on i and on the prompt alone: it is the same
-        (but for rounding) drawn alone, in any batch and on any number of devices.
+        Image i of a prompt depends on the seed, on i and on the prompt alone: it is the same (but
+        for rounding) generated alone, in any batch and on any number of devices.
 
         Args:
-            prompts: one sentence or several; what is beyond the context length is cut off. None
-                draws from `z_img` alone, n pictures of each of its rows.
-            n: pictures a prompt, 2**32 at most; all are held at once here, not in `stream`.
-            seed: an integer from 0 to 2**32 - 1, or one a prompt. Pictures i of two prompts with
-                one seed begin from the same noise.
-            best_of: draw so many of each prompt and return the n best, see `ranked`.
-            **options: see `stream`.
-
-        Raises:
-            UserError: an argument of another type or range.
+            prompts: one text or several; text beyond the context length is cut off. None decodes
+                `z_img` without captions, n images of each of its rows.
+            n: images a prompt, 2**32 at most. All are held in memory here, but not by `stream`.
+            seed: an integer from 0 to 2**32 - 1, or one for each prompt. Images i of two prompts
+                with one seed begin from the same noise.
+            best_of: generate so many of each prompt and return the n best, see `rank`.
+            z_img, noise: see `stream`; not with `best_of`.
+            batch_size, progress: see the class.
         """
         if best_of is None:
-            return np.concatenate(list(self.stream(prompts, n, seed, **options)))
-        rows = self.ranked(prompts, n, best_of, seed, **options)
-        return np.stack([one.picture for row in rows for one in row])
+            images = self.stream(
+                prompts,
+                n,
+                seed,
+                z_img=z_img,
+                noise=noise,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            return np.concatenate(list(images))
+        rows = self.rank(prompts or "", n, best_of, seed, batch_size=batch_size, progress=progress)
+        return np.stack([one.image for row in rows for one in row])
 
-    def ranked(
+    def stream(
         self,
         prompts: str | Sequence[str] | None,
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        *,
+        z_img: np.ndarray | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the images of `generate` batch by batch as they are done.
+
+        Args:
+            prompts, n, seed, batch_size, progress: see `generate`.
+            z_img: [len(prompts) * n, dim], in place of the prior's, or one row a prompt for all of
+                its n images. If this CLIP's z_img have unit length, rows are scaled to it.
+            noise: {stage: standard normal [1 + steps, len(prompts) * n, ...]}, x_T and then each
+                step's noise, in place of the seed's; [1, ...] is x_T alone. The prior's has rows
+                for each of its candidates, image by image.
+        """
+        events = self.cascade.generate(
+            prompts, n, seed, z_img=z_img, noise=noise, batch_size=batch_size
+        )
+        yield from images_of(events, progress)
+
+    def rank(
+        self,
+        prompts: str | Sequence[str],
         n: int,
         best_of: int,
         seed: int | Sequence[int] = 0,
-        **options: Any,
+        *,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> Iterator[list[Ranked]]:
-        """The n of `best_of` pictures of each prompt that CLIP finds nearest to it, the nearest
-        first; prompt by prompt, as they are drawn (reranking, as DALL-E 1 did: 2102.12092,
-        section 2.6). No more than a batch and n pictures are held. Arguments and errors are those
-        of `generate`, and a model that cannot read pictures.
+        """Yields, prompt by prompt, the n of `best_of` images that CLIP finds nearest to it.
+
+        The nearest comes first (reranking, as DALL-E 1 did: 2102.12092, section 2.6). No more than
+        a batch and n images are held in memory. Arguments are those of `generate`. Raises UserError
+        for a model that cannot read images, too.
         """
-        best_of = arguments.whole("best_of", best_of, arguments.whole("n", n, 1))
-        if prompts is None:
-            raise UserError("best_of ranks pictures by their prompt: give prompts")
-        if self.clip.image is None:
-            raise UserError(f"{self.weights} has no image tower: it cannot rank pictures")
-        prompts = arguments.prompts(prompts)
-        z_txt, best, place = None, [], 0
-        for pictures in self.stream(prompts, best_of, seed, **options):
-            z_img = normalise(self.encode_image(pictures))
-            for picture, z in zip(pictures, z_img, strict=True):
-                row, index = divmod(place, best_of)
-                if index == 0:
-                    (z_txt,) = normalise(self.encode_text([prompts[row]]))
-                best.append(Ranked(picture.copy(), index, float(np.vdot(z, z_txt))))
-                best = sorted(best, key=lambda one: -one.score)[:n]  # stable: the earlier of equals
-                place += 1
-                if place % best_of == 0:
-                    yield best
-                    best = []
+        for event in edits.rank(self.cascade, prompts, n, best_of, seed, batch_size=batch_size):
+            if isinstance(event, list):
+                yield event
+            elif progress is not None:
+                progress(event.stage, event.done, event.total)
+
+    def sample_prior(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        *,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
+    ) -> np.ndarray:
+        """Samples the n z_img of each prompt that `generate` decodes: float32 [b * n, dim]."""
+        steps = self.cascade.sample_prior(prompts, n, seed, batch_size=batch_size)
+        return result_of(steps, progress)
+
+    def encode_image(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [b, h, w, 3] of any size -> CLIP's z_img float32 [b, dim].
+
+        Of an image that is not square the middle is read, as in training. Raises UserError for a
+        model without image tower.
+        """
+        return self.cascade.encode_image(images)
+
+    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+        """b captions -> CLIP's z_txt float32 [b, dim]."""
+        return self.cascade.encode_text(captions)
+
+    def invert(
+        self,
+        images: np.ndarray,
+        *,
+        steps: int | None = None,
+        iterations: int = 1,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
+    ) -> Latents:
+        """Images [b, h, w, 3] -> (z_img, x_T), from which `decode` samples them again.
+
+        x_T is found by running the decoder's DDIM backwards under z_img, without a caption and
+        without guidance (unCLIP section 3).
+
+        Args:
+            images: of any size; the decoder sees them at its own.
+            steps: see the class; `decode` must be given the same.
+            iterations: network evaluations a step; 2 or more come nearer to its exact inverse.
+            batch_size, progress: see the class.
+        """
+        steps_to_latents = inversion.invert(self.cascade, images, steps, iterations, batch_size)
+        return result_of(steps_to_latents, progress)
+
+    def decode(
+        self,
+        latents: Latents,
+        *,
+        steps: int | None = None,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
+    ) -> np.ndarray:
+        """(z_img, x_T) [b, ...] -> images [b, h, w, 3], without caption, guidance or noise.
+
+        The way back from `invert`, which must have had the same `steps`.
+        """
+        return collect(inversion.decode(self.cascade, latents, steps, batch_size), progress)
 
     def reconstruct(
-        self, pictures: np.ndarray, *, steps: int | None = None, **options: Any
+        self,
+        images: np.ndarray,
+        *,
+        steps: int | None = None,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """Pictures [b, ...] inverted and drawn again, b of them."""
-        arguments.only(_OPTIONS, options)
-        return self.decode(self.invert(pictures, steps=steps, **options), steps=steps, **options)
+        """Inverts images [b, h, w, 3] and decodes them again."""
+        return collect(edits.reconstruct(self.cascade, images, steps, batch_size), progress)
 
     def variations(
         self,
-        pictures: np.ndarray,
+        images: np.ndarray,
         n: int = 4,
         seed: int | Sequence[int] = 0,
         *,
         eta: float = 0.6,
         steps: int | None = None,
         cfg_scale: float | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """n others of each of b pictures, picture by picture: what z_img holds stays, the rest is
-        drawn anew (section 3.1).
+        """Generates n variations of each of b images, image by image (unCLIP section 3.1).
+
+        What z_img holds stays, the rest is sampled again.
 
         Args:
-            pictures, steps: see above.
-            n, seed: as of `generate`.
-            eta: of DDIM. From 0, which changes least (unguided it draws the picture itself), to 1.
-            cfg_scale: of the decoder; None: as the folder says.
+            n, seed: as in `generate`.
+            eta: DDIM's noise, from 0, which changes least (unguided it reconstructs the image), to
+                1, which changes most.
+            cfg_scale: guidance scale of the decoder; None: the model's.
+            images, steps, batch_size, progress: see the class.
         """
-        # What is wrong is told before the inversion, which takes its time.
-        model = self.varying(eta, steps, cfg_scale)
-        arguments.only(_OPTIONS, options)
-        n, pictures = arguments.whole("n", n, 1, arguments.MOST_HELD), arguments.pictures(pictures)
-        seed = arguments.seeds(seed, len(pictures)).tolist()
-        latents = self.invert(pictures, steps=steps, **options)
-        x_T = np.repeat(latents.x_T, n, axis=0)
-        told = {"z_img": latents.z_img, "noise": {"decoder": x_T[None]}, **options}
-        return np.concatenate(list(model.stream(None, n, seed, **told)))
-
-    def varying(
-        self, eta: float = 0.6, steps: int | None = None, cfg_scale: float | None = None
-    ) -> Self:
-        """The model as it draws `variations`."""
-        cfg_scale = self.decoder.settings.cfg_scale if cfg_scale is None else cfg_scale
-        return self.inverting(steps).with_settings(cfg_scale=cfg_scale, eta=eta)
+        events = edits.variations(
+            self.cascade,
+            images,
+            n,
+            seed,
+            eta=eta,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            batch_size=batch_size,
+        )
+        return collect(events, progress)
 
     def interpolate(
         self,
@@ -166,153 +356,120 @@ class DALLE2(Cascade):
         *,
         x_T: Literal["slerp", "fixed"] = "slerp",
         steps: int | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """`frames` pictures from a picture to another, or to what a sentence says (section 3.2).
+        """Generates `frames` images from image `a` to image or text `b` (unCLIP section 3.2).
 
-        z_img is moved over the sphere. Between two pictures "slerp" moves x_T too, so that the ends
-        are their reconstructions; "fixed" keeps one, drawn from `seed`. To a sentence x_T stays
-        that of the picture, and `seed` draws the z_img of the sentence.
+        z_img moves along the sphere.
+
+        Args:
+            frames: number of images, both ends included.
+            seed: of the text's z_img, or of a fixed x_T.
+            x_T: between two images, "slerp" moves x_T too, so that the ends are their
+                reconstructions; "fixed" keeps one x_T, sampled from `seed`. To a text, x_T stays
+                that of the image.
+            a, steps, batch_size, progress: see the class.
         """
-        arguments.only(_OPTIONS, options)
-        arguments.one_of("x_T", x_T, ("slerp", "fixed"))
-        shares = np.linspace(0, 1, arguments.whole("frames", frames, 2, arguments.MOST_HELD))
-        seed, a = arguments.whole("seed", seed, 0, 2**32 - 1), arguments.picture("a", a)
-        if isinstance(b, str):
-            z_b = self.sample_prior(b, 1, seed, **options)
-            z_a, x_a = self.invert(a, steps=steps, **options)
-            x_b = x_a
-        else:
-            b = arguments.picture("b", b)
-            z_a, x_a = self.invert(a, steps=steps, **options)
-            z_b, x_b = self.invert(b, steps=steps, **options)
-            if x_T == "fixed":
-                x_a = x_b = np.random.default_rng(seed).standard_normal(x_a.shape, np.float32)
-        z_img = _between("the two embeddings", z_a, z_b, shares)
-        latents = Latents(z_img, _between("x_T", x_a, x_b, shares))
-        return self.decode(latents, steps=steps, **options)
+        events = edits.interpolate(
+            self.cascade, a, b, frames, seed, x_T=x_T, steps=steps, batch_size=batch_size
+        )
+        return collect(events, progress)
 
     def text_diff(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         new: str,
         old: str = "a photo",
         frames: int = 7,
         *,
         theta: float = 0.5,
         steps: int | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """`frames` pictures that go from the picture, which `old` describes, towards `new`
-        (section 3.3).
+        """Generates `frames` images from the image towards the text `new` (unCLIP section 3.3).
 
-        z_img turns towards the difference of the two captions' embeddings, by 0 to `theta` of the
-        way; x_T stays. The paper goes to 0.25 .. 0.50.
+        z_img turns towards the difference of the two texts' embeddings, by 0 to `theta` of the
+        angle; x_T stays.
+
+        Args:
+            new: what the image is to show.
+            old: what it shows now.
+            frames: number of images; the first is the reconstruction.
+            theta: share of the angle, 0 to 1; the paper goes to 0.25 .. 0.50.
+            image, steps, batch_size, progress: see the class.
         """
-        arguments.only(_OPTIONS, options)
-        frames = arguments.whole("frames", frames, 1, arguments.MOST_HELD)
-        shares = np.linspace(0, arguments.number("theta", theta, 0, 1), frames)
-        z_new, z_old = normalise(self.encode_text([new, old]))
-        if np.allclose(z_new, z_old, atol=1e-6):
-            raise UserError(f"{new!r} and {old!r} are read alike: there is no way to go")
-        z_img, x_T = self.invert(arguments.picture("picture", picture), steps=steps, **options)
-        towards = (z_new - z_old)[None] * np.linalg.norm(z_img)
-        z_img = _between("the picture and the difference of the texts", z_img, towards, shares)
-        x_T = np.repeat(x_T, len(shares), axis=0)
-        return self.decode(Latents(z_img, x_T), steps=steps, **options)
+        events = edits.text_diff(
+            self.cascade, image, new, old, frames, theta=theta, steps=steps, batch_size=batch_size
+        )
+        return collect(events, progress)
 
     def probe(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         dims: Sequence[int | None] | None = None,
         *,
         steps: int | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """The picture drawn from ever more of what its z_img says, one for each of `dims`
-        (section 4).
+        """Generates the image from ever more of its z_img (unCLIP section 4).
 
         z_img is projected on its first k principal directions, those of the autoregressive prior,
-        for each k of `dims`; None there is all of z_img, and so the reconstruction. x_T stays.
-        `dims` None is `probe_dims()`.
+        for each k of `dims`; x_T stays.
+
+        Args:
+            dims: numbers of directions; None in the list is all of z_img, the reconstruction.
+                None: `probe_dims()`.
+            image, steps, batch_size, progress: see the class.
         """
-        arguments.only(_OPTIONS, options)
-        dims, directions = self.probe_dims() if dims is None else dims, self._directions()
-        if not isinstance(dims, Sequence | np.ndarray) or not len(dims):
-            raise UserError(f"dims must name how many directions are kept, as [20, 40], not {dims}")
-        most = len(directions[1])
-        counts = [k if k is None else arguments.whole("dims", k, 0, most) for k in dims]
-        z_img, x_T = self.invert(arguments.picture("picture", picture), steps=steps, **options)
-        mean, components = directions
-        z = [z_img[0] if k is None else project(z_img[0], mean, components[:k]) for k in counts]
-        latents = Latents(np.stack(z), np.repeat(x_T, len(z), axis=0))
-        return self.decode(latents, steps=steps, **options)
+        events = edits.probe(self.cascade, image, dims, steps=steps, batch_size=batch_size)
+        return collect(events, progress)
 
     def probe_dims(self) -> list[int | None]:
-        """20, 40, ... and all of the principal directions that are known, then None: all of z_img,
-        of which the directions may leave out a little."""
-        most = len(self._directions()[1])
-        return [*range(20, most, 20), most, None]
-
-    def _directions(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mean [dim] of z_img and its principal directions [k, dim]."""
-        if "ar_prior" not in self.params:
-            raise UserError(
-                f"{self.weights} has no ar_prior, which knows the directions of z_img: train one "
-                "into that folder by configs/ar_prior.py"
-            )
-        found = self.params["ar_prior"]["statistics"]
-        return np.asarray(found["mean"]), np.asarray(found["components"], np.float32)
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the decoder was taught what is known of a picture; else parts are drawn by
-        resampling, which takes more steps and fits less well (`inpainting`)."""
-        return self.decoder.network.inpaints
-
-    def inpainting(self) -> Self:
-        """The model as it draws parts of pictures. One whose decoder was not taught to goes over
-        each step again and again, by DDIM whatever its settings say (RePaint, 2201.09865)."""
-        if self.inpaints:
-            return self
-        settings = dataclasses.replace(
-            self.decoder.settings, solver="ddim", eta=0.0, repeats=_REPEATS
-        )
-        decoder = dataclasses.replace(self.decoder, settings=settings)
-        return dataclasses.replace(self, decoder=decoder)
+        """Returns 20, 40, ... up to all known principal directions, then None: all of z_img."""
+        return edits.probe_dims(self.cascade)
 
     def inpaint(
         self,
-        picture: np.ndarray,
-        mask: np.ndarray,
+        image: np.ndarray,
+        edit_mask: np.ndarray,
         prompt: str | None = None,
         n: int = 1,
         seed: int = 0,
         *,
         feather: int | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """A part of a picture drawn anew, n times (GLIDE 2112.10741, section 2.3).
+        """Regenerates a part of an image, n times (GLIDE 2112.10741, section 2.3).
 
         Args:
-            picture: [h, w, 3], of any size. It is kept to the bit, at the size of what is returned.
-            mask: bool [h, w], True where it is to be drawn.
-            prompt: what the whole picture then shows; None: what it shows.
-            n, seed: as of `generate`.
-            feather: pixels of the drawn part, along its edge, over which the step from the kept one
+            image: [h, w, 3], of any size. Pixels outside the mask are kept exactly, at the size of
+                the result.
+            edit_mask: bool [h, w], True where pixels are regenerated.
+            prompt: what the whole image then shows; None: what it shows now.
+            n, seed: as in `generate`.
+            feather: width in pixels, within the regenerated part, over which the step at its edge
                 is spread out; None: a 16th of the side.
+            batch_size, progress: see the class.
         """
-        picture = arguments.picture("picture", picture)[0]
-        mask = arguments.mask(mask, picture.shape)
-        picture, mask = canvas.fitted(picture, mask, self.image_size)
-        n, prompt = arguments.whole("n", n, 1, arguments.MOST_HELD), _of_parts(prompt, options)
-        z_img = self.encode_image(picture[None]) if prompt is None else None
-        given = np.repeat(picture[None], n, axis=0)
-        return self._repaint(given, ~mask, prompt, z_img, seed, feather, options)
+        events = edits.inpaint(
+            self.cascade,
+            image,
+            edit_mask,
+            prompt,
+            n,
+            seed,
+            feather=feather,
+            batch_size=batch_size,
+        )
+        return collect(events, progress)
 
     def outpaint(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         prompt: str | None = None,
         n: int = 1,
         seed: int = 0,
@@ -323,74 +480,32 @@ class DALLE2(Cascade):
         down: int = 0,
         overlap: float = 0.5,
         feather: int | None = None,
-        **options: Any,
+        batch_size: int = 8,
+        progress: ProgressCallback | None = None,
     ) -> np.ndarray:
-        """A picture continued beyond its sides, n times -> uint8 [n, up + h + down, left + w +
-        right, 3].
+        """Extends an image beyond its sides, n times.
 
-        Frames of `image_size` are drawn one after the other, each with what is there already.
+        Returns uint8 [n, up + h + down, left + w + right, 3]. Frames of `image_size` are generated
+        one after the other, each fitting what is there already.
 
         Args:
-            picture: [h, w, 3], of any size, kept as in `inpaint`.
-            prompt: what each frame shows; None: what the picture shows.
-            n, seed: as of `generate`.
+            image: [h, w, 3], of any size, kept exactly.
+            prompt: what each frame shows; None: what the image shows.
+            n, seed: as in `generate`.
             left, right, up, down: pixels to add.
-            overlap: the share of a frame that is known before it is drawn, where that can be.
-            feather: as of `inpaint`.
+            overlap: share of a frame that is known before it is generated, where possible.
+            feather: as in `inpaint`.
+            batch_size, progress: see the class.
         """
-        picture = arguments.picture("picture", picture)[0]
-        sides = {"left": left, "right": right, "up": up, "down": down}
-        margins = [arguments.whole(name, value, 0) for name, value in sides.items()]
-        if not any(margins):
-            raise UserError("nothing is to be added: give left, right, up or down, in pixels")
-        overlap = arguments.number("overlap", overlap, 0.01, 0.99)
-        seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), self.image_size
-        n, prompt = arguments.whole("n", n, 1, arguments.MOST_HELD), _of_parts(prompt, options)
-        whole, known, asked = canvas.extended(picture, margins, size)
-        drawn = np.repeat(whole[None], n, axis=0)
-        if prompt is None:
-            z_img = self.encode_image(picture[None])
-        else:  # once: all frames are to show one thing
-            z_img = self.sample_prior(prompt, n, seed, **options)
-        for frame, window in enumerate(canvas.frames(known, size, overlap)):
-            # Were it one seed, the frames would begin from the same noise, and look alike.
-            (own,) = np.random.SeedSequence([seed, frame]).generate_state(1)
-            given, there = drawn[:, *window], known[window]
-            painted = self._repaint(given, there, prompt, z_img, int(own), feather, options)
-            drawn[:, *window], known[window] = painted, True
-        return drawn[:, *asked]
-
-    def _repaint(
-        self,
-        pictures: np.ndarray,
-        known: np.ndarray,
-        prompt: str | None,
-        z_img: np.ndarray | None,
-        seed: int,
-        feather: int | None,
-        options: Mapping[str, Any],
-    ) -> np.ndarray:
-        """Pictures [n, s, s, 3] of `image_size` s with what is not known (bool [s, s]) drawn."""
-        n, size = len(pictures), self.image_size
-        feather = size // 16 if feather is None else arguments.whole("feather", feather, 0)
-        alpha = np.broadcast_to(known[..., None] * np.uint8(255), (n, size, size, 1))
-        given = {"z_img": z_img, "known": np.concatenate([pictures, alpha], axis=-1)}
-        drawn = self.inpainting().stream(prompt, n, seed, **given, **options)
-        return masks.paste(pictures, known, np.concatenate(list(drawn)), feather)
-
-
-def _of_parts(prompt: Any, options: Mapping[str, Any]) -> str | None:
-    """The prompt of `inpaint` and `outpaint`, checked, and their further options."""
-    for name in ("z_img", "known", "noise"):
-        if name in options:
-            raise UserError(f"{name} is not taken here: the picture, mask and prompt say it")
-    return None if prompt is None else arguments.prompt(prompt)
-
-
-def _between(what: str, a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Rows [frames, ...] from a [1, ...] to b [1, ...]; each is one vector, whatever its shape."""
-    try:
-        rows = slerp(a.reshape(1, -1), b.reshape(1, -1), shares)
-    except ValueError as error:
-        raise UserError(f"{what}: {error}") from error
-    return rows.reshape(-1, *a.shape[1:])
+        events = edits.outpaint(
+            self.cascade,
+            image,
+            prompt,
+            n,
+            seed,
+            margins=(left, right, up, down),
+            overlap=overlap,
+            feather=feather,
+            batch_size=batch_size,
+        )
+        return collect(events, progress)

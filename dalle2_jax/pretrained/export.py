@@ -23,7 +23,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import names, recognise, sources
 from dalle2_jax.pretrained.convert import appearing
 from dalle2_jax.sampling import load
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.settings import Settings
 from dalle2_jax.storage import licence, model_folder
 from dalle2_jax.storage.atomic import replacing
 from dalle2_jax.tokenizer import EOT, SOT, vocabulary
@@ -108,7 +108,7 @@ def _image_tower(clip: sources.Stage) -> Any:
 
 def _check_same(where: str, ours: Mapping[str, Any], stage: sources.Stage) -> None:
     """UserError unless both entries say the same of the network and of how it is drawn with."""
-    network = load.network_of(stage.name)
+    network = load.network_class(stage.name)
     for section, cls in (("model", network), ("diffusion", Process), ("sampling", Settings)):
         if section in stage.entry:
             said, read = (_filled(cls, entry[section]) for entry in (ours, stage.entry))

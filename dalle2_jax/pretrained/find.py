@@ -72,7 +72,7 @@ def _patterns(part: Path, suffix: str) -> list[str]:
 def _foreign_bucket(name: str) -> bool:
     if not paths.is_remote(name):
         return False
-    with paths.told("cannot read", name):
+    with paths.as_user_error("cannot read", name):
         return recognise.is_foreign(paths.to_path(name))
 
 

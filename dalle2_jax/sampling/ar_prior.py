@@ -1,4 +1,4 @@
-"""Drawing z_img code by code from a caption (unCLIP section 2.2)."""
+"""Sampling z_img code by code from a caption (unCLIP section 2.2)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ import jax.numpy as jnp
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.ar_prior import ARPrior
-from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.prior import nearest_to
-from dalle2_jax.sampling.stage import Progress
+from dalle2_jax.sampling.stage import Events, StepsDone
 from dalle2_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How codes are drawn; the defaults of a model stand in its folder's `config.json`.
+    """How the codes are sampled; a model's defaults stand in its folder's `config.json`.
 
-    The dot product with z_txt, which is drawn first, comes from the highest `dot_share` of its
-    predicted distribution: pictures that fit their caption better. The paper found the top half
-    (0.5) best of 0.5, 0.3, 0.15 and 0.05.
+    Attributes:
+        temperature: of the codes; 0 takes the likeliest.
+        top_p: samples from the likeliest codes that together have this probability; 1: from all.
+        cfg_scale: guidance scale; 1 is off.
+        dot_share: the dot product with z_txt, which is sampled first, comes from the highest share
+            of its predicted distribution, for images that fit their caption better. The paper
+            found the top half (0.5) best of 0.5, 0.3, 0.15 and 0.05.
     """
 
-    temperature: float = 1.0  # of the codes after it; 0 takes the likeliest
-    top_p: float = 1.0  # the likeliest codes that together have this probability; 1: all
+    temperature: float = 1.0
+    top_p: float = 1.0
     cfg_scale: float = 1.0
     dot_share: float = 0.5
 
@@ -69,67 +72,69 @@ def nucleus(logits: Array, top_p: float) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class ARPriorSampler:
-    """Several z_img are drawn and the one with the largest dot product with z_txt is kept."""
+    """Samples several z_img and keeps the one with the largest dot product with z_txt."""
 
     network: ARPrior
     settings: Settings
     candidates: int = 2
     unit_length: bool = True  # of z_img, as its CLIP has it
     stage: ClassVar[str] = "ar_prior"
+    SETTINGS: ClassVar = Settings
+    ENTRY_OPTIONS: ClassVar = {"candidates": 2}
+    needs_clip: ClassVar[bool] = True
 
     @property
     def rows(self) -> int:
-        """How many are drawn for a picture."""
+        """Number of samples for one image."""
         return self.candidates
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated for a batch: once for the captions, once a code."""
+        """Number of network evaluations for a batch: one for the captions, one a code."""
         return 1 + self.network.dims
-
-    def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
-        """What the network is told of b captions; it learned what no caption is."""
-        del empty
-        return text._asdict()
 
     def __call__(
         self,
         params: Params,
         cond: Mapping[str, Any],
         keys: Array,
-        progress: Progress | None = None,
         noise: None = None,
-    ) -> Array:
-        """The `condition` of b captions, typed keys [b] -> z_img float32 [b, dim].
+        known: None = None,
+    ) -> Events[Array]:
+        """Samples z_img float32 [b, dim].
 
-        `progress` moves once: all codes are drawn in one program. There is no `noise`.
+        Progress moves once: all codes are sampled in one program.
+
+        Args:
+            cond: the encoding of b captions (`TextEncoding._asdict`); the network learned a null.
+            keys: typed keys [b].
+            noise, known: unused.
         """
-        del noise
+        del noise, known
         steps = self.network.dims
-        if progress is not None:
-            progress(0, steps)  # it compiles: the bar is there meanwhile
-        z_img = draw(self, params, cond, keys)
-        if progress is not None:
-            jax.block_until_ready(z_img)
-            progress(steps, steps)
+        yield StepsDone(0, steps)  # it compiles: a progress bar shows meanwhile
+        z_img = sample_z_img(self, params, cond, keys)
+        yield StepsDone(steps, steps, z_img)
         return z_img
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw(sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array) -> Array:
-    """See `ARPriorSampler.__call__`."""
+def sample_z_img(
+    sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array
+) -> Array:
+    """Samples z_img float32 [b, dim], see `ARPriorSampler`."""
     b, k = keys.shape[0], sampler.candidates
     keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
     each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-    codes = draw_codes(sampler, params, each, keys)
+    codes = sample_codes(sampler, params, each, keys)
     z = forward(sampler.network, params, codes, method="to_z_img")
     return nearest_to(cond["z_txt"], z, sampler.unit_length)
 
 
-def draw_codes(
+def sample_codes(
     sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array
 ) -> Array:
-    """The `condition` of b captions, typed keys [b] -> codes int32 [b, 1 + dims].
+    """Samples codes int32 [b, 1 + dims] for b captions, from typed keys [b].
 
     Row i of the result depends on row i of its inputs alone.
     """
@@ -140,11 +145,11 @@ def draw_codes(
         null = [*text[:2], jnp.zeros_like(text[2])]
         text = [jnp.concatenate(pair) for pair in zip(text, null, strict=True)]
 
-    def told(logits: Array) -> Array:
+    def guide(logits: Array) -> Array:
         if not guided:
             return logits
-        of_caption, of_none = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
-        return of_none + settings.cfg_scale * (of_caption - of_none)
+        cond_logp, null_logp = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
+        return null_logp + settings.cfg_scale * (cond_logp - null_logp)
 
     def pick(logits: Array, place: Array | int) -> Array:
         own = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
@@ -159,10 +164,10 @@ def draw_codes(
         code, past = carry
         rows = jnp.concatenate([code, code]) if guided else code
         logits, past = forward(network, params, rows, place, past, method="step")
-        code = pick_code(told(logits), place + 1)
+        code = pick_code(guide(logits), place + 1)
         return (code, past), code
 
     logits, past = forward(network, params, *text, method="prefill")
-    dot = pick(top_share(told(logits), settings.dot_share), 0)
+    dot = pick(top_share(guide(logits), settings.dot_share), 0)
     _, codes = jax.lax.scan(step, (dot, past), jnp.arange(network.dims))
     return jnp.concatenate([dot[:, None], codes.T], axis=1)

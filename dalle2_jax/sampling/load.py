@@ -1,4 +1,10 @@
-"""A model folder's stages, built from `config.json` and checked against their tensors."""
+"""Stages of a model folder, built from `config.json` and checked against their tensors.
+
+One function loads any stage that the table of stages has. What differs between stages is said by
+their classes: a network's `reads_text` (its shapes depend on CLIP's text width), and a sampler's
+`ENTRY_OPTIONS` (keys of the stage's entry that its constructor takes) and `needs_clip` (it was
+trained with one CLIP and works with no other).
+"""
 
 from __future__ import annotations
 
@@ -7,142 +13,127 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 
+from dalle2_jax import stages
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
-from dalle2_jax.nets.ar_prior import ARPrior
-from dalle2_jax.nets.clip import CLIP
-from dalle2_jax.nets.decoder import Decoder
-from dalle2_jax.nets.prior import DiffusionPrior
-from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.sampling.ar_prior import ARPriorSampler
-from dalle2_jax.sampling.ar_prior import Settings as ARSettings
-from dalle2_jax.sampling.decoder import DecoderSampler
-from dalle2_jax.sampling.prior import PriorSampler
-from dalle2_jax.sampling.stage import Settings, StageSampler
-from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.storage import model_folder
 from dalle2_jax.types import Params
 from dalle2_jax.validation import arguments
 from dalle2_jax.validation.sections import construct
 
-Sampler = TypeVar("Sampler", bound=StageSampler)
-
+# What flax and jax raise for sizes that do not fit together.
 _MISFITS = (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError)
 
 
-def clip_network(folder: Path, dtype: str = "float32") -> CLIP:
-    """The network of the folder's CLIP. UserError: there is none, or its entry is damaged."""
-    entry, where = _entry(folder, "clip", "model")
-    return _network(CLIP, entry["model"], where, dtype)
+def network(folder: Path, stage: str, dtype: str = "float32") -> Any:
+    """Returns the stage's Flax module.
 
-
-def clip(folder: Path, dtype: str = "float32") -> tuple[CLIP, Params]:
-    """The folder's CLIP. UserError: there is none, or it is damaged."""
-    return clip_network(folder, dtype), _params(folder, "clip")
-
-
-def priors(folder: Path, text: CLIP, dtype: str = "float32") -> dict[str, tuple[Any, Params]]:
-    """The folder's priors for the CLIP `text`, the diffusion prior first; an image-variations model
-    has none. UserError: one is damaged."""
-    stages = model_folder.read_config(folder)["stages"]
-    known = {"prior": prior, "ar_prior": ar_prior}
-    return {name: load(folder, text, dtype) for name, load in known.items() if name in stages}
-
-
-def prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[PriorSampler, Params]:
-    """The folder's prior, for the CLIP `text`. UserError: there is none, or it is damaged."""
-    _check_clip(folder, "prior")
-    options = {"candidates": PriorSampler.candidates}
-    sampler = _sampler(PriorSampler, DiffusionPrior, folder, "prior", dtype, **options)
-    sampler = dataclasses.replace(sampler, unit_length=text.unit_length)
-    return sampler, _params(folder, "prior")
-
-
-def ar_prior(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[ARPriorSampler, Params]:
-    """The folder's autoregressive prior, for the CLIP `text`. UserError: see `prior`."""
-    _check_clip(folder, "ar_prior")
-    entry, where = _entry(folder, "ar_prior", "model", "sampling")
-    options = {"candidates": ARPriorSampler.candidates}
-    given = _whole_numbers(entry, options, where)
-    parts = {
-        "network": _network(ARPrior, entry["model"], where, dtype),
-        "settings": _build(ARSettings, entry["sampling"], where),
-    }
-    sampler = _build(ARPriorSampler, given | {"unit_length": text.unit_length}, where, **parts)
-    return sampler, _params(folder, "ar_prior")
-
-
-def decoder(folder: Path, text: CLIP, dtype: str = "float32") -> tuple[DecoderSampler, Params]:
-    """The folder's decoder, for the CLIP `text`. UserError: there is none, or it is damaged."""
-    _check_clip(folder, "decoder")
-    sampler = _sampler(DecoderSampler, Decoder, folder, "decoder", dtype, image_size=None)
-    return sampler, _params(folder, "decoder")
-
-
-def image_size(folder: Path, asked: int | None = None) -> int | None:
-    """The side of the pictures to draw: `asked`, or the folder's default; None: the largest.
-
-    UserError: it is no whole number.
+    Raises UserError if the folder has no such stage, or its entry is damaged.
     """
-    if asked is not None:
-        return arguments.whole("size", asked, 1)
+    entry, where = _entry(folder, stage, "model")
+    return _network(network_class(stage), entry["model"], where, dtype)
+
+
+def params(folder: Path, stage: str) -> Params:
+    """Returns the stage's tensors; raises UserError unless they are those that its network has."""
+    tensors = model_folder.read_params(folder, stage)
+    entries = model_folder.read_config(folder)["stages"]
+    expected = expected_params(entries, stage, f"{folder}/config.json: {stage}")
+    model_folder.check_params(tensors, expected, str(model_folder.stage_path(folder, stage)))
+    return tensors
+
+
+def sampler(folder: Path, stage: str, clip: Any = None, dtype: str = "float32") -> Any:
+    """Returns the stage's sampler.
+
+    Args:
+        clip: the folder's CLIP network, for stages that need one.
+
+    Raises:
+        UserError: the folder has no such stage, its entry is damaged, or it was trained with
+            another CLIP than the folder's.
+    """
+    cls = stages.resolve(str(stages.find(stage).sampler))
+    options = dict(cls.ENTRY_OPTIONS)
+    required = [name for name, default in options.items() if default is None]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    diffuses = "process" in fields
+    keys = ("model", "diffusion", "sampling") if diffuses else ("model", "sampling")
+    if cls.needs_clip:
+        _check_clip(folder, stage)
+    entry, where = _entry(folder, stage, *keys, *required)
+    section = _options_of(entry, options, where)
+    if "unit_length" in fields:
+        section["unit_length"] = clip.unit_length
+    parts = {
+        "network": _network(network_class(stage), entry["model"], where, dtype),
+        "settings": _build(cls.SETTINGS, entry["sampling"], where),
+    }
+    if diffuses:
+        parts["process"] = _build(Process, entry["diffusion"], where)
+        parts["x_0_error"] = _errors(entry.get("x_0_error", ()), f"{where}: x_0_error")
+    return _build(cls, section, where, **parts)
+
+
+def image_size(folder: Path, size: int | None = None) -> int | None:
+    """Returns the side of the images to generate: `size`, or the folder's default.
+
+    None stands for the size of the last stage. Raises UserError for anything but whole numbers.
+    """
+    if size is not None:
+        return arguments.whole("size", size, 1)
     default = model_folder.read_config(folder).get("image_size")
     name = f"{folder}/config.json: image_size"
     return None if default is None else arguments.whole(name, default, 1)
 
 
-def upsamplers(
-    folder: Path, first: int, dtype: str = "float32", size: int | None = None
-) -> dict[str, tuple[UpsamplerSampler, Params]]:
-    """The folder's upsamplers from `first` px on, each starting where the one before ends: those
-    that pictures of `size` px need, or all.
+def num_upsamplers(size: int | None, sizes: Sequence[int]) -> int:
+    """Returns how many upsamplers images of `size` px need; None: all.
 
-    UserError: one is damaged, two start at one size, one has no place in the chain, or no stage
-    draws pictures of that size.
-    """
-    entries = model_folder.read_config(folder)["stages"]
-    options = {"image_size": None, "separate_last_step": False}
-    chain = {
-        stage: _sampler(UpsamplerSampler, Upsampler, folder, stage, dtype, **options)
-        for stage in upsampler_chain(entries, first)
-    }
-    count = needed(size, [first, *(sampler.image_size for sampler in chain.values())])
-    return {stage: (chain[stage], _params(folder, stage)) for stage in list(chain)[:count]}
+    Images are generated at the next larger size of a stage and averaged down.
 
+    Args:
+        sizes: the sides of the decoder's images and of each upsampler's, in order.
 
-def needed(size: int | None, ends: Sequence[int]) -> int:
-    """How many upsamplers pictures of `size` px need, where the decoder and each of them in turn
-    ends at `ends`: drawn at the next larger one, they are averaged down. None: all.
-
-    UserError: smaller than the decoder's, or larger than the last one's.
+    Raises:
+        UserError: `size` is below the first or above the last of `sizes`.
     """
     if size is None:
-        return len(ends) - 1
-    if not ends[0] <= size <= ends[-1]:
-        told = f"from {ends[0]} to {ends[-1]} px" if len(ends) > 1 else f"of {ends[0]} px alone"
-        raise UserError(f"size={size}: this model draws pictures {told}")
-    return sum(end < size for end in ends)
+        return len(sizes) - 1
+    if not sizes[0] <= size <= sizes[-1]:
+        possible = f"from {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"of {sizes[0]}"
+        raise UserError(f"size={size}: this model generates images {possible} px")
+    return sum(stage_size < size for stage_size in sizes)
 
 
 def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list[str]:
-    """The stages that make pictures of `size` px larger, in order; UserError as in `upsamplers`."""
-    left = {stage: entry["low_size"] for stage, entry in entries.items() if "low_size" in entry}
+    """Returns the stages that enlarge images of `size` px, each starting where one ends.
+
+    Args:
+        entries: the entries of a `config.json`.
+
+    Raises:
+        UserError: two stages start at one size, or one has no place in the chain.
+    """
+    remaining = {
+        stage: entry["low_size"] for stage, entry in entries.items() if "low_size" in entry
+    }
     chain = []
-    while nexts := sorted(stage for stage, low in left.items() if low == size):
-        if len(nexts) > 1:
+    while successors := sorted(stage for stage, low in remaining.items() if low == size):
+        if len(successors) > 1:
             raise UserError(
-                f"config.json: {' and '.join(nexts)} both start at {size} px: remove one"
+                f"config.json: {' and '.join(successors)} both start at {size} px: remove one"
             )
-        del left[nexts[0]]
-        chain += nexts
-        size = entries[nexts[0]].get("image_size", 0)
-    if left:
-        stage, low = min(left.items())
+        del remaining[successors[0]]
+        chain += successors
+        size = entries[successors[0]].get("image_size", 0)
+    if remaining:
+        stage, low = min(remaining.items())
         raise UserError(
             f"config.json: {stage} starts at {low!r} px and no stage ends there: remove it, or "
             "train the stage between"
@@ -150,8 +141,42 @@ def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list
     return chain
 
 
+def network_class(stage: str) -> type[nn.Module]:
+    """Returns the class of a stage's network; raises UserError for an unknown stage."""
+    return stages.resolve(stages.find(stage).network)
+
+
+def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Params:
+    """Returns the shapes of the parameters of a stage's network.
+
+    Args:
+        entries: the entries of a `config.json`.
+        where: what error messages call that file.
+
+    Raises:
+        UserError: no network can be built from the entries.
+    """
+    cls = network_class(stage)
+    try:
+        entry = entries[stage]
+        module = _network(cls, entry["model"], where, "float32")
+        inputs: tuple[Any, ...] = ()
+        if getattr(cls, "reads_text", False):
+            inputs = (entries["clip"]["model"]["text"]["width"],)
+        if "image_size" in entry:
+            inputs += (entry["image_size"],)
+        init = functools.partial(module.init, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: init(*module.init_inputs(*inputs)))["params"]
+    except UserError:
+        raise
+    except _MISFITS as error:
+        raise UserError(f"{where}: no network can be built so ({_message(error)})") from error
+    parts = ("first", "last") if entry.get("separate_last_step") else ()
+    return dict.fromkeys(parts, shapes) if parts else shapes
+
+
 def _entry(folder: Path, stage: str, *keys: str) -> tuple[Mapping[str, Any], str]:
-    """The stage's entry, which has all of `keys`, and what errors call it."""
+    """Returns the stage's entry, which must have all of `keys`, and its name in messages."""
     entry, where = model_folder.read_stage(folder, stage), f"{folder}/config.json: {stage}"
     for key in keys:
         if key not in entry:
@@ -160,7 +185,7 @@ def _entry(folder: Path, stage: str, *keys: str) -> tuple[Mapping[str, Any], str
 
 
 def _check_clip(folder: Path, stage: str) -> None:
-    """UserError where the stage was trained with another CLIP than the folder's."""
+    """Raises UserError if the stage was trained with another CLIP than the folder's."""
     trained_with = model_folder.read_stage(folder, stage).get("clip")
     if trained_with and trained_with != model_folder.stage_hash(folder, "clip"):
         raise UserError(
@@ -169,102 +194,43 @@ def _check_clip(folder: Path, stage: str) -> None:
         )
 
 
-def _sampler(
-    cls: type[Sampler],
-    network: type[nn.Module],
-    folder: Path,
-    stage: str,
-    dtype: str,
-    **options: int | None,
-) -> Sampler:
-    """`options` are keys of the entry that `cls` takes and what they are by default; None: they
-    must be there. Whole numbers from 1 all, or bools where the default is one."""
-    required = [name for name, default in options.items() if default is None]
-    entry, where = _entry(folder, stage, "model", "diffusion", "sampling", *required)
-    given = _whole_numbers(entry, options, where)
-    parts: dict[str, Any] = {
-        "network": _network(network, entry["model"], where, dtype),
-        "process": _build(Process, entry["diffusion"], where),
-        "settings": _build(Settings, entry["sampling"], where),
-        "x_0_error": _numbers(entry.get("x_0_error", ()), f"{where}: x_0_error"),
-    }
-    return _build(cls, given, where, **parts)
-
-
-def _whole_numbers(
+def _options_of(
     entry: Mapping[str, Any], options: Mapping[str, int | None], where: str
 ) -> dict[str, Any]:
-    """What the entry says of `options`, see `_sampler`."""
-    given = {name: entry.get(name, default) for name, default in options.items()}
-    for name, value in given.items():
+    """Returns the entry's values of `options` (name -> default): whole numbers from 1, or bools."""
+    values = {name: entry.get(name, default) for name, default in options.items()}
+    for name, value in values.items():
         kind = bool if isinstance(options[name], bool) else int
         if type(value) is not kind or (kind is int and value < 1):
-            what = "true or false" if kind is bool else "a whole number from 1"
-            raise UserError(f"{where}: {name} is {value!r}, not {what}")
-    return given
+            requirement = "true or false" if kind is bool else "a whole number from 1"
+            raise UserError(f"{where}: {name} is {value!r}, not {requirement}")
+    return values
 
 
-def _numbers(values: Any, where: str) -> tuple[float, ...]:
-    """Of 0 and more."""
+def _errors(values: Any, where: str) -> tuple[float, ...]:
+    """Returns a list of finite numbers from 0 as floats; raises UserError for anything else."""
     if not isinstance(values, list | tuple) or not all(
-        type(v) in (int, float) and 0 <= v < math.inf for v in values
+        type(value) in (int, float) and 0 <= value < math.inf for value in values
     ):
         raise UserError(f"{where} is {values!r}, not a list of numbers from 0")
     return tuple(map(float, values))
 
 
 def _network(cls: type[nn.Module], section: Any, where: str, dtype: str) -> Any:
-    """The network, computing in `dtype` whatever it was trained in."""
-    return _build(cls, section | {"dtype": dtype} if isinstance(section, dict) else section, where)
+    """Returns the network, computing in `dtype` whatever it was trained in."""
+    return _build(cls, {**section, "dtype": dtype} if isinstance(section, dict) else section, where)
 
 
-def _build(cls: type, section: Any, where: str, **given: Any) -> Any:
+def _build(cls: type, section: Any, where: str, **kwargs: Any) -> Any:
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: {section!r} stands where a section should")
     try:
-        return construct(cls, section, where, **given)
+        return construct(cls, section, where, **kwargs)
     except (UserError, *_MISFITS) as error:
-        told = _told(error)
-        raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
+        message = _message(error)
+        raise UserError(message if message.startswith(where) else f"{where}: {message}") from error
 
 
-def network_of(stage: str) -> type[nn.Module]:
-    """The class of a stage's network."""
-    named: dict[str, type[nn.Module]] = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}
-    named["ar_prior"] = ARPrior
-    return named.get(stage, Upsampler)
-
-
-def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Params:
-    """Shapes of the parameters that the stage's network has, by the entries of a `config.json` (at
-    `where`). UserError: no network can be built so."""
-    try:
-        entry = entries[stage]
-        network = _network(network_of(stage), entry["model"], where, "float32")
-        inputs: tuple[Any, ...] = ()
-        if stage in ("prior", "ar_prior", "decoder"):
-            inputs = (entries["clip"]["model"]["text"]["width"],)
-        if "image_size" in entry:
-            inputs += (entry["image_size"],)
-        init = functools.partial(network.init, jax.random.key(0))
-        params = jax.eval_shape(lambda: init(*network.init_inputs(*inputs)))["params"]
-    except UserError:
-        raise
-    except _MISFITS as error:
-        raise UserError(f"{where}: no network can be built so ({_told(error)})") from error
-    parts = ("first", "last") if entry.get("separate_last_step") else ()
-    return dict.fromkeys(parts, params) if parts else params
-
-
-def _params(folder: Path, stage: str) -> Params:
-    """The stage's tensors, by name and shape those that its network has."""
-    params = model_folder.read_params(folder, stage)
-    entries = model_folder.read_config(folder)["stages"]
-    expected = expected_params(entries, stage, f"{folder}/config.json: {stage}")
-    model_folder.check_params(params, expected, str(model_folder.stage_path(folder, stage)))
-    return params
-
-
-def _told(error: Exception) -> str:
-    told = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-    return told.strip().splitlines()[0]
+def _message(error: Exception) -> str:
+    message = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+    return (message.strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Stages sampled otherwise than their folder says."""
+"""Sampling options that a user sets in place of what a model folder says."""
 
 from __future__ import annotations
 
@@ -9,33 +9,54 @@ from typing import Any
 from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.validation import arguments
 
-Choice = Any
-"""One value for the stage(s) a setting means by default, or {stage: value}."""
-
-_ALL = "solver"  # one value of it is every stage's; of the others it is the decoder's
+Override = Any
+"""One value, or {stage: value}; None keeps what the folder says."""
 
 
-def chosen(samplers: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[str, Any]:
-    """The samplers, by stage, with {field of their settings: choice}; None is no choice.
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the stages are to be sampled, where it differs from the model folder.
 
-    UserError for a stage that is not there or has no such setting, and for a value that is none.
+    Each option is None (as the folder says), {stage: value}, or one value: of `solver` that is
+    every stage's, of all others the decoder's. What the values mean: `sampling.settings.Settings`,
+    for the autoregressive prior `sampling.ar_prior.Settings`.
     """
-    settings: dict[str, dict[str, Any]] = {name: {} for name in samplers}
-    for field, choice in choices.items():
-        if choice is None:
-            continue
-        known = [name for name, s in samplers.items() if hasattr(s.settings, field)]
-        if not isinstance(choice, Mapping):
-            choice = dict.fromkeys(known if field == _ALL else ["decoder"], choice)
-        for stage, value in choice.items():
+
+    steps: Override = None
+    cfg_scale: Override = None
+    solver: Override = None
+    eta: Override = None
+    cfg_interval: Override = None
+    cfg_rescale: Override = None
+    variance: Override = None
+
+    def apply(self, samplers: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the samplers, by stage, with these options.
+
+        Raises UserError for a stage that does not exist or has no such option, and for values out
+        of range.
+        """
+        changes: dict[str, dict[str, Any]] = {stage: {} for stage in samplers}
+        for field in dataclasses.fields(self):
+            for stage, value in self._by_stage(field.name, samplers).items():
+                changes[stage][field.name] = arguments.python_value(value)
+        return {
+            stage: dataclasses.replace(
+                sampler, settings=dataclasses.replace(sampler.settings, **changes[stage])
+            )
+            for stage, sampler in samplers.items()
+        }
+
+    def _by_stage(self, option: str, samplers: Mapping[str, Any]) -> Mapping[str, Any]:
+        value = getattr(self, option)
+        if value is None:
+            return {}
+        stages = [name for name, s in samplers.items() if hasattr(s.settings, option)]
+        if not isinstance(value, Mapping):
+            return dict.fromkeys(stages if option == "solver" else ["decoder"], value)
+        for stage in value:
             if stage not in samplers:
-                raise UserError(f"{field}: no stage {stage!r}{near_miss(str(stage), known)}")
-            if stage not in known:
-                raise UserError(f"{field} is no setting of {stage}, but of {', '.join(known)}")
-            settings[stage][field] = arguments.plain(value)
-    return {
-        name: dataclasses.replace(
-            sampler, settings=dataclasses.replace(sampler.settings, **settings[name])
-        )
-        for name, sampler in samplers.items()
-    }
+                raise UserError(f"{option}: no stage {stage!r}{near_miss(str(stage), stages)}")
+            if stage not in stages:
+                raise UserError(f"{option} is no setting of {stage}, but of {', '.join(stages)}")
+        return value

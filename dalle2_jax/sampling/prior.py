@@ -1,4 +1,4 @@
-"""Drawing z_img from a caption (unCLIP section 2.2)."""
+"""Sampling z_img from a caption by the diffusion prior (unCLIP section 2.2)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,29 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.nets.clip import TextEncoding, normalise
+from dalle2_jax.nets.clip import normalise
+from dalle2_jax.nets.conditioning import without_caption
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler, no_caption
+from dalle2_jax.sampling.stage import Events, StageSampler
 from dalle2_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorSampler(StageSampler):
-    """Several z_img are drawn and the one with the largest dot product with z_txt is kept."""
+    """Samples several z_img and keeps the one with the largest dot product with z_txt."""
 
     candidates: int = 2
-    unit_length: bool = True  # of z_img, as its CLIP has it
+    unit_length: bool = True  # whether this CLIP's z_img have unit length
     stage: ClassVar[str] = "prior"
-
-    def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
-        """What the network is told of b captions; `empty`, the encoding of b empty ones, guides a
-        network that learned no null."""
-        cond: dict[str, Any] = text._asdict()
-        if self.network.learned_null or empty is None:
-            return cond
-        return cond | {"empty": empty._asdict()}
+    ENTRY_OPTIONS: ClassVar = {"candidates": 2}
+    needs_clip: ClassVar[bool] = True
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: Mapping[str, Any]) -> Array:
-        args = (cond["z_txt"], cond["txt_enc"], cond["txt_mask"])
-        return forward(self.network, params, x_t, t, *args)
+        text = (cond["z_txt"], cond["txt_enc"], cond["txt_mask"])
+        return forward(self.network, params, x_t, t, *text)
 
     def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**cond, **no_caption(cond, self.network.learned_null)}
+        return without_caption(cond, self.network.learned_null)
 
     @property
     def rows(self) -> int:
@@ -51,26 +46,37 @@ class PriorSampler(StageSampler):
         params: Params,
         cond: Mapping[str, Any],
         keys: Array,
-        progress: Progress | None = None,
         noise: Array | None = None,
-    ) -> Array:
-        """The `condition` of b captions, typed keys [b] -> z_img float32 [b, dim].
+        known: None = None,
+    ) -> Events[Array]:
+        """Samples z_img float32 [b, dim].
 
-        All candidates of a caption stand in one batch of b * candidates rows. `noise`
-        [1 + steps, b * candidates, dim]: see `StageSampler.draw`.
+        All candidates of a caption are rows of one batch, b * candidates in all.
+
+        Args:
+            cond: see `nets.conditioning.prior_condition`.
+            keys: typed keys [b].
+            noise: [1 + steps, b * candidates, dim], see `StageSampler.sample`.
+            known: unused: a prior samples no pixels.
         """
+        del known
         b, k = keys.shape[0], self.candidates
         keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-        each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-        x_0 = self.draw(params, each, keys, self.shape, noise, progress)
+        repeated = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+        x_0 = yield from self.sample(params, repeated, keys, self.shape, noise)
         z = forward(self.network, params, x_0, method="to_z_img")
         return nearest_to(cond["z_txt"], z, self.unit_length)
 
 
 def nearest_to(z_txt: Array, z: Array, unit_length: bool) -> Array:
-    """Of k z_img [b * k, dim] of each caption the one with the largest dot product with its z_txt
-    [b, dim]; of unit length where so asked."""
+    """Returns for each caption the candidate z_img [b, dim] nearest to its text.
+
+    Args:
+        z_txt: [b, dim].
+        z: [b * k, dim], k candidates a caption.
+        unit_length: whether the result is scaled to unit length.
+    """
     z = normalise(z) if unit_length else z
-    each = z.reshape(len(z_txt), -1, z.shape[-1])  # b k dim
-    best = jnp.argmax(jnp.einsum("bkd,bd->bk", normalise(each), z_txt), axis=1)
-    return jnp.take_along_axis(each, best[:, None, None], axis=1)[:, 0]
+    candidates = z.reshape(len(z_txt), -1, z.shape[-1])  # b k dim
+    best = jnp.argmax(jnp.einsum("bkd,bd->bk", normalise(candidates), z_txt), axis=1)
+    return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Which prior draws z_img, or none: z_txt in its place (the ablation of unCLIP's figure 8)."""
+"""Which prior samples z_img, or none: z_txt in its place (the ablation of unCLIP's figure 8)."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from dalle2_jax.errors import UserError, near_miss
-from dalle2_jax.nets.clip import TextEncoding, normalise
-from dalle2_jax.sampling.stage import Progress
+from dalle2_jax.nets.clip import normalise
+from dalle2_jax.sampling.stage import Events
 from dalle2_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class NoSettings:
-    """Nothing can be set."""
+    """No settings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoPrior:
-    """A prior in form only. `length` is that of this CLIP's z_img, to which z_txt is brought."""
+    """Passes z_txt on as z_img, scaled to `length`, the length of this CLIP's z_img."""
 
     length: float = 1.0
     network: None = None
     settings: NoSettings = NoSettings()
     stage: ClassVar[str] = "no_prior"
 
-    def condition(self, text: TextEncoding, empty: TextEncoding | None = None) -> dict[str, Any]:
-        del empty
-        return {"z_txt": text.z_txt}
-
     def __call__(
         self,
         params: Params,
         cond: Mapping[str, Any],
         keys: Array,
-        progress: Progress | None = None,
         noise: None = None,
-    ) -> Array:
-        """The `condition` of b captions -> float32 [b, dim]."""
-        del params, keys, progress, noise
+        known: None = None,
+    ) -> Events[Array]:
+        """Returns z_txt in place of z_img, float32 [b, dim]."""
+        del params, keys, noise, known
+        yield from ()
         return normalise(cond["z_txt"]) * self.length
 
 
-NAMES = {"diffusion": "prior", "ar": "ar_prior", "none": NoPrior.stage}  # a user's -> the stage
+NAMES = {
+    "diffusion": "prior",
+    "ar": "ar_prior",
+    "none": NoPrior.stage,
+}  # a user's word -> the stage
 
 
 def choose(name: str | None, model: Any) -> Any:
-    """The sampler of z_img that a user calls `name`, of a `cascade.Cascade`; None: its own.
+    """Returns the sampler of z_img that a user calls `name`, of a `Cascade`; None: its present one.
 
-    UserError: there is no such prior, in one line that says which there are.
+    Raises UserError if the model has no such prior.
     """
     if name is None:
         return model.prior
@@ -59,18 +60,18 @@ def choose(name: str | None, model: Any) -> Any:
         raise UserError(f"prior is {name!r}{near_miss(str(name), NAMES)}")
     stage = NAMES[name]
     if model.prior is not None and model.prior.stage == stage:
-        return model.prior  # with what was set of it
+        return model.prior  # with the options it has
     if stage == NoPrior.stage:
         unit = model.clip.unit_length
         return NoPrior(1.0 if unit else _length(model.params.get("prior", {})))
     if stage not in model.priors:
-        there = [repr(k) for k, v in NAMES.items() if v in model.priors or v == NoPrior.stage]
-        raise UserError(f"prior={name!r}: {model.weights} has {' and '.join(there)} alone")
+        names = [repr(k) for k, v in NAMES.items() if v in model.priors or v == NoPrior.stage]
+        raise UserError(f"prior={name!r}: {model.weights} has only {' and '.join(names)}")
     return model.priors[stage]
 
 
 def _length(diffusion: Params) -> float:
-    """Root mean square length of z_img, as a standardised diffusion prior knows it."""
+    """Returns the root mean square length of z_img, from the statistics of a standardised prior."""
     if "std" not in diffusion:
-        raise UserError("prior='none': of this model's z_img the length is not known")
+        raise UserError("prior='none': the length of this model's z_img is not known")
     return float(jnp.sqrt(jnp.sum(diffusion["mean"] ** 2 + diffusion["std"] ** 2)))

@@ -1,331 +1,357 @@
-"""What the samplers of all stages share: settings, guidance, and the loop with its progress."""
+"""Sampling one diffusion stage: the loop over its steps, and the program that takes them.
+
+A stage is sampled in calls of a few steps, so that the host can report progress in between:
+
+    numbers = tables of the schedule and solver, guidance scale ...      float32, padded
+    state   = begin(x_T)
+    while steps are left:
+        state = _advance(program, params, cond, numbers, state, ...)     one jitted program
+
+The settings are split in two. `program` is the sampler with every setting that is a number replaced
+by a placeholder; it is static, so another solver or network compiles anew. The numbers themselves
+are traced: another number of steps, guidance scale or eta reuses the compiled program.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion import analytic, guidance, inpainting, schedules
-from dalle2_jax.diffusion.inversion import DDIMInversion
+from dalle2_jax.diffusion import analytic, guidance, inpainting, tables
+from dalle2_jax.diffusion.inversion import DDIMInversion, invert_steps
 from dalle2_jax.diffusion.process import Process
-from dalle2_jax.diffusion.sample import advance, denoiser_from, init_noise
-from dalle2_jax.diffusion.solvers import check_name, make_solver, spacing_for
+from dalle2_jax.diffusion.sample import State, advance, begin, denoiser_from, init_noise, take_step
 from dalle2_jax.errors import UserError
+from dalle2_jax.sampling.settings import Settings
 from dalle2_jax.types import Array, Denoiser, Params, PyTree, Solver
+
+Result = TypeVar("Result")
+
+
+class StepsDone(NamedTuple):
+    """Progress of a stage, reported before its first step and after each call."""
+
+    done: int
+    total: int
+    x_0: Array | None = None
+    """The prediction of x_0 [b, ...] as of now; None before the first step."""
+
+
+Events = Generator[StepsDone, None, Result]
+"""Yields progress and returns the result."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
-_STEPS_A_CALL = 5
+
+def finish(events: Events[Result], progress: Progress | None = None) -> Result:
+    """Runs `events` to its end and returns its result, reporting to `progress`."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            jax.block_until_ready(event.x_0)
+            progress(event.done, event.total)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a stage is sampled; the defaults of a model stand in its folder's `config.json`."""
+class Numbers(NamedTuple):
+    """What a program takes as arguments, so that other values of it do not compile anew."""
 
-    steps: int | tuple[int, ...] = 50  # several: how many in each equal part of time
-    solver: str = "ddim"
-    cfg_scale: float = 1.0
-    clip: tuple[str, float] | None = ("static", 1.0)
-    spacing: str = ""  # of the steps, see `schedules.respace`; "": what suits the solver
-    eta: float = 0.0  # of ddim: 0 draws without noise, 1 is ddpm
-    variance: str = "small"  # of ddpm, where none was learned; or "large", or "analytic", from
-    # `StageSampler.x_0_error`; this of ddim as well, which then draws with noise at any eta
-    cfg_interval: tuple[float, float] | None = None  # of sigma / alpha, see `guidance.within`
-    cfg_rescale: float = 0.0  # 0 to 1: how far guidance keeps the contrast, see `guidance.guided`
-    repeats: int = 1  # of a step, for a picture known in part: see `inpainting.Resampling`
-
-    def __post_init__(self) -> None:
-        check_name(self.solver)
-        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        if not counts or not all(type(n) is int and n >= 1 for n in counts):
-            raise UserError(f"steps must be whole numbers of 1 or more, not {self.steps!r}")
-        if isinstance(self.steps, tuple) and self.spacing not in ("", "sections"):
-            told = f"spacing={self.spacing!r} takes one number of steps"
-            raise UserError(f"{told}, not {self.steps!r}")
-        match self.clip:
-            case None:
-                pass
-            case (str(), int() | float() as bound) if bound is not True and 0 < bound < math.inf:
-                pass
-            case _:
-                kinds = 'null, ["static", bound] or ["dynamic", percentile]'
-                raise UserError(f"clip must be {kinds}, not {self.clip!r}")
-        for name in ("cfg_scale", "eta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"{name} must be a finite number, not {value!r}")
-        match self.cfg_interval:
-            case None:
-                pass
-            case (int() | float() as low, int() | float() as high) if 0 <= low < high < math.inf:
-                pass
-            case _:
-                told = "cfg_interval must be null or [low, high] of sigma / alpha, 0 <= low < high"
-                raise UserError(f"{told}, not {self.cfg_interval!r}")
-        value = self.cfg_rescale
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(f"cfg_rescale must be a number within 0 and 1, not {value!r}")
-        if type(self.repeats) is not int or self.repeats < 1:
-            raise UserError(f"repeats must be a whole number of 1 or more, not {self.repeats!r}")
-        if self.variance not in ("small", "large", "analytic"):
-            known = "'small', 'large' or 'analytic'"
-            raise UserError(f"variance must be {known}, not {self.variance!r}")
-        if self.repeats > 1:
-            what = "RePaint's resampling, for a decoder that was not taught to inpaint"
-            told = f"repeats={self.repeats} ({what})"
-            if (self.solver, self.eta) != ("ddim", 0):
-                other = f"{self.solver} at eta={self.eta:g}"
-                raise UserError(f"{told} goes with ddim at eta=0, not {other}")
-            if self.variance == "analytic":  # a step and the way back would share one noise
-                raise UserError(f'{told} does not go with variance="analytic"')
-
-    @property
-    def num_steps(self) -> int:
-        return sum(self.steps) if isinstance(self.steps, tuple) else self.steps
-
-    @property
-    def num_calls(self) -> int:
-        """How often the solver is called."""
-        return inpainting.num_calls(self.num_steps, self.repeats)
-
-    def schedule(self, process: Process) -> schedules.Schedule:
-        """The part of the process' schedule that is sampled."""
-        spacing = self.spacing or ("sections" if isinstance(self.steps, tuple) else "")
-        spacing = spacing or spacing_for(self.solver)
-        return schedules.respace(process.training_schedule(), self.steps, spacing)
-
-    def guided_at(self, process: Process) -> np.ndarray | None:
-        """Where the process is guided, bool [num_timesteps]; None: everywhere."""
-        if self.cfg_interval is None:
-            return None
-        return guidance.within(process.training_schedule(), self.cfg_interval)
-
-    def make_solver(
-        self, schedule: schedules.Schedule, variances: np.ndarray | None = None
-    ) -> Solver:
-        """The solver over `schedule`; `variances` are its analytic ones."""
-        variance = self.variance if variances is None else variances
-        options: dict[str, Any] = {
-            "ddim": {"eta": self.eta, "variance": variances},
-            "ddpm": {"variance": variance},
-        }
-        solver = make_solver(self.solver, schedule, **options.get(self.solver, {}))
-        if self.repeats == 1:
-            return solver
-        return inpainting.Resampling(solver, schedule, self.repeats)
+    solver: dict[str, Any]  # tables of the solver and of its schedule, padded to num_timesteps
+    schedule: dict[str, Any]
+    cfg_scale: np.float32
+    cfg_rescale: np.float32
+    guided_at: np.ndarray | None  # bool [num_timesteps]
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSampler:
-    """Draws x_0 [b, ...] from a stage's network.
+    """Samples x_0 [b, ...] from a stage's network.
 
     A subclass says how the network is called (`apply`) and what "no condition" is (`null`).
     Hashable, so that a jitted function takes it as a static argument.
     """
 
+    SETTINGS: ClassVar = Settings
+    ENTRY_OPTIONS: ClassVar[Mapping[str, int | None]] = {}
+    """Keys of a stage's entry that the constructor takes, and defaults; None: it must be there."""
+    needs_clip: ClassVar[bool] = False
+    """Whether it works only with the CLIP that it was trained with."""
+
     network: nn.Module
     process: Process
     settings: Settings
     x_0_error: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
-    """What `analytic.measure` found at the end of training; (): nothing did."""
+    """The errors that `analytic.measure` found at the end of training; (): none were measured."""
+    steps_a_call: int = dataclasses.field(default=5, kw_only=True, compare=False)
+    """Steps between two reports of progress."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """One example's."""
+        """The shape of one example."""
         raise NotImplementedError
 
     @property
     def rows(self) -> int:
-        """How many are drawn for a picture."""
+        """Number of samples for one image."""
         return 1
 
     def __post_init__(self) -> None:
-        most = self.process.num_timesteps
-        if self.settings.num_steps > most:
-            raise UserError(f"steps must be at most {most}, not {self.settings.steps}")
-        given = getattr(self.network, "learned_variance", False), self.process.learned_variance
-        if given[0] != given[1]:
-            told = "learned_variance is {} in model, {} in diffusion: set both alike"
-            raise UserError(told.format(*given))
-        self.make_solver()  # settings that do not go together are told before anything is drawn
+        limit = self.process.num_timesteps
+        if self.settings.num_steps > limit:
+            raise UserError(f"steps must be at most {limit}, not {self.settings.steps}")
+        in_model = getattr(self.network, "learned_variance", False)
+        in_diffusion = self.process.learned_variance
+        if in_model != in_diffusion:
+            raise UserError(
+                f"learned_variance is {in_model} in model, {in_diffusion} in diffusion: "
+                "set both alike"
+            )
+        self.make_solver()  # settings that exclude each other are reported before sampling
 
     def make_solver(self) -> Solver:
+        """Returns the solver of the settings; raises UserError if they need what is not there."""
         settings, schedule = self.settings, self.settings.schedule(self.process)
         if settings.variance != "analytic" or settings.solver not in ("ddpm", "ddim"):
             return settings.make_solver(schedule)
         if self.process.learned_variance:
             raise UserError('variance="analytic" goes with no learned variance: take another')
         if len(self.x_0_error) != analytic.KNOTS:
-            told = 'variance="analytic" needs x_0_error, which a prior\'s training measures: see'
-            raise UserError(f'{told} docs/sampling.md, or set variance="small" in config.json')
+            raise UserError(
+                'variance="analytic" needs x_0_error, which a prior\'s training measures: see '
+                'docs/sampling.md, or set variance="small" in config.json'
+            )
         eta = settings.eta if settings.solver == "ddim" else 1.0
-        found = analytic.variances(schedule, self.process.num_timesteps, self.x_0_error, eta)
-        return settings.make_solver(schedule, found)
+        variances = analytic.variances(schedule, self.process.num_timesteps, self.x_0_error, eta)
+        return settings.make_solver(schedule, variances)
 
     def apply(self, params: Params, x_t: Array, t: Array, cond: PyTree) -> Array:
         """x_t [b, ...], t int32 [b] of the training schedule -> the network's raw output."""
         raise NotImplementedError
 
     def null(self, cond: PyTree) -> PyTree:
-        """The condition that guidance moves away from."""
+        """Returns the condition that guidance moves away from."""
         raise NotImplementedError
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated for a batch; a guided evaluation, of twice the rows,
-        counts once."""
+        """Number of network evaluations for a batch; a guided one has twice the rows."""
         return self.make_solver().evaluations
 
     def parts(self, params: Params) -> list[tuple[Params, int]]:
-        """(parameters, the number of steps that they serve), in the order of sampling."""
+        """Returns (parameters, number of steps they serve) in the order of sampling."""
         return [(params, self.settings.num_calls)]
 
-    def draw(
+    def program(self) -> StageSampler:
+        """Returns this sampler without its numbers: the static argument of its program."""
+        settings = self.settings
+        placeholders = dataclasses.replace(
+            settings,
+            steps=1,
+            spacing="",
+            eta=0.0,
+            variance="small",
+            cfg_scale=1.0 if settings.cfg_scale == 1 else 2.0,
+            cfg_rescale=0.0,
+            cfg_interval=None,
+        )
+        return dataclasses.replace(self, settings=placeholders, x_0_error=())
+
+    def numbers(self) -> Numbers:
+        """Returns the arguments of its program."""
+        return _numbers(self)
+
+    def sample(
         self,
         params: Params,
         cond: PyTree,
         keys: Array,
         shape: Sequence[int],
         noise: Array | None = None,
-        progress: Progress | None = None,
-    ) -> Array:
-        """x_0 float32 [b, *shape].
+    ) -> Events[Array]:
+        """Samples x_0 float32 [b, *shape], yielding progress.
 
         Args:
             params: the network's.
-            cond: what `apply` takes, arrays [b, ...]. Of a picture that is known in part
-                cond["known"] [b, h, w, 4] holds what is: see `masks` and `inpainting.keeping`.
-            keys: typed keys [b]; row i of the result depends on row i of its inputs alone.
-            shape: one example's.
-            noise: [1 + steps, b, *shape] standard normal: x_T, then each step's, in the order of
-                sampling; in place of that drawn from `keys`. Of length 1 it is x_T alone.
-            progress: called at the start and as steps are done.
+            cond: what `apply` takes, arrays [b, ...]. If part of an image is known,
+                cond["known"] [b, h, w, 4] holds it: see `masks` and `inpainting.keeping`.
+            keys: typed keys [b]; row i of the result depends on row i of the inputs alone.
+            shape: the shape of one example.
+            noise: [1 + steps, b, *shape] standard normal: x_T, then each step's noise in the order
+                of sampling, in place of that of `keys`. Of length 1 it is x_T alone.
+
+        Raises:
+            UserError: noise of another shape.
         """
-        steps = self.settings.num_calls
-        if noise is not None and noise.shape[:2] not in [(n, len(keys)) for n in (1, steps + 1)]:
-            told = f"[{steps + 1}, {len(keys)}, ...], or [1, ...] for x_T alone"
-            raise UserError(f"noise must be {told}, not {noise.shape}")
-        if progress is not None:
-            progress(0, steps)  # the first call compiles: the bar is there meanwhile
-        state, done = start(self, keys, tuple(shape), noise), 0
+        total = self.settings.num_calls
+        if noise is not None and noise.shape[:2] not in [(n, len(keys)) for n in (1, total + 1)]:
+            raise UserError(
+                f"noise must be [{total + 1}, {len(keys)}, ...], or [1, ...] for x_T alone, "
+                f"not {noise.shape}"
+            )
+        yield StepsDone(0, total)  # the first call compiles: a progress bar shows meanwhile
+        program, numbers = self.program(), self.numbers()
+        state = _begin(program, keys, tuple(shape), None if noise is None else noise[0])
+        steps_noise = noise[1:] if noise is not None and len(noise) > 1 else None
+        done = 0
         for part, count in self.parts(params):
-            chunk = steps_a_call(count)
-            for _ in range(0, count, chunk):
-                ts = jnp.arange(steps - 1 - done, steps - 1 - done - chunk, -1)
-                given = None
-                if noise is not None and len(noise) > 1:
-                    given = noise[1 + done : 1 + done + chunk]
-                state, done = advance_steps(self, part, cond, state, ts, keys, given), done + chunk
-                if progress is not None:
-                    jax.block_until_ready(state)
-                    progress(done, steps)
-        return state[0]
+            last = done + count
+            while done < last:
+                steps = min(self.steps_a_call, last - done)
+                state = _advance(
+                    program,
+                    part,
+                    cond,
+                    numbers,
+                    state,
+                    np.int32(total - 1 - done),
+                    np.int32(steps),
+                    keys,
+                    None if steps_noise is None else steps_noise[done : done + steps],
+                )
+                done += steps
+                yield StepsDone(done, total, state.x_0)
+        return state.x_t
 
     def invert(
-        self,
-        params: Params,
-        cond: PyTree,
-        x_0: Array,
-        iterations: int = 1,
-        progress: Progress | None = None,
-    ) -> Array:
-        """x_T float32 [b, ...] from which DDIM at eta 0 draws x_0 [b, ...], with these settings.
+        self, params: Params, cond: PyTree, x_0: Array, iterations: int = 1
+    ) -> Events[Array]:
+        """Finds x_T float32 [b, ...] from which DDIM at eta 0 samples x_0 [b, ...] again.
 
-        `iterations` of the network a step: see `inversion.DDIMInversion`. The others: see `draw`.
+        Args:
+            iterations: network evaluations a step, see `inversion.DDIMInversion`.
+            params, cond: see `sample`.
         """
-        # The whole picture is given: `repeats` are for one that is known in part.
-        stage = dataclasses.replace(self, settings=dataclasses.replace(self.settings, repeats=1))
-        steps = stage.settings.num_steps
-        if progress is not None:
-            progress(0, steps)
+        # All of the image is given: `repeats` are for one that is known in part.
+        sampler = dataclasses.replace(self, settings=dataclasses.replace(self.settings, repeats=1))
+        total = sampler.settings.num_steps
+        yield StepsDone(0, total)
+        program, numbers = sampler.program(), sampler.inversion_numbers()
         x_t, done = x_0, 0
-        for part, count in reversed(stage.parts(params)):
-            chunk = steps_a_call(count)
-            for _ in range(0, count, chunk):
-                ts = jnp.arange(done, done + chunk)
-                x_t, done = invert_steps(stage, part, cond, x_t, ts, iterations), done + chunk
-                if progress is not None:
-                    jax.block_until_ready(x_t)
-                    progress(done, steps)
+        for part, count in reversed(sampler.parts(params)):
+            last = done + count
+            while done < last:
+                steps = min(self.steps_a_call, last - done)
+                x_t = _invert(
+                    program,
+                    part,
+                    cond,
+                    numbers,
+                    x_t,
+                    np.int32(done),
+                    np.int32(steps),
+                    np.int32(iterations),
+                )
+                done += steps
+                jax.block_until_ready(x_t)  # there is no x_0 to wait for
+                yield StepsDone(done, total)
         return x_t
 
-
-def no_caption(cond: Mapping[str, Any], learned_null: bool) -> Mapping[str, Any]:
-    """What "no caption" puts in the place of `cond`'s: a mask that shows nothing, the learned null,
-    or without one cond["empty"], the empty caption's encoding (z_txt, txt_enc, txt_mask)."""
-    if learned_null:
-        return {"txt_mask": jnp.zeros_like(cond["txt_mask"])}
-    assert "empty" in cond, "a network without a learned null is told the empty caption"
-    return {name: value for name, value in cond["empty"].items() if name in cond}
+    def inversion_numbers(self) -> Numbers:
+        """Returns the arguments of the program that inverts."""
+        schedule = self.settings.schedule(self.process)
+        length = self.process.num_timesteps
+        inverse = tables.padded(tables.tables_of(DDIMInversion(schedule)), length)
+        return self.numbers()._replace(solver=inverse)
 
 
-def steps_a_call(steps: int) -> int:
-    """How many steps a call runs: a divisor of all, so that one program serves every call."""
-    return max(n for n in range(1, _STEPS_A_CALL + 1) if steps % n == 0)
+@functools.lru_cache(maxsize=64)
+def _numbers(sampler: StageSampler) -> Numbers:
+    settings, length = sampler.settings, sampler.process.num_timesteps
+    schedule = settings.schedule(sampler.process)
+    return Numbers(
+        solver=tables.padded(tables.tables_of(sampler.make_solver()), length),
+        schedule=tables.padded(tables.tables_of(schedule), length),
+        cfg_scale=np.float32(settings.cfg_scale),
+        cfg_rescale=np.float32(settings.cfg_rescale),
+        guided_at=settings.guided_at(sampler.process),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def start(
-    stage: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
-) -> tuple[Array, PyTree]:
-    x_T = init_noise(keys, shape) if noise is None else noise[0]
-    return x_T, stage.make_solver().init(x_T)
+def _begin(
+    program: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
+) -> State:
+    return begin(program.make_solver(), init_noise(keys, shape) if noise is None else noise)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def advance_steps(
-    stage: StageSampler,
+def _advance(
+    program: StageSampler,
     params: Params,
     cond: PyTree,
-    state: tuple[Array, PyTree],
-    ts: Array,
+    numbers: Numbers,
+    state: State,
+    first: Array,
+    count: Array,
     keys: Array,
     noise: Array | None,
-) -> tuple[Array, PyTree]:
-    schedule = stage.settings.schedule(stage.process)
-    solver = stage.make_solver()
-    return advance(solver, _denoiser(stage, params, cond, schedule), state, ts, keys, noise)
+) -> State:
+    """Takes `count` steps from t = `first` down."""
+    solver = tables.with_tables(program.make_solver(), numbers.solver)
+    denoiser = _denoiser(program, params, cond, numbers)
+    return advance(solver, denoiser, state, first, count, keys, noise)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def invert_steps(
-    stage: StageSampler, params: Params, cond: PyTree, x_t: Array, ts: Array, iterations: int
+def one_step(
+    program: StageSampler,
+    params: Params,
+    cond: PyTree,
+    numbers: Numbers,
+    state: State,
+    t: Array,
+    keys: Array,
+) -> State:
+    """Takes one step, without a loop around it: what ahead-of-time reports compile and count."""
+    solver = tables.with_tables(program.make_solver(), numbers.solver)
+    return take_step(solver, _denoiser(program, params, cond, numbers), state, t, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _invert(
+    program: StageSampler,
+    params: Params,
+    cond: PyTree,
+    numbers: Numbers,
+    x_t: Array,
+    first: Array,
+    count: Array,
+    iterations: Array,
 ) -> Array:
-    schedule = stage.settings.schedule(stage.process)
-    solver = DDIMInversion(schedule, iterations)
-    unused = jnp.zeros((len(ts), 1))  # noise
-    denoiser = _denoiser(stage, params, cond, schedule)
-    return advance(solver, denoiser, (x_t, solver.init(x_t)), ts, None, unused)[0]
+    """Takes `count` steps of DDIM backwards, from t = `first` up."""
+    template = DDIMInversion(program.settings.schedule(program.process))
+    solver = tables.with_tables(template, numbers.solver)
+    denoiser = _denoiser(program, params, cond, numbers)
+    return invert_steps(solver, denoiser, x_t, first, count, iterations)
 
 
-def _denoiser(
-    stage: StageSampler, params: Params, cond: PyTree, schedule: schedules.Schedule
-) -> Denoiser:
-    process, settings = stage.process, stage.settings
+def _denoiser(program: StageSampler, params: Params, cond: PyTree, numbers: Numbers) -> Denoiser:
+    """Returns the guided network as the solvers see it."""
+    process, settings = program.process, program.settings
+    schedule = tables.with_tables(settings.schedule(process), numbers.schedule)
+
+    def apply(x_t: Array, t: Array, cond: PyTree) -> Array:
+        return program.apply(params, x_t, t, cond)
+
     guided = guidance.guide(
-        functools.partial(_apply, stage, params),
+        apply,
         cond,
-        stage.null(cond),
-        settings.cfg_scale,
+        program.null(cond),
+        1.0 if settings.cfg_scale == 1 else numbers.cfg_scale,
         process.learned_variance,
-        settings.cfg_rescale,
-        settings.guided_at(process),
+        numbers.cfg_rescale,
+        numbers.guided_at,
     )
     denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
-    known = cond.get("known") if isinstance(cond, Mapping) else None
+    known = cond.get("known") if hasattr(cond, "get") else None
     return denoiser if known is None else inpainting.keeping(schedule, denoiser, known)
-
-
-def _apply(stage: StageSampler, params: Params, x_t: Array, t: Array, cond: Any) -> Array:
-    return stage.apply(params, x_t, t, cond)

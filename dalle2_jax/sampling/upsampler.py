@@ -1,26 +1,31 @@
-"""Drawing a large picture from a small one (unCLIP section 2.1): no text, no guidance."""
+"""Sampling a large image from a small one (unCLIP section 2.1): no text, no guidance."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.sampling.stage import Progress, StageSampler
+from dalle2_jax.sampling.stage import Events, StageSampler
 from dalle2_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerSampler(StageSampler):
-    """With `separate_last_step` another network of the same shapes takes the last step: the
-    parameters are {"first": ..., "last": ...}."""
+    """Samples images [b, image_size, image_size, 3].
+
+    With `separate_last_step` another network of the same shapes takes the last step: the parameters
+    are {"first": ..., "last": ...}, as in Karlo.
+    """
 
     image_size: int = 256
     separate_last_step: bool = False
+    ENTRY_OPTIONS: ClassVar = {"image_size": None, "separate_last_step": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,16 +53,19 @@ class UpsamplerSampler(StageSampler):
         params: Params,
         low_res: Array,
         keys: Array,
-        progress: Progress | None = None,
         noise: Array | None = None,
         known: Array | None = None,
-    ) -> Array:
-        """low_res [b, s, s, 3] in [-1, 1], keys [b] -> [b, image_size, image_size, 3].
+    ) -> Events[Array]:
+        """Samples images [b, S, S, 3] in [-1, 1], S = image_size.
 
-        `noise` [1 + steps, b, image_size, image_size, 3] and `known` [b, image_size, image_size,
-        4]: see `StageSampler.draw`.
+        Args:
+            low_res: [b, s, s, 3] in [-1, 1].
+            keys: typed keys [b].
+            noise: [1 + steps, b, S, S, 3], see `StageSampler.sample`.
+            known: [b, S, S, 4], the known part of the images, see `imaging.masks`.
         """
         cond = {"low_res": arrays.resize(low_res, self.image_size, "bicubic")}
         if known is not None:
             cond["known"] = known
-        return jnp.clip(self.draw(params, cond, keys, self.shape, noise, progress), -1, 1)
+        x_0 = yield from self.sample(params, cond, keys, self.shape, noise)
+        return jnp.clip(x_0, -1, 1)

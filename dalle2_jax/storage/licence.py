@@ -11,7 +11,7 @@ from dalle2_jax.storage import paths
 from dalle2_jax.storage.atomic import replacing
 
 NAME = "LICENSE.txt"
-OPENRAIL_M = Path(__file__).parent / "assets" / "creativeml_openrail_m.txt"
+OPENRAIL_M = Path(__file__).parent.parent / "assets" / "creativeml_openrail_m.txt"
 _BETWEEN = "\n" + "=" * 100 + "\n\n"
 
 
@@ -19,7 +19,7 @@ def read(folder: Path) -> str:
     """What a model folder holds of licences; nothing where it says nothing."""
     path = folder / NAME
     try:
-        with paths.told("cannot read", path):
+        with paths.as_user_error("cannot read", path):
             return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
@@ -37,7 +37,7 @@ def keep(text: str, folder: Path) -> None:
         return
     path = folder / NAME
     try:
-        with paths.told("cannot write", path), replacing(path) as temporary:
+        with paths.as_user_error("cannot write", path), replacing(path) as temporary:
             temporary.write_text(after, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

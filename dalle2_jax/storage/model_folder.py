@@ -31,7 +31,7 @@ from dalle2_jax.version import __version__
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
-PACKAGED = Path(__file__).parent / "weights"
+PACKAGED = Path(__file__).parent.parent / "weights"
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SETTINGS = ("*.json", "*.txt", "*.md", "LICENSE*")  # all but tensors, of any program's model
@@ -223,12 +223,12 @@ def write_stage(
         paths.make_folder(folder)
         remove_stale(folder)
         # The tensors first: a stage that config.json names is always there.
-        told = paths.told("cannot write model folder", folder)
+        told = paths.as_user_error("cannot write model folder", folder)
         with told, replacing(stage_path(folder, stage)) as temporary:
             # One entry of metadata: the order of several would differ from run to run.
             save_file(tensors, temporary, metadata={"stage": stage})
             _check_standing(folder, stage, _hash(temporary))
-        told = paths.told("cannot write model folder", folder)
+        told = paths.as_user_error("cannot write model folder", folder)
         with told, replacing(folder / CONFIG_NAME) as temporary:
             # Read again: another stage may have been exported here meanwhile.
             temporary.write_text(_config_with(folder, stage, entry), encoding="utf-8")

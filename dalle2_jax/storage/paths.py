@@ -62,7 +62,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def told(what: str, path: object) -> Iterator[None]:
+def as_user_error(what: str, path: object) -> Iterator[None]:
     """Errors of a bucket's client (no rights, no network), which are of many kinds, as UserError.
 
     Those over a local path go through.
@@ -84,7 +84,7 @@ def make_folder(path: Path) -> None:
 def move(source: Path, target: Path) -> None:
     """Moves a file or a folder to a name that is not there; in a bucket by copying."""
     if is_remote(source):
-        with told("cannot move", source):
+        with as_user_error("cannot move", source):
             cast(Any, source).fs.mv(cast(Any, source).path, cast(Any, target).path, recursive=True)
     else:
         source.rename(target)
@@ -107,7 +107,7 @@ def local_copy(folder: Path, patterns: Sequence[str] = ()) -> Path:
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy = cache() / "gs" / name / (folder.name or "bucket")
     copy.mkdir(parents=True, exist_ok=True)
-    with told("cannot read", folder), only_process(copy):
+    with as_user_error("cannot read", folder), only_process(copy):
         there = {}
         for path, info in fs.find(root, maxdepth=1 if patterns else None, detail=True).items():
             name = path.removeprefix(root).lstrip("/")

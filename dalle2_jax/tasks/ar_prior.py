@@ -19,6 +19,7 @@ from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.parallel import sharding
 from dalle2_jax.sampling.ar_prior import ARPriorSampler, Settings
+from dalle2_jax.sampling.stage import finish
 from dalle2_jax.tasks.decoder import disturb
 from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
@@ -143,7 +144,7 @@ class ARPriorTask:
         z_img = self.clip.encode_image(frozen["clip"], pictures)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
         keys = jax.random.split(key, len(text.z_txt))
-        z = self.sampler(params, self.sampler.condition(text), keys)
+        z = finish(self.sampler(params, text._asdict(), keys))
         return {self.stage: previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

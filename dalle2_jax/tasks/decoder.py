@@ -13,11 +13,13 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.clip import normalise
+from dalle2_jax.nets.conditioning import decoder_condition
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.unet import KNOWN
 from dalle2_jax.sampling.decoder import DecoderSampler
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.settings import Settings
+from dalle2_jax.sampling.stage import finish
 from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.denoising import (
     denoising_loss,
@@ -81,7 +83,7 @@ class DecoderTask:
             text = self.clip.encode_text(clip, tokens, None if learned else keep_txt)
         if guided and not learned:
             empty = self.clip.encode_text(clip, tokens, jnp.zeros(z_img.shape[:1], bool))
-        return self.sampler.condition(z_img, text, tokens, keep_txt, empty)
+        return decoder_condition(self.network, z_img, text, tokens, keep_txt, empty)
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
@@ -111,7 +113,8 @@ class DecoderTask:
         """Each true picture beside the one drawn from its z_img and caption."""
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
-        drawn = self.sampler(params, self.condition(frozen, batch, guided=True), keys)
+        cond = self.condition(frozen, batch, guided=True)
+        drawn = finish(self.sampler(params, cond, keys))
         true = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
         return {"decoder": previews.side_by_side(true, drawn)}
 

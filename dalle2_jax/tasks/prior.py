@@ -14,10 +14,12 @@ from dalle2_jax.diffusion.guidance import Apply
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import arrays
+from dalle2_jax.nets.conditioning import prior_condition
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.sampling.prior import PriorSampler
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.settings import Settings
+from dalle2_jax.sampling.stage import finish
 from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.denoising import denoising_loss, make_sampler, stage_entry
 from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
@@ -78,7 +80,9 @@ class PriorTask:
         cond = self.condition(frozen, batch["tokens"], keep)
 
         def apply(x_t: Array, t: Array) -> Array:
-            return self.sampler.apply(params, x_t, t, cond)
+            return forward(
+                self.network, params, x_t, t, cond["z_txt"], cond["txt_enc"], cond["txt_mask"]
+            )
 
         return apply, forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
 
@@ -88,7 +92,7 @@ class PriorTask:
         text = self.clip.encode_text(frozen["clip"], tokens, None if learned else keep)
         if learned:
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
-        return self.sampler.condition(text)
+        return prior_condition(self.network, text)
 
     def measure(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
         """What `Settings.variance` "analytic" draws with."""
@@ -108,7 +112,7 @@ class PriorTask:
         if not self.network.learned_null:
             empty = self.clip.encode_text(frozen["clip"], tokens, jnp.zeros(len(tokens), bool))
         keys = jax.random.split(key, len(tokens))
-        z = self.sampler(params, self.sampler.condition(text, empty), keys)
+        z = finish(self.sampler(params, prior_condition(self.network, text, empty), keys))
         return {"prior": previews.nearest(pictures, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:

@@ -15,7 +15,8 @@ from dalle2_jax.imaging import arrays, degradation
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.unet import KNOWN
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.sampling.stage import Settings
+from dalle2_jax.sampling.settings import Settings
+from dalle2_jax.sampling.stage import finish
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.denoising import (
@@ -184,7 +185,7 @@ class UpsamplerTask:
         pictures = arrays.to_float(previews.first(batch, rows)["image"])
         true = arrays.resize(pictures, self.image_size, "area")
         low = arrays.resize(true, self.low_size, "area")
-        drawn = self.sampler(params, low, jax.random.split(key, low.shape[0]))
+        drawn = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
         shown = arrays.resize(low, self.image_size, "nearest")
         return {self.stage: previews.side_by_side(shown, drawn, true)}
 

@@ -38,7 +38,7 @@ class BucketLock:
         self._path, self._stopped = path, threading.Event()
         self._me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         self._me["run"] = uuid.uuid4().hex
-        with paths.told("cannot write", path):
+        with paths.as_user_error("cannot write", path):
             self._wait_for_the_dead()
             self._write(0)
             time.sleep(min(1.0, BEAT_SECONDS / 10))  # one that began in the same moment shows now
@@ -150,7 +150,7 @@ class BucketLines:
         self._text += text
 
     def flush(self) -> None:
-        with paths.told("cannot write", self._path):
+        with paths.as_user_error("cannot write", self._path):
             part = self._path.with_name(f"{self._path.stem}.{self._part:04d}{self._path.suffix}")
             part.write_text(self._text, encoding="utf-8")
         if len(self._text) > _PART_BYTES:

@@ -268,7 +268,7 @@ class Checkpoints:
 
     def _read(self, folder: Path, read_all: bool) -> str:
         try:
-            with paths.told("cannot read", folder):
+            with paths.as_user_error("cannot read", folder):
                 return manifest.fault(folder, read_all)
         except OSError as error:
             raise UserError(f"cannot read {folder}: {error}") from error
@@ -315,7 +315,7 @@ class Checkpoints:
         the scores of every step. What a killed run was about to remove goes for good."""
         files.prepare_folder(self._folder)
         self._remove_old()
-        with paths.told("cannot read", self._folder):
+        with paths.as_user_error("cannot read", self._folder):
             steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
             for path in steps:
                 if not manifest.unfinished(path) and (told := self._read(path, read_all=False)):

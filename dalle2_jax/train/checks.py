@@ -36,7 +36,7 @@ def export_folder(config: Any, workdir: Path) -> Path:
             f"{near_miss(config.export_dtype, known)} ({', '.join(known)})"
         )
     model = folder(config.export_to or workdir / "model", "config.export_to")
-    with paths.told("cannot read", model):
+    with paths.as_user_error("cannot read", model):
         if (model / model_folder.CONFIG_NAME).exists():
             model_folder.read_config(model)  # the stages in it are kept, so it must be sound
     return model

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import files
+from dalle2_jax.imaging import files, grids
 from dalle2_jax.storage import licence, model_folder
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
@@ -97,7 +97,7 @@ class SideWork:
         columns, size = rows.shape[1:3]
         cells = rows.reshape(-1, *rows.shape[2:])
         scale = max(1, READABLE // size)
-        return files.labelled_grid(cells, columns, row_labels=captions, scale=scale)
+        return grids.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
     def measure(self, params: Params) -> dict[str, list[float]]:
         """What the task measures of its network, a mean over the first `eval_batches` batches of

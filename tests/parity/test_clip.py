@@ -122,7 +122,7 @@ def seen(images):
 
 def assert_same(folder, expected):
     tokens, images = tokens_and_images()
-    network, params = load.clip(folder)
+    network, params = load.network(folder, "clip"), load.params(folder, "clip")
     found = forward(network, params, images, tokens.astype(np.int32), method="__call__")
     for ours, theirs in zip(found, expected, strict=True):
         theirs = theirs.detach().numpy()
@@ -283,7 +283,10 @@ def test_gradients(tmp_path):
     logits = scale * z_img @ z_txt.T
     (logits.log_softmax(-1).diagonal().sum() + logits.log_softmax(0).diagonal().sum()).backward()
     theirs = {name: x.grad.numpy() for name, x in model.named_parameters()}
-    network, params = load.clip(tmp_path / "ours")
+    network, params = (
+        load.network(tmp_path / "ours", "clip"),
+        load.params(tmp_path / "ours", "clip"),
+    )
 
     def loss(params):
         z_img, z_txt, scale = network.apply({"params": params}, images, tokens.astype(np.int32))

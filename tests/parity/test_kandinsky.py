@@ -54,8 +54,8 @@ def assert_close(ours, theirs):
 
 def test_z_img_of_one_noise(both, monkeypatch):
     theirs, folder = both
-    clip, clip_params = load.clip(folder)
-    prior, params = load.prior(folder, clip)
+    clip, clip_params = load.network(folder, "clip"), load.params(folder, "clip")
+    prior, params = load.sampler(folder, "prior", clip), load.params(folder, "prior")
     steps, count = prior.settings.steps, len(PROMPTS)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((steps + 1, count, 32)).astype(np.float32)
@@ -81,7 +81,7 @@ def test_z_img_of_one_noise(both, monkeypatch):
 
 def test_image(both):
     theirs, folder = both
-    clip, params = load.clip(folder)
+    clip, params = load.network(folder, "clip"), load.params(folder, "clip")
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     mean, std = np.array(clip.image["mean"]), np.array(clip.image["std"])
     x = ((np.moveaxis(pixels, 1, -1) * std + mean) * 2 - 1).astype(np.float32)

@@ -46,7 +46,7 @@ def load_judge(model: DALLE2, batch_size: int = 64) -> Judge:
     from dalle2_jax.evals.judge import Judge
 
     judge = Judge.load(JUDGE.value, batch_size)
-    if judge.is_clip(model.params["clip"]):
+    if judge.is_clip(model.cascade.params["clip"]):
         raise UserError(
             f"--judge={JUDGE.value} is the CLIP that generates: it would judge itself; "
             "train another with configs/clip.py:judge"

@@ -28,7 +28,7 @@ def main() -> None:
 
     from dalle2_jax.evals import draw, report, seams
     from dalle2_jax.evals.groups import Group
-    from dalle2_jax.imaging import files
+    from dalle2_jax.imaging import files, grids
     from dalle2_jax.imaging.decode import crop_resize
 
     commands.keep_compiled_programs()
@@ -79,5 +79,5 @@ def main() -> None:
     print(report.to_markdown(scores))
     print(seams.to_markdown(lines))
     grid = np.stack(columns, axis=1)[:12].reshape(-1, size, size, 3)
-    files.save_png(out / "inpainting.png", files.labelled_grid(grid, len(columns)))
+    files.save_png(out / "inpainting.png", grids.labelled_grid(grid, len(columns)))
     print(out / "inpainting.png")

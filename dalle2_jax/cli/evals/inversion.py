@@ -23,7 +23,6 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", 1)
 
 def main() -> None:
     commands.stop_at_once()
-    import dataclasses  # late: Ctrl-C is told at once
 
     import jax.numpy as jnp
     import numpy as np
@@ -31,7 +30,8 @@ def main() -> None:
     from dalle2_jax.imaging import arrays
 
     commands.keep_compiled_programs()
-    model = dataclasses.replace(shared.load_model(), upsamplers={}, size=None)
+    model = shared.load_model()
+    model = model.at_size(model.cascade.decoder.image_size)
     held_out, _ = shared.read_held_out_pairs(NUM.value)
     pixels = arrays.to_float(jnp.asarray(held_out.pictures))
     given = arrays.resize(pixels, model.image_size, "area")

@@ -36,10 +36,11 @@ def main() -> None:
     commands.stop_at_once()
     from dalle2_jax.evals import report, ways  # late: Ctrl-C is told at once
     from dalle2_jax.evals.groups import HELD_OUT
+    from dalle2_jax.pipelines.edits import for_variations
 
     commands.keep_compiled_programs()
     model = shared.load_model()
-    model.varying(steps=STEPS.value)  # told now, where they are too many
+    for_variations(model.cascade, 0.6, STEPS.value)  # too many steps are reported at once
     judge = shared.load_judge(model)
     groups, pool = shared.read_groups(NUM.value, "seen pairs", HELD_OUT)
     scores, drawn = report.evaluate(judge, groups, pool, _variations(model), shared.SEED.value)

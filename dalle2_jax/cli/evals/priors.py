@@ -36,7 +36,9 @@ def main() -> None:
     model = shared.load_model()
     judge = shared.load_judge(model)
     groups, pool = shared.read_groups(NUM.value)
-    priors = [name for name, stage in NAMES.items() if stage in model.priors or name == "none"]
+    priors = [
+        name for name, stage in NAMES.items() if stage in model.cascade.priors or name == "none"
+    ]
     cosines: dict[tuple[str, str], float] = {}
     same: Any = {"seed": shared.SEED.value, "batch_size": BATCH_SIZE.value}
 
@@ -45,8 +47,9 @@ def main() -> None:
         z_img = true
         if name != TRUE:
             seeds = draw.seeds(shared.SEED.value, group.captions)
-            asked: Any = {"prior": name, "batch_size": BATCH_SIZE.value}
-            z_img = model.sample_prior(group.captions, seed=seeds, **asked)
+            z_img = model.with_prior(name).sample_prior(
+                group.captions, seed=seeds, batch_size=BATCH_SIZE.value
+            )
         found = np.sum(normalise(z_img) * normalise(true), axis=1)
         cosines[group.name, name] = float(found.mean())
         told: Any = {**same, "progress": bar.update}

@@ -38,7 +38,7 @@ def main() -> None:
     commands.keep_compiled_programs()
     model = shared.load_model()
     judge = shared.load_judge(model)
-    known = [name for name, s in model.samplers().items() if isinstance(s, StageSampler)]
+    known = [name for name, s in model.cascade.samplers().items() if isinstance(s, StageSampler)]
     stages, names = STAGES.value or known, SOLVERS.value or solvers.NAMES
     for name in names:
         solvers.check_name(name)
@@ -56,7 +56,7 @@ def main() -> None:
         return Case(
             solver,
             steps,
-            drawing.samplers()[stage].evaluations,
+            drawing.cascade.samplers()[stage].evaluations,
             found["frechet_distance"],
             found["concept"],
             found["concept_error"],

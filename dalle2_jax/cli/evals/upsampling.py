@@ -30,11 +30,11 @@ def main() -> None:
 
     commands.keep_compiled_programs()
     model = shared.load_model()
-    if not model.upsamplers:
+    if not model.cascade.upsamplers:
         raise UserError(f"--size={model.image_size} is drawn without an upsampler: give a larger")
     judge = shared.load_judge(model, BATCH_SIZE.value) if shared.JUDGE.value else None
     group, pool = shared.read_held_out_pairs(NUM.value)
-    side, largest = group.pictures.shape[1], list(model.upsamplers.values())[-1].image_size
+    side, largest = group.pictures.shape[1], list(model.cascade.upsamplers.values())[-1].image_size
     if side % largest:
         raise UserError(
             f"{shared.DATA.value}: pictures of {side} px are no measure for those of {largest} px; "
@@ -43,7 +43,7 @@ def main() -> None:
 
     print(psnr.table(model, group.pictures, BATCH_SIZE.value, shared.SEED.value), flush=True)
     if judge:
-        small = model.at_size(model.decoder.image_size)
+        small = model.at_size(model.cascade.decoder.image_size)
         same: Any = {"seed": shared.SEED.value, "batch_size": BATCH_SIZE.value}
         draws = {
             "upsampled": lambda group: draw.generate(model, group.captions, **same),

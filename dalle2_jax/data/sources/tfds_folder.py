@@ -98,7 +98,7 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
         there or of another kind.
     """
     path = paths.to_path(path)
-    with paths.told("cannot read", path):
+    with paths.as_user_error("cannot read", path):
         there, prepared = path.exists(), (path / "dataset_info.json").is_file()
     if not there:
         raise UserError(f"{path}: no such folder; `make data` writes the emoji set to data/emoji")

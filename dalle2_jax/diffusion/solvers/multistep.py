@@ -48,6 +48,7 @@ import numpy as np
 
 from dalle2_jax.diffusion.schedules import extract
 from dalle2_jax.diffusion.solvers.single import OverSchedule, batch_t
+from dalle2_jax.diffusion.tables import table
 from dalle2_jax.types import Array, Denoiser, PyTree
 
 Tables = tuple[np.ndarray, ...]
@@ -71,7 +72,7 @@ class DPMSolverPP2M(OverSchedule):
         past[1:-1] = np.minimum(h[1:-1] / (2 * h[2:]), 1.0)
         return past
 
-    @functools.cached_property
+    @table
     def _tables(self) -> Tables:
         """The coefficients of x_t, m_0, m_1, ..."""
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
@@ -94,7 +95,7 @@ class DPMSolverPP2M(OverSchedule):
 class DPMSolverPP3M(DPMSolverPP2M):
     """Equations (4) to (6). Deterministic."""
 
-    @functools.cached_property
+    @table
     def _tables(self) -> Tables:
         c_x_t, *second = super()._tables
         h, h_0, h_1 = self._h[1:-2], self._h[2:-1], self._h[3:]
@@ -110,8 +111,8 @@ class DPMSolverPP3M(DPMSolverPP2M):
             c_d * d_1,
         )
         tables = c_x_t, *second, np.zeros_like(c_x_t)
-        for table, c in zip(tables[1:], third, strict=True):
-            table[1:-2] = np.sqrt(self.schedule.alpha_bar_prev[1:-2]) * c
+        for values, c in zip(tables[1:], third, strict=True):
+            values[1:-2] = np.sqrt(self.schedule.alpha_bar_prev[1:-2]) * c
         return tables
 
 
@@ -119,14 +120,14 @@ class DPMSolverPP3M(DPMSolverPP2M):
 class DPMSolverPPSDE(DPMSolverPP2M):
     """Equations (2) and (7): every step draws noise, as DDPM's do."""
 
-    @functools.cached_property
+    @table
     def _tables(self) -> Tables:
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         c_x_t = np.sqrt((1 - prev) / (1 - abar)) * np.exp(-self._h)
         c_x_0 = -np.sqrt(prev) * np.expm1(-2 * self._h)
         return c_x_t, c_x_0 * (1 + self._past), -c_x_0 * self._past
 
-    @functools.cached_property
+    @table
     def _std(self) -> np.ndarray:
         return np.sqrt(-(1 - self.schedule.alpha_bar_prev) * np.expm1(-2 * self._h))
 
@@ -141,7 +142,7 @@ class DPMSolverPPSDE(DPMSolverPP2M):
 class UniPC(DPMSolverPP2M):
     """Equations (8) and (3); its memory is the corrected x_{t+1}, m_1, m_2. Deterministic."""
 
-    @functools.cached_property
+    @table
     def _corrector(self) -> Tables:
         """The coefficients of x_t, x_{t+1}, m_0, m_1, m_2; before the first step x_t stays."""
         s, h = self.schedule, self._h[1:]

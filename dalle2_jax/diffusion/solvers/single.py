@@ -23,7 +23,6 @@ Coefficients are float64 tables over t.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import jax
@@ -32,6 +31,7 @@ import numpy as np
 
 from dalle2_jax.diffusion.gaussian import q_posterior
 from dalle2_jax.diffusion.schedules import Schedule, extract
+from dalle2_jax.diffusion.tables import table
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Array, Denoiser, PyTree
 
@@ -75,7 +75,7 @@ class DDPM(OverSchedule):
             known = "'small', 'large' or a table"
             raise UserError(f"variance must be {known}, not {self.variance!r}")
 
-    @functools.cached_property
+    @table
     def _log_variance(self) -> np.ndarray:
         if not isinstance(self.variance, str):
             return np.log(np.maximum(self.variance, 1e-20))
@@ -106,7 +106,7 @@ class DDIM(OverSchedule):
         if not 0 <= self.eta <= 1:
             raise UserError(f"DDIM's eta must be within 0 and 1, not {self.eta}")
 
-    @functools.cached_property
+    @table
     def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.eta * np.sqrt(self.schedule.posterior_variance)  # (2), for it is eta^2 beta~
         prev = self.schedule.alpha_bar_prev
@@ -131,7 +131,7 @@ class Heun(OverSchedule):
     def evaluations(self) -> int:
         return 2 * self.schedule.num_timesteps - 1
 
-    @functools.cached_property
+    @table
     def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         alpha, sigma = np.sqrt(prev), np.sqrt(1 - prev)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from dalle2_jax.diffusion import guidance
 from dalle2_jax.diffusion.guidance import Apply
-from dalle2_jax.diffusion.losses import sample_t
+from dalle2_jax.diffusion.losses import sample_t, training_losses
 from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import masks
-from dalle2_jax.sampling.stage import Settings, StageSampler
+from dalle2_jax.sampling.settings import Settings
+from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.types import Array, Metrics
 from dalle2_jax.validation.sections import construct, plain
 
@@ -64,7 +65,16 @@ def denoising_loss(
     times = range(process.num_timesteps) if times is None else times
     t = times.start + sample_t(key_t, x_0.shape[0], len(times), stratified=True)
     noise = jax.random.normal(key_noise, x_0.shape)
-    losses = process.losses(apply, x_0, t, noise)
+    losses = training_losses(
+        process.training_schedule(),
+        apply,
+        x_0,
+        t,
+        noise,
+        kind=process.prediction,
+        learned_variance=process.learned_variance,
+        weighting=process.weighting,
+    )
     metrics = {name: value.mean() for name, value in losses.items() if name != "loss"}
     return losses["loss"].mean(), metrics
 

@@ -98,7 +98,7 @@ class FrozenCLIP:
             network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
         else:
             folder = model_folder.resolve(config.clip_from)
-            network, weights = load.clip_network(folder), model_folder.stage_hash(folder, "clip")
+            network, weights = load.network(folder, "clip"), model_folder.stage_hash(folder, "clip")
         text, whose = network.text, f"the CLIP of {folder}"
         if network.image is None:
             raise UserError(
@@ -123,7 +123,7 @@ class FrozenCLIP:
         if not self.hash:
             inputs = self.network.init_inputs
             return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
-        return load.clip(Path(self.folder))[1]
+        return load.params(Path(self.folder), "clip")
 
     def encode_image(self, params: Params, pictures: Array) -> Array:
         """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""

@@ -1,0 +1,31 @@
+"""Edits images: dalle2 edit --mode variations --image a.png --n 4 --out out
+
+    --mode reconstruct  --image A             invert and decode again
+    --mode variations   --image A             what z_img holds stays, the rest is sampled again
+    --mode interpolate  --image A --image B   from one to the other; or --image A --prompt "..."
+    --mode text_diff    --image A --prompt "..."          towards a text
+    --mode probe        --image A             from ever more of what z_img holds
+    --mode inpaint      --image A --mask M --prompt "..." regenerate a part
+    --mode outpaint     --image A --right 64 --prompt "..." extend beyond the sides
+
+Every image is written as a PNG that carries how it was generated; MODE.png shows all.
+docs/editing.md explains the modes. --like FILE.png repeats the edit of such a file.
+Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from dalle2_jax.cli import commands, edit_flags, generate_flags, request
+from dalle2_jax.errors import UserError
+
+MODE = flags.DEFINE_enum("mode", None, edit_flags.MODE_NAMES, "What to do; see docs/editing.md.")
+
+
+def main() -> int:
+    """Edits by the flags and returns the exit status."""
+    commands.stop_at_once()
+    if MODE.value is None and generate_flags.LIKE.value is None:
+        raise UserError(f"--mode is missing: one of {', '.join(edit_flags.MODE_NAMES)}")
+    return request.main(MODE.value or edit_flags.MODE_NAMES[0])

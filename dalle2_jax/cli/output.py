@@ -1,0 +1,163 @@
+"""Answers a request on the command line: files, grids, animations and progress bars."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dalle2_jax.imaging import canvas, files, grids
+from dalle2_jax.imaging.decode import crop_resize
+from dalle2_jax.pipelines import requests
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.pipelines.requests import Generated, InputImage, Request
+
+_GRID_SIDE = 256  # most pixels of an image in a grid, as there may be many
+_FRAME_MS = 150  # of an animation
+_MOVING = ("interpolate", "text_diff", "probe")  # their images are steps of one motion
+
+
+class Bars:
+    """Progress bars on stderr, one a stage."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
+        self._bars[stage].update(done - self._bars[stage].n)
+        if done == total:  # the same stage may run again: an image is inverted, then decoded
+            self._bars.pop(stage).close()
+
+
+def write(model: DALLE2, request: Request, out: Path, only: tuple[int, int] | None = None) -> Path:
+    """Generates what the request asks for and writes it into the folder `out`.
+
+    Every PNG carries its request, settings and weights, and its name the seed, so that the images
+    of another seed stay beside it. Notes on prompts that are cut go to stderr.
+
+    Args:
+        only: (row, index) of the one image to generate; None: all.
+
+    Returns:
+        The path of the grid of all images, or of the one image.
+    """
+    for line in requests.notes(requests.prepare(model, request), request):
+        print(f"note: {line}", file=sys.stderr)
+    if request.mode == requests.GENERATE:
+        return _write_prompts(model, request, out, only)
+    return _write_edits(model, request, out, only)
+
+
+def _run(model: DALLE2, request: Request, only: tuple[int, int] | None) -> Iterator[Generated]:
+    bars = Bars()
+    for event in requests.run(model, request, only=only):
+        if isinstance(event, Generated):
+            yield event
+        elif isinstance(event, requests.StageProgress):
+            bars.update(event.stage, event.done, event.total)
+
+
+def _write_prompts(
+    model: DALLE2, request: Request, out: Path, only: tuple[int, int] | None
+) -> Path:
+    """Writes each image as soon as it is done, then grid.png with a row a prompt."""
+    thumbnails: list[np.ndarray] = []
+    file, metadata, rank, row = out, {}, 0, -1
+    for one in _run(model, request, only):
+        rank = rank + 1 if one.row == row else 0  # with best_of the best is number 0
+        row = one.row
+        number = rank if only is None else one.index
+        name = f"{one.row:03d}-{files.slug(one.label)}-s{request.seed}-{number}.png"
+        file, metadata = out / name, one.metadata
+        files.save_png(file, one.image, metadata)
+        thumbnails.append(crop_resize(one.image, min(len(one.image), _GRID_SIDE), (1.0, 0.5, 0.5)))
+    if only is not None:
+        return file
+    grid = grids.labelled_grid(np.stack(thumbnails), request.n, row_labels=request.prompts)
+    files.save_png(out / "grid.png", grid, _of_all(metadata))
+    return out / "grid.png"
+
+
+def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, int] | None) -> Path:
+    """Writes the images, MODE.png with all of them and the given ones, and a moving MODE.webp."""
+    rows: dict[int, list[Generated]] = {}
+    for one in _run(model, request, only):
+        rows.setdefault(one.row, []).append(one)
+    frames, labels, metadata = [], [], {}
+    for row, generated in rows.items():
+        before = [] if only is not None else _given(model, request, row)
+        images = [*before, *((one.label, one.image) for one in generated)]
+        for place, (label, image) in enumerate(images):
+            metadata = generated[max(place - len(before), 0)].metadata
+            about = metadata if place >= len(before) else _of_all({**metadata, "label": label})
+            name = f"{request.mode}-s{request.seed}-{row:03d}-{place:02d}-{files.slug(label)}.png"
+            files.save_png(out / name, image, about)
+            frames.append(image)
+            labels.append(label)
+    if only is not None:
+        return out / name
+    if request.mode in _MOVING:
+        files.save_animation(out / f"{request.mode}.webp", frames, _FRAME_MS)
+    grid = grids.labelled_grid(frames, len(frames) // len(rows), picture_labels=labels)
+    files.save_png(out / f"{request.mode}.png", grid, _of_all(metadata))
+    return out / f"{request.mode}.png"
+
+
+def _given(model: DALLE2, request: Request, row: int) -> list[tuple[str, np.ndarray]]:
+    """Returns (label, image) of what is shown before the generated images of a row."""
+    size = requests.prepare(model, request).image_size
+    if request.mode in ("reconstruct", "variations"):
+        return [("given", crop_resize(request.images[row].pixels, size, (1.0, 0.5, 0.5)))]
+    if request.mode == "inpaint":
+        image, mask = canvas.fitted(request.images[0].pixels, request.edit_mask, size)
+        return [("given", image), ("mask", _striped(image, mask))]
+    return []
+
+
+def _of_all(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of a grid: without what is true of one image only."""
+    of_one = ("prompt", "row", "index", "label", "score")
+    return {name: value for name, value in metadata.items() if name not in of_one}
+
+
+def write_mask_preview(request: Request, out: Path) -> Path:
+    """Writes mask.png: the image, with what would be regenerated in stripes. Needs no model."""
+    image = request.images[0].pixels
+    if request.mode == "inpaint":
+        side = min(image.shape[:2])
+        image, mask = canvas.fitted(image, request.edit_mask, side)
+    else:
+        image, known_mask, _ = canvas.extended(image, request.margins, 1)
+        mask = ~known_mask
+    files.save_png(out / "mask.png", _striped(image, mask))
+    return out / "mask.png"
+
+
+def _striped(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns uint8 [h, w, 3] with stripes of red and white where bool [h, w] is True."""
+    places = np.indices(mask.shape).sum(axis=0) // max(4, min(mask.shape) // 32)
+    stripes = np.where(places[..., None] % 2, [255, 0, 0], [255, 255, 255])
+    tinted = (0.4 * image + 0.6 * stripes).astype(np.uint8)
+    return np.where(mask[..., None], tinted, image)
+
+
+def open_image(path: str, out: Path) -> InputImage:
+    """Opens a given image, named in metadata relative to the folder `out`."""
+    return InputImage.open(path, name_in(path, out))
+
+
+def name_in(path: str, out: Path) -> str:
+    """Returns `path` relative to the folder `out`, if both are on this machine."""
+    if "://" in path or "://" in str(out):
+        return path
+    try:
+        return os.path.relpath(path, out)
+    except ValueError:  # another drive
+        return path

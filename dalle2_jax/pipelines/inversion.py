@@ -1,0 +1,77 @@
+"""An image as the pair (z_img, x_T), from which the decoder samples it again (unCLIP section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.pipelines import placement
+from dalle2_jax.pipelines.cascade import Cascade
+from dalle2_jax.pipelines.events import Event, Steps, run_stage
+from dalle2_jax.sampling.overrides import SamplingOptions
+from dalle2_jax.sampling.preprocess import middle, shrunk
+from dalle2_jax.validation import arguments
+
+DEFAULT_STEPS = 50  # of the decoder, each way
+
+
+class Latents(NamedTuple):
+    """b images as the decoder sees them: from both together it samples them again."""
+
+    z_img: np.ndarray  # float32 [b, dim]: what the image shows
+    x_T: np.ndarray  # float32 [b, s, s, 3]: all that z_img leaves open
+
+
+def for_inversion(cascade: Cascade, steps: int | None = None) -> Cascade:
+    """Returns the cascade whose decoder is invertible: DDIM at eta 0, without guidance.
+
+    Only unguided DDIM is. `steps` None: 50, as keeping an image takes more than generating one.
+    """
+    if steps is None:
+        steps = min(DEFAULT_STEPS, cascade.decoder.process.num_timesteps)
+    settings = dataclasses.replace(cascade.decoder.settings, repeats=1)
+    decoder = dataclasses.replace(cascade.decoder, settings=settings)
+    options = SamplingOptions(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
+    return dataclasses.replace(cascade, decoder=decoder).with_options(options)
+
+
+def invert(
+    cascade: Cascade,
+    images: np.ndarray,
+    steps: int | None = None,
+    iterations: int = 1,
+    batch_size: int = 8,
+) -> Steps[Latents]:
+    """Finds the latents of images, yielding progress; see `DALLE2.invert`."""
+    z_img, squares = cascade.encode_image(images), middle(arguments.images(images))
+    iterations = arguments.whole("iterations", iterations, 1)
+    decoder, x_T = for_inversion(cascade, steps).decoder, []
+    total, batches = len(squares), list(placement.batches(len(squares), batch_size))
+    no_captions = cascade.captions([None] * len(batches[0][1]))
+    with placement.visible(placement.mesh()):
+        text, empty = cascade.encode_captions(no_captions)
+    for number, (start, places) in enumerate(batches):
+        z_rows, rows = jax.device_put((z_img[places], squares[places]), placement.by_batch())
+        condition = cascade.decoder_condition(z_rows, no_captions, text, empty)
+        x_0 = shrunk(rows, decoder.image_size)
+        inversion = decoder.invert(cascade.stage_params("decoder"), condition, x_0, iterations)
+        noise = yield from run_stage("decoder", inversion, number, len(batches))
+        x_T.append(np.asarray(noise)[: total - start])
+    return Latents(z_img, np.concatenate(x_T))
+
+
+def decode(
+    cascade: Cascade, latents: Latents, steps: int | None = None, batch_size: int = 8
+) -> Iterator[Event]:
+    """Generates images from latents, yielding events; see `DALLE2.decode`."""
+    if not isinstance(latents, Latents):
+        raise UserError(f"latents must be Latents(z_img, x_T), not {type(latents).__name__}")
+    x_T = arguments.finite("x_T", latents.x_T)[None]
+    return for_inversion(cascade, steps).generate(
+        None, z_img=latents.z_img, noise={"decoder": x_T}, batch_size=batch_size
+    )

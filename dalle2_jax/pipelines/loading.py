@@ -1,0 +1,77 @@
+"""Loading a cascade: which stages of a model folder it needs, and where their weights go."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.nets.clip import CLIP
+from dalle2_jax.pipelines import placement
+from dalle2_jax.pipelines.cascade import Cascade, tokenizer_of
+from dalle2_jax.pretrained import find
+from dalle2_jax.sampling import load
+from dalle2_jax.sampling.priors import NAMES
+from dalle2_jax.storage import model_folder
+from dalle2_jax.types import Params
+from dalle2_jax.validation import arguments
+
+REQUIRED = ("clip", "decoder")  # a prior and upsamplers are used if the folder has them
+
+
+def load_cascade(
+    weights: str | os.PathLike[str] = "tiny",
+    dtype: str | None = None,
+    offload: bool | None = None,
+    size: int | None = None,
+) -> Cascade:
+    """Loads a cascade; arguments and errors are those of `DALLE2.from_pretrained`."""
+    if not isinstance(weights, str | os.PathLike):
+        raise UserError(f"weights must be 'tiny', a model folder or a hub id, not {weights!r}")
+    folder = find.model(weights)
+    for stage in REQUIRED:
+        model_folder.read_stage(folder, stage)  # its error lists the stages that there are
+    dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
+    arguments.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
+    params: dict[str, Params] = {}
+
+    def load_params(stage: str) -> None:
+        params[stage] = placement.cast(load.params(folder, stage), dtype)
+
+    clip: CLIP = load.network(folder, "clip", dtype)
+    load_params("clip")
+
+    def load_sampler(stage: str) -> Any:
+        sampler = load.sampler(folder, stage, clip, dtype)
+        load_params(stage)
+        return sampler
+
+    entries = model_folder.read_config(folder)["stages"]
+    priors = {stage: load_sampler(stage) for stage in NAMES.values() if stage in entries}
+    decoder = load_sampler("decoder")
+    size = load.image_size(folder, size)
+    chain = load.upsampler_chain(entries, decoder.image_size)
+    sizes = [decoder.image_size]
+    samplers = {stage: load.sampler(folder, stage, clip, dtype) for stage in chain}
+    sizes += [sampler.image_size for sampler in samplers.values()]
+    needed = chain[: load.num_upsamplers(size, sizes)]
+    for stage in needed:
+        load_params(stage)
+    if offload is None:
+        stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+        offload = placement.should_offload(params, stats.get("bytes_limit", math.inf))
+    return Cascade(
+        tokenizer=tokenizer_of(clip.text),
+        clip=clip,
+        prior=next(iter(priors.values()), None),
+        priors=priors,
+        decoder=decoder,
+        upsamplers={stage: samplers[stage] for stage in needed},
+        params=params if offload else jax.device_put(params, placement.replicated()),
+        weights=str(weights),
+        weights_hash=model_folder.weights_hash(folder),
+        size=size,
+    )

@@ -1,0 +1,555 @@
+"""What a person asks for, whoever carries it: a `Request`, and `run`, which answers it.
+
+The command line maps flags to a Request and writes files; a server maps JSON and forms to a Request
+and streams. Neither knows how a mode works, and nothing here knows of flags, files' places or HTTP.
+
+    for event in run(model, request):       StageProgress, Preview or Generated, as they come
+
+The metadata of a generated image are its Request (`to_metadata`), with the name and sha256 of each
+input, so the image can be generated again (`from_metadata`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.imaging import arrays, canvas, files
+from dalle2_jax.imaging.decode import crop_resize
+from dalle2_jax.pipelines import edits
+from dalle2_jax.pipelines.cascade import Cascade
+from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.pipelines.events import Batch, Event, StageProgress
+from dalle2_jax.pipelines.inversion import for_inversion
+from dalle2_jax.pipelines.modes import GENERATE, MARGINS, MODES, MODES_OF
+from dalle2_jax.sampling.overrides import SamplingOptions
+from dalle2_jax.storage import paths
+from dalle2_jax.tokenizer import Tokenizer
+from dalle2_jax.validation import arguments
+from dalle2_jax.version import __version__
+
+FORMAT = 2  # of metadata; files before it hold less than a request
+_MANY_FRAMES = 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputImage:
+    """An image that is given: its pixels, and what identifies its file.
+
+    Attributes:
+        pixels: uint8 [h, w, 3].
+        transparent: bool [h, w], True where the file's alpha is 0.
+        name: the file's path, for people and to open it again.
+        sha256: of the file's bytes.
+    """
+
+    pixels: np.ndarray
+    transparent: np.ndarray
+    name: str
+    sha256: str
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
+        """Reads a file; raises UserError. `name` is what the metadata call it; None: the path."""
+        return cls(
+            pixels=files.read(path),
+            transparent=files.read_erased(path),
+            name=str(path) if name is None else name,
+            sha256=_sha256(path),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputMask:
+    """A mask that is given: bool [h, w], True where pixels are regenerated, and its file."""
+
+    edit_mask: np.ndarray
+    name: str
+    sha256: str
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
+        """Reads a mask file, see `imaging.files.read_mask`; raises UserError."""
+        return cls(files.read_mask(path), str(path) if name is None else name, _sha256(path))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be generated. What the modes do with the fields: see the methods of `DALLE2`.
+
+    Attributes:
+        mode: one of `MODES`.
+        prompts: texts; how many a mode takes: `MODES`.
+        images: likewise.
+        mask: (inpaint) where to regenerate; None: the transparent pixels of the image.
+        n: images for each prompt or image.
+        seed: of all noise.
+        options: how the stages are sampled, where it differs from the model folder.
+        prior: "diffusion", "ar" or "none"; None: the model's.
+        size: side of the images in pixels; None: the model's.
+        best_of: (generate) keep the n best of so many.
+        frames: (interpolate, text_diff) number of images.
+        eta: (variations) 0 to 1.
+        theta: (text_diff) share of the angle, 0 to 1.
+        old_prompt: (text_diff) what the image shows now.
+        x_T: (interpolate) "slerp" or "fixed".
+        left, right, up, down: (outpaint) pixels to add.
+        overlap: (outpaint) known share of a frame.
+        feather: (inpaint, outpaint) pixels; None: a 16th of the side.
+        batch_size: images generated at a time.
+    """
+
+    mode: str = GENERATE
+    prompts: tuple[str, ...] = ()
+    images: tuple[InputImage, ...] = ()
+    mask: InputMask | None = None
+    n: int = 1
+    seed: int = 0
+    options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    prior: str | None = None
+    size: int | None = None
+    best_of: int | None = None
+    frames: int = 7
+    eta: float = 0.6
+    theta: float = 0.5
+    old_prompt: str = "a photo"
+    x_T: str = "slerp"
+    left: int = 0
+    right: int = 0
+    up: int = 0
+    down: int = 0
+    overlap: float = 0.5
+    feather: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode is {self.mode!r}{near_miss(str(self.mode), MODES)}")
+        if self.prompts:
+            arguments.prompts(list(self.prompts))
+        mode, counts = MODES[self.mode], {"image": self.images, "prompt": self.prompts}
+        if self.mode == "interpolate" and len(self.images) + len(self.prompts) != 2:
+            raise UserError(
+                f"mode={self.mode} takes {mode.example}, "
+                f"not {len(self.images)} images and {len(self.prompts)} prompts"
+            )
+        for name, values in counts.items():
+            low, high = mode.images if name == "image" else mode.prompts
+            if not low <= len(values) <= high:
+                raise UserError(
+                    f"mode={self.mode}: {len(values)} x {name}; it takes {mode.example}"
+                )
+        if self.mode == "outpaint" and not any(self.margins):
+            raise UserError("outpaint: give left, right, up or down, how many pixels to add")
+        if self.best_of is not None and self.best_of < self.n:
+            raise UserError(f"best_of={self.best_of} must be n={self.n} at least, which are kept")
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt of a mode that takes at most one."""
+        return next(iter(self.prompts), None)
+
+    @property
+    def margins(self) -> tuple[int, ...]:
+        """Pixels to add on the left, on the right, above and below."""
+        return tuple(getattr(self, side) for side in MARGINS)
+
+    @property
+    def edit_mask(self) -> np.ndarray:
+        """Where the one image is to be regenerated, bool [h, w]; raises UserError if nowhere."""
+        (image,) = self.images
+        if self.mask is not None:
+            return arguments.edit_mask(self.mask.edit_mask, image.pixels.shape)
+        if not image.transparent.any():
+            raise UserError(f"{image.name} has no transparent pixel (alpha 0): give a mask")
+        return image.transparent
+
+
+class Preview(NamedTuple):
+    """The present predictions of the images of a batch, uint8 [b, h, w, 3], while a stage runs."""
+
+    stage: str
+    done: int
+    total: int
+    images: np.ndarray
+
+
+class Generated(NamedTuple):
+    """A finished image."""
+
+    image: np.ndarray  # uint8 [h, w, 3]
+    row: int  # number of the prompt or of the given image that it belongs to
+    index: int  # number within the row; of best_of images, that among all of them
+    label: str  # a few words on what distinguishes it in its row
+    metadata: dict[str, Any]  # plain JSON
+
+
+def run(
+    model: DALLE2,
+    request: Request,
+    *,
+    preview_every: int = 0,
+    only: tuple[int, int] | None = None,
+) -> Iterator[StageProgress | Preview | Generated]:
+    """Answers a request, event by event. Closing the iterator cancels the work.
+
+    Args:
+        model: the model; the request's options, prior and size are applied to it.
+        preview_every: yield a Preview after every so many steps of each image stage; 0: none.
+        only: (row, index) of the one image to generate; None: all. It is generated in the batch
+            that it was part of, so that it comes out the same to the bit.
+
+    Raises:
+        UserError: an argument out of range, or something that the model cannot do.
+    """
+    model = prepare(model, request)
+    if preview_every:
+        steps = arguments.whole("preview_every", preview_every, 1)
+        model = dataclasses.replace(model, cascade=_reporting(model.cascade, steps))
+    if request.mode == GENERATE and (request.best_of is None or only is not None):
+        events = _generate(model, request, only)
+    elif request.mode == GENERATE:
+        events = _rank(model, request)
+    else:
+        events = _edit(model, request)
+    previewed: dict[str, int] = {}
+    for event in events:
+        if isinstance(event, Generated):
+            if only is None or (event.row, event.index) == only:
+                yield event
+            continue
+        yield event
+        if preview_every and event.x_0 is not None and event.x_0.ndim == 4:
+            if event.done // preview_every > previewed.get(event.stage, 0) // preview_every:
+                images = np.asarray(arrays.to_uint8(event.x_0))
+                yield Preview(event.stage, event.done, event.total, images)
+            previewed[event.stage] = event.done
+
+
+def prepare(model: DALLE2, request: Request) -> DALLE2:
+    """Returns the model with the request's size, prior and options; raises UserError."""
+    if request.size is not None:
+        model = model.at_size(request.size)
+    model = model.with_prior(request.prior)
+    return dataclasses.replace(model, cascade=model.cascade.with_options(request.options))
+
+
+def _reporting(cascade: Cascade, steps: int) -> Cascade:
+    """Returns the cascade whose samplers report after at most so many steps."""
+    samplers = {
+        name: dataclasses.replace(s, steps_a_call=min(s.steps_a_call, steps))
+        if hasattr(s, "steps_a_call")
+        else s
+        for name, s in cascade.samplers().items()
+    }
+    return cascade.with_samplers(samplers)
+
+
+def _generate(
+    model: DALLE2, request: Request, only: tuple[int, int] | None
+) -> Iterator[StageProgress | Generated]:
+    n = request.n if request.best_of is None else request.best_of
+    skip = 0 if only is None else only[0] * n + only[1]
+    events = model.cascade.generate(
+        request.prompts, n, request.seed, batch_size=request.batch_size, skip=skip
+    )
+    for event in events:
+        if not isinstance(event, Batch):
+            yield event
+            continue
+        for place, image in enumerate(event.images, event.start):
+            row, index = divmod(place, n)
+            yield _generated(model, request, image, row, index, request.prompts[row])
+        if only is not None and event.start + len(event.images) > skip:
+            return
+
+
+def _rank(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated]:
+    assert request.best_of is not None
+    events = edits.rank(
+        model.cascade,
+        request.prompts,
+        request.n,
+        request.best_of,
+        request.seed,
+        batch_size=request.batch_size,
+    )
+    row = 0
+    for event in events:
+        if not isinstance(event, list):
+            yield event
+            continue
+        for one in event:
+            label = request.prompts[row]
+            yield _generated(model, request, one.image, row, one.index, label, score=one.score)
+        row += 1
+
+
+def _edit(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated]:
+    """Runs a mode that edits; its images come after all of its stages."""
+    settings = for_mode(model, request).settings()
+    labels = _labels(model, request)
+    for event in _edit_events(model, request):
+        if not isinstance(event, Batch):
+            yield event
+            continue
+        for place, image in enumerate(event.images, event.start):
+            row, index = divmod(place, len(labels))
+            yield _generated(model, request, image, row, index, labels[index], settings=settings)
+
+
+def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
+    cascade, size = model.cascade, request.batch_size
+    options: dict[str, Any] = {"batch_size": size}
+    if request.mode not in ("inpaint", "outpaint"):
+        options["steps"] = decoder_steps(request)
+    if request.mode == "reconstruct":
+        return edits.reconstruct(cascade, squares(model, request), **options)
+    if request.mode == "variations":
+        images = squares(model, request)
+        return edits.variations(
+            cascade, images, request.n, request.seed, eta=request.eta, **options
+        )
+    if request.mode == "interpolate":
+        a, b = [*squares(model, request), *request.prompts]
+        return edits.interpolate(
+            cascade, a, b, request.frames, request.seed, x_T=request.x_T, **options
+        )
+    if request.mode == "text_diff":
+        (image,) = squares(model, request)
+        return edits.text_diff(
+            cascade,
+            image,
+            request.prompts[0],
+            request.old_prompt,
+            request.frames,
+            theta=request.theta,
+            **options,
+        )
+    if request.mode == "probe":
+        (image,) = squares(model, request)
+        return edits.probe(cascade, image, None, **options)
+    image = request.images[0].pixels
+    options["feather"] = request.feather
+    if request.mode == "inpaint":
+        return edits.inpaint(
+            cascade,
+            image,
+            request.edit_mask,
+            request.prompt,
+            request.n,
+            request.seed,
+            **options,
+        )
+    return edits.outpaint(
+        cascade,
+        image,
+        request.prompt,
+        request.n,
+        request.seed,
+        margins=request.margins,
+        overlap=request.overlap,
+        **options,
+    )
+
+
+def for_mode(model: DALLE2, request: Request) -> DALLE2:
+    """Returns the model with the settings that the request's mode samples with."""
+    cascade, steps = model.cascade, decoder_steps(request)
+    if request.mode == "variations":
+        cascade = edits.for_variations(cascade, request.eta, steps)
+    elif request.mode in ("inpaint", "outpaint"):
+        cascade = edits.for_inpainting(cascade)
+    elif request.mode != GENERATE:
+        cascade = for_inversion(cascade, steps)
+    return dataclasses.replace(model, cascade=cascade)
+
+
+def decoder_steps(request: Request) -> Any:
+    """Returns the decoder's steps that the request asks for; None: the default."""
+    steps = request.options.steps
+    return steps.get("decoder") if isinstance(steps, Mapping) else steps
+
+
+def squares(model: DALLE2, request: Request) -> np.ndarray:
+    """Returns the middle squares of the given images, at one size: uint8 [b, s, s, 3]."""
+    tower = model.cascade.clip.image or {}
+    side = max(model.image_size, tower.get("image_size", 0))
+    return np.stack([crop_resize(i.pixels, side, (1.0, 0.5, 0.5)) for i in request.images])
+
+
+def _labels(model: DALLE2, request: Request) -> list[str]:
+    """Returns what distinguishes the images of a row."""
+    shares = np.linspace(0, 1, max(request.frames, 1))
+    if request.mode == "reconstruct":
+        return ["reconstruction"]
+    if request.mode == "variations":
+        return [f"variation {i}" for i in range(request.n)]
+    if request.mode == "interpolate":
+        return [f"{share:.2f}" for share in shares]
+    if request.mode == "text_diff":
+        return [f"theta {share:.2f}" for share in request.theta * shares]
+    if request.mode == "probe":
+        return ["all" if k is None else f"{k} directions" for k in model.probe_dims()]
+    return [f"edit {i}" for i in range(request.n)]
+
+
+def _generated(
+    model: DALLE2,
+    request: Request,
+    image: np.ndarray,
+    row: int,
+    index: int,
+    label: str,
+    settings: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Generated:
+    metadata = {
+        **to_metadata(request),
+        "row": row,
+        "index": index,
+        "settings": model.settings() if settings is None else settings,
+        "size": model.image_size,
+        "weights": model.weights,
+        "hash": model.weights_hash,
+        "version": __version__,
+        **more,
+    }
+    if request.mode == GENERATE:
+        metadata["prompt"] = request.prompts[row]
+    else:
+        metadata["label"] = label
+    return Generated(image, row, index, label, metadata)
+
+
+def to_metadata(request: Request) -> dict[str, Any]:
+    """Returns the request as plain JSON values: the fields that its mode takes."""
+    metadata: dict[str, Any] = {"format": FORMAT, "mode": request.mode}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if field.name == "mode" or request.mode not in MODES_OF.get(field.name, (request.mode,)):
+            continue
+        if field.name == "images":
+            value = [{"name": image.name, "sha256": image.sha256} for image in value]
+        elif field.name == "mask" and value is not None:
+            value = {"name": value.name, "sha256": value.sha256}
+        elif field.name == "options":
+            options = dataclasses.asdict(value)
+            value = {k: _plain(v) for k, v in options.items() if v is not None}
+        elif field.name == "prompts":
+            value = list(value)
+        metadata[field.name] = value
+    return metadata
+
+
+def from_metadata(
+    metadata: Mapping[str, Any], folder: Path, **overrides: Any
+) -> tuple[Request, tuple[int, int]]:
+    """Returns the request that an image's metadata hold, and the (row, index) of the image.
+
+    Args:
+        metadata: as `to_metadata` and `Generated` have them.
+        folder: of the image's file; inputs are looked for relative to it, then as they are named.
+        **overrides: fields in place of the metadata's; inputs that they replace are not opened.
+
+    Raises:
+        UserError: metadata of an older version; an input that is missing or has changed.
+    """
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            "the file was written by an older version of dalle2_jax, whose metadata do not hold "
+            "all that is needed to generate it again"
+        )
+    fields = {field.name for field in dataclasses.fields(Request)}
+    values = {name: value for name, value in metadata.items() if name in fields}
+    values["prompts"] = tuple(values.get("prompts", ()))
+    values["options"] = SamplingOptions(**values.get("options", {}))
+    options = values["options"]
+    values.update(overrides)
+    if "options" in overrides:
+        changes = dataclasses.asdict(overrides["options"])
+        changes = {name: value for name, value in changes.items() if value is not None}
+        values["options"] = dataclasses.replace(options, **changes)
+    if "images" not in overrides:
+        values["images"] = tuple(_reopen(InputImage, i, folder) for i in values.get("images", ()))
+    if "mask" not in overrides and values.get("mask") is not None:
+        values["mask"] = _reopen(InputMask, values["mask"], folder)
+    return Request(**values), (metadata["row"], metadata["index"])
+
+
+def _reopen(kind: Any, entry: Mapping[str, str], folder: Path) -> Any:
+    """Opens an input again; raises UserError if it is missing or has changed."""
+    name = entry["name"]
+    for path in (paths.to_path(folder) / name, paths.to_path(name)):
+        if path.is_file():
+            if _sha256(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path} has changed since the image was generated from it: name another file "
+                    "for it, or restore it"
+                )
+            return kind.open(path, name)
+    raise UserError(f"the input {name} is missing: name another file for it, or restore it")
+
+
+def check_weights(metadata: Mapping[str, Any], model: DALLE2) -> None:
+    """Raises UserError unless the model is the one that the metadata's image was generated with."""
+    if metadata.get("hash") != model.weights_hash:
+        raise UserError(
+            f"the image was generated with the weights {metadata.get('weights')} "
+            f"({metadata.get('hash')}), not {model.weights} ({model.weights_hash}): name those"
+        )
+
+
+def notes(model: DALLE2, request: Request) -> list[str]:
+    """Returns lines on what a user may not expect: texts cut, slow modes."""
+    lines = []
+    texts = [*request.prompts, *([request.old_prompt] if request.mode == "text_diff" else [])]
+    for text in texts:
+        clip, decoder = (_text_read(tokenizer, text) for tokenizer in model.cascade.tokenizers())
+        if clip == decoder and clip is not None:
+            lines.append(f"a prompt is too long, only {clip!r} is read")
+        elif clip != decoder:
+            reads = ["all of it" if part is None else f"only {part!r}" for part in (clip, decoder)]
+            lines.append(f"a prompt is too long, CLIP reads {reads[0]}, the decoder {reads[1]}")
+    if request.mode in ("inpaint", "outpaint") and not model.inpaints:
+        lines.append(
+            f"the decoder of {model.weights} was not trained to inpaint: each step is repeated, by "
+            "ddim (RePaint)"
+        )
+    if request.mode == "outpaint":
+        shape, size = request.images[0].pixels.shape, model.image_size
+        frames = canvas.estimate(shape, request.margins, size)
+        if frames > _MANY_FRAMES:
+            lines.append(f"it takes some {frames} frames of {size} px")
+    return lines
+
+
+def _text_read(tokenizer: Tokenizer, text: str) -> str | None:
+    """Returns the part of a text that is read; None: all of it."""
+    if tokenizer.length(text) <= tokenizer.context_length:
+        return None
+    return tokenizer.decode(tokenizer([text])[0])
+
+
+def _sha256(path: str | os.PathLike[str]) -> str:
+    path = paths.to_path(path)
+    with paths.as_user_error("cannot read", path):
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns tuples as lists and scalars as Python's, also within {stage: value}."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    value = arguments.python_value(value)
+    return list(value) if isinstance(value, tuple) else value
