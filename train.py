@@ -13,4 +13,5 @@ from dalle2_jax.cli import train
 __doc__ = train.__doc__
 
 if __name__ == "__main__":
+    train.prepare()
     commands.run(train.main)

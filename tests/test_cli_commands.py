@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
 import logging
-from dalle2_jax import commands
+from dalle2_jax.cli import commands
 from dalle2_jax.errors import UserError
 
 def main():
@@ -46,7 +46,7 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
     (tmp_path / "c.py").write_text(SCRIPT.replace("ERROR", error))
     done = subprocess.run(
         [sys.executable, str(tmp_path / "c.py")],
-        env={"PATH": "", "PYTHONPATH": str(Path(commands.__file__).parent.parent)},
+        env={"PATH": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -57,19 +57,19 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
 
 
 @pytest.mark.parametrize(
-    "script", ["sample.py", "train.py", "-m dalle2_jax.evals", "-m dalle2_jax.data.emoji.write"]
+    ("script", "name"),
+    [(["sample.py"], "sample.py"), (["train.py"], "train.py"), ([*MAIN, "generate"], "dalle2")],
 )
-def test_another_python_than_that_of_the_environment_is_told_what_to_do(script):
-    command = [sys.executable, "-S", *script.split()]
+def test_another_python_than_that_of_the_environment_is_told_what_to_do(script, name):
+    command = [sys.executable, "-S", *script]
     done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    told = f"{script.removeprefix('-m ')}: the project's libraries are not installed in"
-    assert told in done.stderr
+    assert f"{name}: the project's libraries are not installed in" in done.stderr
 
 
 CTRL_C = """
 import hashlib, signal, time
-from dalle2_jax import commands
+from dalle2_jax.cli import commands
 
 class Swallows:
     def __del__(self):

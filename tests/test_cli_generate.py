@@ -16,8 +16,10 @@ from dalle2_jax.imaging import files
 ROOT = Path(__file__).parent.parent
 
 
-def sample(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+def sample(cache: Path, *arguments: str, own_cache: bool = False) -> subprocess.CompletedProcess:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    if own_cache:
+        del environment["JAX_COMPILATION_CACHE_DIR"]
     return subprocess.run(
         [sys.executable, "sample.py", *arguments],
         cwd=ROOT,
@@ -35,6 +37,7 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
         *("--prompt=a cat", f"--prompts_file={tmp_path}/prompts.txt", "--n=2", "--seed=3"),
         *(f"--weights={folder}", f"--out={out}", "--steps=3", "--cfg_scale=decoder=4,prior=1"),
         *("--sampler=dpm++",),
+        own_cache=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "grid.png")
@@ -58,7 +61,8 @@ def test_pictures_carry_what_draws_them_again(folder, tmp_path):
     }
     assert settings["steps"]["decoder"] == 3 and settings["cfg_scale"]["decoder"] == 4.0
     assert set(settings["solver"].values()) == {"dpm++"}
-    again = model.generate(about["prompt"], n=2, seed=about["seed"], **settings)[about["index"]]
+    again = model.with_settings(**settings).generate(about["prompt"], n=2, seed=about["seed"])
+    again = again[about["index"]]
     saved = np.asarray(Image.open(out / names[3]))
     assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
     assert files.read_metadata(out / "grid.png")["prompts"] == ["a cat", "dog, flat"]
@@ -82,7 +86,7 @@ def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
     assert prior["variance"] == "large" and decoder["variance"] == "small"
     names = ("cfg_interval", "cfg_rescale", "variance", "solver")
     settings = {n: {stage: s[n] for stage, s in first["settings"].items()} for n in names}
-    every = DALLE2.from_pretrained(folder).generate("a cat", n=5, seed=3, **settings)
+    every = DALLE2.from_pretrained(folder).with_settings(**settings).generate("a cat", n=5, seed=3)
     saved = np.asarray(Image.open(out / "000-a-cat-s3-0.png")).astype(int)
     assert np.abs(saved - every[first["index"]].astype(int)).max() <= 2
 
@@ -106,7 +110,7 @@ def test_pictures_of_another_size(folder, tmp_path):
 
     done = sample(tmp_path / "cache", "--prompt=a cat", *options, "--size=17")
     assert done.returncode == 2
-    assert done.stderr.endswith("size=17: this model draws pictures from 8 to 16 px\n")
+    assert done.stderr.endswith("size=17: this model generates images from 8 to 16 px\n")
 
 
 def test_ctrl_c_is_one_line(folder, tmp_path):
@@ -132,18 +136,18 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=a", "--weights=nowhere"], "nowhere"),
         (
             ["--prompt=a", "--steps=many"],
-            "--steps=many: write 50 or 10:10:3:2:2, or so much",
+            "--steps=many: write 50 or 10:10:3:2:2, or one for",
         ),
         (["--prompt=a", "--steps=decoder=3,decoder=5"], "a stage stands there twice"),
         (["--prompt=a", "--steps=0"], "steps must be whole numbers of 1 or more, not 0"),
         (["--prompt=a", "--steps=decodr=3"], "did you mean 'decoder'?"),
         (["--prompt=a", "--sampler=ddin"], "unknown sampler 'ddin'; did you mean 'ddim'?"),
-        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or so much for"),
+        (["--prompt=a", "--cfg_interval=3"], "--cfg_interval=3: write LOW:HIGH, or one for"),
         (["--prompt=a", "--steps=2:0"], "steps must be whole numbers of 1 or more, not (2, 0)"),
         (["--prompt=a", "--cfg_interval=5:3"], "cfg_interval must be null or [low, high]"),
         (["--prompt=a", "--cfg_rescale=prior=2"], "cfg_rescale must be a number within 0 and 1"),
         (["--prompt=a", "--variance=analytic"], 'variance="analytic" needs x_0_error'),
-        (["--prompt=a", "--n=3", "--best_of=2"], "--best_of=2 must be --n=3 at least"),
+        (["--prompt=a", "--n=3", "--best_of=2"], "best_of=2 must be n=3 at least"),
         (["--prompt=a", "--out=sample.py/x"], "cannot write to the folder sample.py/x"),
         (["--prompt=a", "--out="], "the folder to write to has no name"),
         (["--prompt=a", "--n=0"], "n must be a whole number from 1 to 4294967296, not 0"),
@@ -187,7 +191,8 @@ def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_
     assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
     about = files.read_metadata(out / frames[1])
     assert (about["mode"], about["label"], about["seed"]) == ("interpolate", "0.50", 5)
-    assert about["images"] == [flag.partition("=")[2] for flag in given]
+    names = [Path(flag.partition("=")[2]).name for flag in given]
+    assert [entry["name"] for entry in about["images"]] == [f"../{name}" for name in names]
     assert about["settings"]["decoder"]["steps"] == 2
     with Image.open(out / "interpolate.webp") as moving:
         assert moving.n_frames == 4 and moving.size == (16, 16)  # there and back
@@ -197,14 +202,17 @@ def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_
     ("flags", "told"),
     [
         (["--mode=varations"], "value should be one of <generate|reconstruct|variations|"),
-        (["--mode=variations"], "--mode=variations: 0 times --image; it takes --image A"),
-        (["--mode=variations", "A", "--prompt=x"], "--mode=variations: 1 times --prompt; it takes"),
-        (["--mode=interpolate", "A"], "--mode=interpolate takes two, not 1: --image A --image B"),
+        (["--mode=variations"], "mode=variations: 0 x image; it takes an image"),
+        (["--mode=variations", "A", "--prompt=x"], "mode=variations: 1 x prompt; it takes"),
+        (
+            ["--mode=interpolate", "A"],
+            "mode=interpolate takes two images, or an image and",
+        ),
         (
             ["--mode=text_diff", "A"],
-            "--mode=text_diff: 0 times --prompt; it takes --image A --prom",
+            "mode=text_diff: 0 x prompt; it takes an image and a prompt",
         ),
-        (["--prompt=x", "A"], "a.png: say by --mode what to do with it"),
+        (["--prompt=x", "A"], "a.png: say with --mode what to do with it"),
         (["--mode=interpolate", "A", "B", "--frames=1"], "--frames=1: 1 is not integer >= 2"),
     ],
 )

@@ -39,8 +39,8 @@ def test_a_mask_is_white_or_clear_or_the_pictures_own_alpha(way, files, folder, 
         *(f"--weights={folder}", f"--out={out}"),
     )
     assert done.returncode == 0, done.stderr
-    assert "was not taught to inpaint" in done.stderr
-    names = ["given", "mask", "drawn-0", "drawn-1"]
+    assert "was not trained to inpaint" in done.stderr
+    names = ["given", "mask", "edit-0", "edit-1"]
     files_of = [f"inpaint-s0-000-0{i}-{name}.png" for i, name in enumerate(names)]
     assert sorted(p.name for p in out.iterdir()) == [*files_of, "inpaint.png"]
     given, mask, *drawn = (np.asarray(Image.open(out / name)) for name in files_of)
@@ -80,7 +80,7 @@ def test_a_picture_is_continued(files, folder, tmp_path):
     done = sample(tmp_path / "cache", *flags, "--steps=2", f"--weights={folder}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "note: a prompt" not in done.stderr and "frames" not in done.stderr
-    drawn = np.asarray(Image.open(out / "outpaint-s0-000-00-drawn-0.png"))
+    drawn = np.asarray(Image.open(out / "outpaint-s0-000-00-edit-0.png"))
     assert drawn.shape == (25, 20, 3)
     np.testing.assert_array_equal(drawn[:16, 4:], pictures.read(files["a"]))
 
@@ -88,12 +88,15 @@ def test_a_picture_is_continued(files, folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--mode=inpaint", "a"], "has no pixel of alpha 0: give a --mask"),
-        (["--mode=inpaint", "a", "--mask=black"], "the mask leaves nothing to draw"),
-        (["--mode=inpaint", "a", "--mask=small"], "the mask is 8 x 8, the picture 16 x 16"),
+        (["--mode=inpaint", "a"], "has no transparent pixel (alpha 0): give a mask"),
+        (["--mode=inpaint", "a", "--mask=black"], "the mask leaves nothing to regenerate"),
+        (["--mode=inpaint", "a", "--mask=small"], "the mask is 8 x 8, the image 16 x 16"),
         (["--mode=inpaint", "a", "--mask=none.png"], "cannot read none.png: No such file"),
-        (["--mode=inpaint", "--mask=white"], "--mode=inpaint: 0 times --image"),
-        (["--mode=outpaint", "a"], "say by --left, --right, --up, --down, in pixels, how far"),
+        (["--mode=inpaint", "--mask=white"], "mode=inpaint: 0 x image; it takes an image, a mask"),
+        (
+            ["--mode=outpaint", "a"],
+            "outpaint: give left, right, up or down, how many",
+        ),
         (["--mode=inpaint", "a", "--left=3"], "--left goes with --mode=outpaint"),
         (["--mode=outpaint", "a", "--left=-3"], "--left=-3"),
         (["--prompt=x", "--mask=white"], "goes with --mode=inpaint, not generate"),

@@ -42,7 +42,7 @@ def test_the_prior_is_told_in_the_picture(both, tmp_path, prior, stage):
     assert done.returncode == 0, done.stderr
     about = files.read_metadata(tmp_path / "000-a-cat-s3-1.png")
     assert set(about["settings"]) == {stage, "decoder", "upsampler_16"}
-    again = DALLE2.from_pretrained(both).generate("a cat", 2, 3, prior=prior)[1]
+    again = DALLE2.from_pretrained(both).with_prior(prior).generate("a cat", 2, 3)[1]
     saved = np.asarray(Image.open(tmp_path / "000-a-cat-s3-1.png"))
     assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
 
@@ -74,7 +74,7 @@ def test_what_the_folder_lacks_is_told_in_one_line(both, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "given.png")
     for flags, told in (
         (["--mode=probe", f"--image={tmp_path}/given.png", "--steps=2"], "has no ar_prior, which"),
-        (["--prompt=a", "--prior=ar"], "/model has 'diffusion' and 'none' alone"),
+        (["--prompt=a", "--prior=ar"], "/model has only 'diffusion' and 'none'"),
     ):
         done = run("sample.py", *flags, f"--out={tmp_path}/out", f"--weights={folder}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr

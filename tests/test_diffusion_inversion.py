@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.diffusion import gaussian, sample, schedules, solvers
-from dalle2_jax.diffusion.inversion import DDIMInversion
+from dalle2_jax.diffusion.inversion import DDIMInversion, invert_steps
 from dalle2_jax.types import Denoiser, Prediction
 
 FULL = schedules.cosine(1000)
@@ -30,11 +30,9 @@ def normal(s: schedules.Schedule) -> Denoiser:
 
 def invert(s: schedules.Schedule, iterations: int) -> np.ndarray:
     steps = s.num_timesteps
-    state = (jnp.asarray(X_0), ())
-    solver, unused = DDIMInversion(s, iterations), jnp.zeros((steps, 1))
-    ts = jnp.arange(steps)
-    run = jax.jit(lambda state: sample.advance(solver, normal(s), state, ts, None, unused))
-    return np.asarray(run(state)[0])
+    solver = DDIMInversion(s)
+    run = jax.jit(lambda x: invert_steps(solver, normal(s), x, 0, steps, iterations))
+    return np.asarray(run(jnp.asarray(X_0)))
 
 
 def draw(s: schedules.Schedule, x_T: np.ndarray) -> np.ndarray:
@@ -71,6 +69,6 @@ def test_a_step_undoes_a_step_of_ddim_where_eps_does_not_change(t):
         return Prediction(gaussian.x_0_from_eps(s, x_t, eps, t), eps)
 
     x, step = jnp.asarray(X_0), jnp.asarray(t)
-    up, _ = DDIMInversion(s).step(constant, x, step, jnp.zeros(()), ())
+    up = DDIMInversion(s).inverse_step(constant, x, step, 1)
     down, _ = solvers.DDIM(s).step(constant, up, step, jnp.zeros(x.shape), ())
     np.testing.assert_allclose(down, x, atol=3e-4)

@@ -74,9 +74,11 @@ def error(name: str, steps: int) -> float:
     solver, x_T = solvers.make_solver(name, s), jnp.asarray(X_T, jnp.float32)
     noise = jnp.zeros((steps, *x_T.shape))
     run = jax.jit(
-        lambda x: sample.advance(
-            solver, denoiser, (x, solver.init(x)), jnp.arange(steps, 0, -1), None, noise=noise
-        )[0]
+        lambda x: (
+            sample.advance(
+                solver, denoiser, sample.begin(solver, x), steps, steps, None, noise=noise
+            ).x_t
+        )
     )
     return float(np.sqrt(((np.asarray(run(x_T), np.float64) - reference()) ** 2).mean()))
 
@@ -151,9 +153,11 @@ def gaussian_moments(steps: int, mean: float, variance: float) -> tuple[float, f
     x_T = jnp.asarray(means[-1] + np.sqrt(variances[-1]) * units[:, :1], jnp.float32)
     noise = jnp.asarray(units[:, 1:].T[:, :, None], jnp.float32)
     run = jax.jit(
-        lambda x: sample.advance(
-            solver, denoiser, (x, solver.init(x)), jnp.arange(steps, 0, -1), None, noise=noise
-        )[0]
+        lambda x: (
+            sample.advance(
+                solver, denoiser, sample.begin(solver, x), steps, steps, None, noise=noise
+            ).x_t
+        )
     )
     x = np.asarray(run(x_T), np.float64)[:, 0]
     return abs(x[-1] - means[0]), abs(((x[:-1] - x[-1]) ** 2).sum() - variances[0])

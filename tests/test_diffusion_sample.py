@@ -78,12 +78,12 @@ def test_noise_handed_in_is_in_the_order_of_sampling() -> None:
 def test_chunks_of_steps_make_the_whole(name: str) -> None:
     keys = keys_of(4, 2)
     solver = solvers.make_solver(name, S)
-    chunk = jax.jit(lambda state, ts, keys: sample.advance(solver, denoiser(), state, ts, keys))
-    x_T = init_noise(keys, SHAPE)
-    state = (x_T, solver.init(x_T))
-    for ts in ([7, 6, 5, 4], [3, 2, 1, 0]):
-        state = chunk(state, np.array(ts), keys)
-    np.testing.assert_allclose(state[0], jitted_run(keys, name), atol=1e-6)
+    chunk = jax.jit(lambda *args: sample.advance(solver, denoiser(), *args))
+    state = sample.begin(solver, init_noise(keys, SHAPE))
+    for first, count in ((7, 5), (2, 2), (0, 1)):
+        state = chunk(state, first, count, keys)
+    assert chunk._cache_size() == 1
+    np.testing.assert_allclose(state.x_t, jitted_run(keys, name), atol=1e-6)
 
 
 def test_the_network_is_told_its_own_time() -> None:

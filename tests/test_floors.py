@@ -150,7 +150,7 @@ def test_configs_are_data_only(path):
 
 def test_files_are_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES + TESTS}
-    assert not {relative(p): n for p, n in lengths.items() if n > 500}
+    assert not {relative(p): n for p, n in lengths.items() if n > 600}
     assert statistics.median(lengths[path] for path in MODULES) < 150
     assert lengths[ROOT / "train.py"] < 80 and lengths[ROOT / "sample.py"] < 80
 

@@ -1,5 +1,7 @@
 """Parts of pictures drawn anew, and pictures continued beyond their sides."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import small_cascade
 from dalle2_jax import build
 from dalle2_jax.errors import UserError
 from dalle2_jax.evals import seams
-from dalle2_jax.pipelines import cascade
+from dalle2_jax.pipelines import cascade, edits
 from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.pipelines.events import Batch
 from dalle2_jax.storage import model_folder
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
@@ -123,26 +126,27 @@ def test_small_pictures_are_continued_too(model):
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda m: m.inpaint(PICTURE, RIGHT[:8]), "the mask is 16 x 8, the picture 16 x 16"),
-        (lambda m: m.inpaint(PICTURE, RIGHT.astype(int)), r"mask must be bool \[h, w\], True wh"),
-        (lambda m: m.inpaint(PICTURE, ~RIGHT & RIGHT), "the mask leaves nothing to draw"),
-        (lambda m: m.inpaint(PICTURE[None], RIGHT), r"picture must be uint8 \[h, w, 3\]"),
+        (lambda m: m.inpaint(PICTURE, RIGHT[:8]), "the mask is 16 x 8, the image 16 x 16"),
+        (
+            lambda m: m.inpaint(PICTURE, RIGHT.astype(int)),
+            r"edit_mask must be bool \[h, w\], ",
+        ),
+        (lambda m: m.inpaint(PICTURE, ~RIGHT & RIGHT), "the mask leaves nothing to regenerate"),
+        (lambda m: m.inpaint(PICTURE[None], RIGHT), r"image must be uint8 \[h, w, 3\]"),
         (lambda m: m.inpaint(PICTURE, RIGHT, ""), "a prompt is empty"),
         (lambda m: m.inpaint(PICTURE, RIGHT, feather=-1), "feather must be a whole number from 0"),
         (lambda m: m.inpaint(PICTURE, RIGHT, ["a", "b"], n=2), "the prompt must be a text, not"),
-        (lambda m: m.inpaint(PICTURE, RIGHT, z_img=np.ones((1, 16))), "z_img is not taken here"),
-        (lambda m: m.outpaint(PICTURE, left=1, known=PICTURE), "known is not taken here"),
         (lambda m: m.inpaint(PICTURE, RIGHT, n=10**12), "n must be a whole number from 1 to 10000"),
         (
             lambda m: m.inpaint(PICTURE, [[1, 2], [3]]),
-            "mask must be an array, all of its",
+            "edit_mask must be an array, all of its",
         ),
         (lambda m: m.outpaint(PICTURE), "nothing is to be added: give left, right, up or down"),
         (lambda m: m.outpaint(PICTURE, left=-1), "left must be a whole number from 0"),
         (lambda m: m.outpaint(PICTURE, left=8, overlap=1), "overlap must be a number within"),
         (lambda m: m.outpaint(PICTURE, left=10**8), "at most 64 million pixels can be drawn"),
         (
-            lambda m: m.generate("a cat", known=np.zeros((1, 8, 8, 4), np.uint8)),
+            lambda m: next(m.cascade.generate("a cat", known=np.zeros((1, 8, 8, 4), np.uint8))),
             r"known must be uint8 \[1, 16, 16, 4\], not uint8 \[1, 8, 8, 4\]",
         ),
     ],
@@ -155,14 +159,15 @@ def test_what_cannot_be_drawn_is_told_in_one_line(model, call, told):
 
 @pytest.mark.parametrize("prior", ["diffusion", "none"])
 def test_any_prior_says_what_is_drawn(model, prior):
-    drawn = model.inpaint(PICTURE, RIGHT, "a cat", seed=1, prior=prior, **SHARP)
+    drawn = model.with_prior(prior).inpaint(PICTURE, RIGHT, "a cat", seed=1, **SHARP)
     assert apart(drawn[0, :, :8], PICTURE[:, :8]) == 0 and apart(drawn[0], PICTURE) > 8
 
 
 def test_a_model_tells_how_it_draws_parts(model, untaught):
-    assert model.inpainting() is model
-    told = untaught.with_settings(solver={"decoder": "heun"}).inpainting().settings()["decoder"]
-    assert (told["solver"], told["eta"], told["repeats"]) == ("ddim", 0.0, 5)
+    assert edits.for_inpainting(model.cascade) is model.cascade
+    other = untaught.with_settings(solver={"decoder": "heun"})
+    settings = edits.for_inpainting(other.cascade).decoder.settings
+    assert (settings.solver, settings.eta, settings.repeats) == ("ddim", 0.0, 5)
 
 
 def test_upsamplers_draw_both_sides_of_an_edge(model, monkeypatch):
@@ -177,11 +182,11 @@ def test_upsamplers_draw_both_sides_of_an_edge(model, monkeypatch):
 def test_all_frames_show_what_is_drawn_once(model, monkeypatch):
     asked = []
 
-    def told(self, prompts, n, seed, *, z_img, **options):
+    def generate(self, prompts, n, seed, *, z_img, **options):
         asked.append(z_img)
-        return iter([np.zeros((n, 16, 16, 3), np.uint8)])
+        return iter([Batch(0, np.zeros((n, 16, 16, 3), np.uint8))])
 
-    monkeypatch.setattr(DALLE2, "stream", told)
+    monkeypatch.setattr(cascade.Cascade, "generate", generate)
     model.outpaint(PICTURE, "a cat", n=2, seed=1, right=32)
     assert len(asked) > 2
     wanted = model.sample_prior("a cat", n=2, seed=1)
@@ -191,7 +196,7 @@ def test_all_frames_show_what_is_drawn_once(model, monkeypatch):
 
 def test_resampling_goes_with_the_sampler_it_is_made_for(untaught):
     with pytest.raises(UserError, match="goes with ddim at eta=0, not ddpm at eta=0"):
-        untaught.inpaint(PICTURE, RIGHT, "a cat", solver={"decoder": "ddpm"})
+        dataclasses.replace(untaught.cascade.decoder.settings, repeats=5, solver="ddpm")
 
 
 def test_the_packaged_weights_fit_the_drawn_part_to_the_kept_one():
@@ -200,6 +205,7 @@ def test_the_packaged_weights_fit_the_drawn_part_to_the_kept_one():
     prompt = "a flat emoji of a red apple"
     picture, other = tiny.generate(prompt, n=2, seed=1)
     mask = np.arange(128)[None].repeat(128, 0) >= 64
-    drawn = tiny.inpaint(picture, mask, prompt, seed=2, steps=10, feather=0)
+    tiny = tiny.with_settings(steps=10)
+    drawn = tiny.inpaint(picture, mask, prompt, seed=2, feather=0)
     halves = np.where(mask[..., None], other, picture)[None]
     assert seams.across(drawn, mask)[0] < 0.7 * seams.across(halves, mask)[0]

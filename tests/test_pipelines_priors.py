@@ -9,8 +9,7 @@ import pytest
 import small_cascade
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipelines.cascade import Latents
-from dalle2_jax.pipelines.dalle2 import DALLE2
+from dalle2_jax.pipelines.dalle2 import DALLE2, Latents
 from dalle2_jax.pipelines.embeddings import normalise, project
 from dalle2_jax.storage import model_folder
 
@@ -44,7 +43,7 @@ def model(both) -> DALLE2:
 @pytest.fixture(scope="module")
 def small(model) -> DALLE2:
     """Draws what its decoder draws, whose inverse is sought."""
-    return dataclasses.replace(model, upsamplers={})
+    return model.at_size(8)
 
 
 def apart(a, b) -> int:
@@ -52,12 +51,11 @@ def apart(a, b) -> int:
 
 
 def test_a_prior_is_chosen_by_name(model):
-    z = {name: model.sample_prior(PROMPTS, 2, 3, prior=name) for name in ("diffusion", "ar")}
+    z = {n: model.with_prior(n).sample_prior(PROMPTS, 2, 3) for n in ("diffusion", "ar")}
     for name, drawn in z.items():
-        assert drawn.shape == (4, model.clip.dim)
+        assert drawn.shape == (4, model.cascade.clip.dim)
         np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, rtol=1e-5)
-        np.testing.assert_array_equal(drawn, model.with_prior(name).sample_prior(PROMPTS, 2, 3))
-        pictures = model.generate(PROMPTS, 2, 3, prior=name)
+        pictures = model.with_prior(name).generate(PROMPTS, 2, 3)
         assert apart(pictures, model.generate(PROMPTS, 2, 3, z_img=drawn)) <= 1
     assert np.abs(z["ar"] - z["diffusion"]).max() > 0.01
     np.testing.assert_array_equal(z["diffusion"], model.sample_prior(PROMPTS, 2, 3))  # the default
@@ -65,9 +63,9 @@ def test_a_prior_is_chosen_by_name(model):
 
 def test_none_is_the_captions_own_embedding(model):
     z_txt = model.encode_text(PROMPTS)
-    z = model.sample_prior(PROMPTS, 2, prior="none")
+    z = model.with_prior("none").sample_prior(PROMPTS, 2)
     np.testing.assert_allclose(z, np.repeat(z_txt, 2, axis=0), atol=1e-6)
-    drawn = model.generate(PROMPTS, 2, 3, prior="none")
+    drawn = model.with_prior("none").generate(PROMPTS, 2, 3)
     assert apart(drawn, model.generate(PROMPTS, 2, 3, z_img=z_txt)) <= 1
     assert list(model.with_prior("none").settings()) == ["no_prior", "decoder", "upsampler_16"]
 
@@ -79,7 +77,7 @@ def test_none_has_the_length_of_karlos_z_img(tmp_path):
     model = DALLE2.from_pretrained(stages)
     prior = model_folder.read_params(folder, "prior")
     length = np.sqrt((prior["mean"] ** 2 + prior["std"] ** 2).sum())
-    z = model.sample_prior(PROMPTS, prior="none")
+    z = model.with_prior("none").sample_prior(PROMPTS)
     np.testing.assert_allclose(z, normalise(model.encode_text(PROMPTS)) * length, rtol=1e-4)
 
 
@@ -108,21 +106,21 @@ def test_settings_are_those_of_the_chosen_prior(model):
 
 def test_the_ar_prior_serves_where_it_is_alone(both, tmp_path):
     alone = DALLE2.from_pretrained(without(both, tmp_path / "ar", "prior"))
-    assert next(iter(alone.samplers())) == "ar_prior"
+    assert next(iter(alone.cascade.samplers())) == "ar_prior"
     assert alone.generate("a cat").shape == (1, 16, 16, 3)
-    with pytest.raises(UserError, match=r"prior=.diffusion.: .*/ar has 'ar' and 'none' alone"):
-        alone.generate("a cat", prior="diffusion")
+    with pytest.raises(UserError, match=r"prior=.diffusion.: .*/ar has only 'ar' and 'none'"):
+        alone.with_prior("diffusion")
     nothing = DALLE2.from_pretrained(without(both, tmp_path / "no", "prior", "ar_prior"))
-    with pytest.raises(UserError, match="/no has no prior, which draws z_img"):
+    with pytest.raises(UserError, match="/no has no prior, which samples z_img"):
         nothing.generate("a cat")
-    assert nothing.generate("a cat", prior="none").shape == (1, 16, 16, 3)
+    assert nothing.with_prior("none").generate("a cat").shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda m: m.generate("a", prior="art"), "prior is 'art'; did you mean 'ar'"),
-        (lambda m: m.generate("a", prior=3), "prior is 3; known: ar, diffusion, none"),
+        (lambda m: m.with_prior("art"), "prior is 'art'; did you mean 'ar'"),
+        (lambda m: m.with_prior(3), "prior is 3; known: ar, diffusion, none"),
         (
             lambda m: m.with_prior("ar").with_settings(steps={"ar_prior": 3}),
             "steps is no setting of ar_prior, but of decoder",
@@ -136,13 +134,13 @@ def test_the_ar_prior_serves_where_it_is_alone(both, tmp_path):
             "cfg_scale must be a finite number, not 'x'",
         ),
         (
-            lambda m: m.generate("a", prior="ar", noise={"ar_prior": np.zeros(3)}),
-            "noise: ar_prior draws from no noise, but from the seed alone",
+            lambda m: m.with_prior("ar").generate("a", noise={"ar_prior": np.zeros(3)}),
+            "noise: ar_prior takes no noise: it samples from the seed alone",
         ),
         (lambda m: m.probe(PICTURE, [7]), "dims must be a whole number from 0 to 6, not 7"),
-        (lambda m: m.probe(PICTURE, []), "dims must name how many directions are kept"),
-        (lambda m: m.probe(PICTURE, 5), "dims must name how many directions are kept"),
-        (lambda m: m.probe(PICTURE[None]), r"picture must be uint8 \[h, w, 3\]"),
+        (lambda m: m.probe(PICTURE, []), "dims must list how many directions are kept"),
+        (lambda m: m.probe(PICTURE, 5), "dims must list how many directions are kept"),
+        (lambda m: m.probe(PICTURE[None]), r"image must be uint8 \[h, w, 3\]"),
         (lambda m: m.probe(PICTURE, steps=99), "steps must be at most 20"),
     ],
 )
@@ -186,7 +184,7 @@ def test_probing_ends_at_the_reconstruction_and_starts_at_the_mean(small):
     z_img, x_T = small.invert(PICTURE[None], steps=STEPS)
     again = small.reconstruct(PICTURE[None], steps=STEPS)[0]
     assert apart(frames[-1], again) <= 1
-    found = small.params["ar_prior"]["statistics"]
+    found = small.cascade.params["ar_prior"]["statistics"]
     mean, components = (np.asarray(found[name]) for name in ("mean", "components"))
     assert apart(frames[0], small.decode(Latents(mean[None], x_T), steps=STEPS)[0]) <= 1
     two = mean + (z_img - mean) @ components[:2].T @ components[:2]
@@ -208,13 +206,14 @@ def test_projecting_keeps_what_lies_along_the_directions():
 
 def test_probing_needs_the_statistics(folder):
     model = DALLE2.from_pretrained(folder)
-    with pytest.raises(UserError, match="has no ar_prior, which knows the directions") as error:
+    with pytest.raises(UserError, match="has no ar_prior, which holds the directions") as error:
         model.probe(PICTURE)
     assert "\n" not in str(error.value)
 
 
 def test_without_dims_it_goes_by_twenties_to_all(model):
     assert model.probe_dims() == [6, None]  # so many it knows
-    found = {**model.params["ar_prior"]["statistics"], "components": np.eye(65, 70)}
-    large = {**model.params, "ar_prior": {"statistics": found}}
-    assert dataclasses.replace(model, params=large).probe_dims() == [20, 40, 60, 65, None]
+    found = {**model.cascade.params["ar_prior"]["statistics"], "components": np.eye(65, 70)}
+    large = {**model.cascade.params, "ar_prior": {"statistics": found}}
+    large = DALLE2(dataclasses.replace(model.cascade, params=large))
+    assert large.probe_dims() == [20, 40, 60, 65, None]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pipelines.embeddings import normalise
 
@@ -20,7 +21,7 @@ def model(folder) -> DALLE2:
 def test_the_best_of_many_are_those_nearest_to_the_prompt_in_falling_order(model):
     every = model.generate(PROMPTS, n=6, seed=3).reshape(2, 6, 16, 16, 3)
     z_txt = normalise(model.encode_text(PROMPTS))
-    rows = list(model.ranked(PROMPTS, 2, 6, seed=3, batch_size=5))
+    rows = list(model.rank(PROMPTS, 2, 6, seed=3, batch_size=5))
     assert [len(row) for row in rows] == [2, 2]
     for prompt, row in enumerate(rows):
         scores = normalise(model.encode_image(every[prompt])) @ z_txt[prompt]
@@ -28,10 +29,10 @@ def test_the_best_of_many_are_those_nearest_to_the_prompt_in_falling_order(model
         assert [one.index for one in row] == best.tolist()
         np.testing.assert_allclose([one.score for one in row], scores[best], atol=2e-3)
         for one in row:
-            gap = np.abs(one.picture.astype(int) - every[prompt, one.index])
+            gap = np.abs(one.image.astype(int) - every[prompt, one.index])
             assert gap.max() <= 2  # picture i of a seed, whatever is drawn beside it
     again = model.generate(PROMPTS, n=2, seed=3, best_of=6, batch_size=5)
-    np.testing.assert_array_equal(again, np.stack([o.picture for row in rows for o in row]))
+    np.testing.assert_array_equal(again, np.stack([o.image for row in rows for o in row]))
 
 
 def test_of_as_many_as_are_kept_none_is_lost(model):
@@ -43,12 +44,12 @@ def test_of_as_many_as_are_kept_none_is_lost(model):
 def test_no_more_pictures_are_read_at_once_than_are_drawn(model, monkeypatch):
     seen = []
 
-    def encode_image(self, pictures):
-        seen.append(len(pictures))
-        return np.tile(np.eye(1, 16), (len(pictures), 1))  # all alike
+    def encode_image(self, images):
+        seen.append(len(images))
+        return np.tile(np.eye(1, 16), (len(images), 1))  # all alike
 
-    monkeypatch.setattr(DALLE2, "encode_image", encode_image)
-    rows = list(model.ranked(PROMPTS, 2, 12, seed=3, batch_size=8))
+    monkeypatch.setattr(Cascade, "encode_image", encode_image)
+    rows = list(model.rank(PROMPTS, 2, 12, seed=3, batch_size=8))
     assert seen == [8, 8, 8]
     assert [[one.index for one in row] for row in rows] == [[0, 1]] * 2  # of equals the first
 
@@ -58,7 +59,7 @@ def test_no_more_pictures_are_read_at_once_than_are_drawn(model, monkeypatch):
     [
         ({"n": 3, "best_of": 2}, "best_of must be a whole number from 3, not 2"),
         ({"best_of": 1.5}, "best_of must be a whole number from 1"),
-        ({"prompts": None, "z_img": np.ones((1, 16)), "best_of": 2}, "give prompts"),
+        ({"prompts": None, "best_of": 2}, "a prompt is empty"),
         ({"prompts": [""], "best_of": 2}, "a prompt is empty"),
         ({"prompts": 3, "best_of": 2}, "prompts must be a text or a list of texts"),
     ],
@@ -69,6 +70,7 @@ def test_mistakes_are_one_line(model, options, told):
 
 
 def test_who_cannot_see_cannot_rank(model):
-    blind = dataclasses.replace(model, clip=dataclasses.replace(model.clip, image=None))
+    clip = dataclasses.replace(model.cascade.clip, image=None)
+    blind = DALLE2(dataclasses.replace(model.cascade, clip=clip))
     with pytest.raises(UserError, match="has no image tower: it cannot rank"):
         blind.generate(PROMPTS, best_of=2)

@@ -57,7 +57,10 @@ def test_only_the_stages_that_a_size_needs_are_loaded(chain, tmp_path, largest):
     folder = shutil.copytree(chain, tmp_path / "model")
     (folder / "upsampler_32.safetensors").write_bytes(b"not read")
     small = DALLE2.from_pretrained(folder, size=16)
-    assert list(small.upsamplers) == ["upsampler_16"] and "upsampler_32" not in small.params
+    assert (
+        list(small.cascade.upsamplers) == ["upsampler_16"]
+        and "upsampler_32" not in small.cascade.params
+    )
     same = largest.at_size(16).generate("a cat", seed=3)
     np.testing.assert_array_equal(small.generate("a cat", seed=3), same)
     with pytest.raises(UserError, match="upsampler_32"):
@@ -76,7 +79,7 @@ def test_the_folder_says_the_size_unless_it_is_asked_for(chain, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"image_size": size}))
         return DALLE2.from_pretrained(folder)
 
-    assert default(16).image_size == 16 and list(default(16).upsamplers) == ["upsampler_16"]
+    assert default(16).image_size == 16 and list(default(16).cascade.upsamplers) == ["upsampler_16"]
     assert default(12).image_size == 12
     assert DALLE2.from_pretrained(folder, size=32).image_size == 32
     for wrong, told in ((64, "from 8 to 32 px"), ("16", "image_size must be a whole number")):
@@ -118,11 +121,13 @@ def test_settings_are_kept(largest):
 def test_flops_are_those_of_the_stages_that_draw(largest):
     from dalle2_jax.aot.sampling import flops_by_stage
 
-    flops = flops_by_stage(largest, 2)
+    flops = flops_by_stage(largest.cascade, 2)
     assert set(flops) == {"clip", "prior", "decoder", "upsampler_16", "upsampler_32"}
-    assert set(flops_by_stage(largest.at_size(9), 2)) == set(flops) - {"upsampler_32"}
+    assert set(flops_by_stage(largest.at_size(9).cascade, 2)) == set(flops) - {"upsampler_32"}
     # The same network at twice the side, but for the time's embedding.
     assert flops["upsampler_32"] == pytest.approx(4 * flops["upsampler_16"], rel=0.1)
-    assert flops_by_stage(largest, 4)["decoder"] == pytest.approx(2 * flops["decoder"], rel=0.01)
+    assert flops_by_stage(largest.cascade, 4)["decoder"] == pytest.approx(
+        2 * flops["decoder"], rel=0.01
+    )
     steps = largest.with_settings(steps={"upsampler_32": 4})
-    assert flops_by_stage(steps, 2)["upsampler_32"] == 2 * flops["upsampler_32"]
+    assert flops_by_stage(steps.cascade, 2)["upsampler_32"] == 2 * flops["upsampler_32"]

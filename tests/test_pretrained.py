@@ -110,8 +110,8 @@ def test_a_picture_depends_on_every_stage_and_on_the_caption(karlo, tmp_path):
         return (np.abs(pictures.astype(int) - drawn) > 2).mean()
 
     assert changed(model.generate("dog, flat", steps=STEPS)) > 0.1
-    for stage in model.params:
-        params = {**model.params, stage: other.params[stage]}
+    for stage in model.cascade.params:
+        params = {**model.cascade.params, stage: other.params[stage]}
         mixed = dataclasses.replace(model, params=params)
         assert changed(mixed.generate("a red apple", steps=STEPS)) > 0.1, stage
 

@@ -17,9 +17,10 @@ from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.sampling.ar_prior import Settings as ARSettings
 from dalle2_jax.sampling.decoder import DecoderSampler
-from dalle2_jax.sampling.overrides import chosen
+from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.sampling.prior import PriorSampler
-from dalle2_jax.sampling.stage import Settings, StageSampler
+from dalle2_jax.sampling.settings import Settings
+from dalle2_jax.sampling.stage import StageSampler, finish
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.validation.sections import construct
 
@@ -59,7 +60,9 @@ def sampler(**settings) -> Sampler:
 
 
 def draw(made, cond=COND, rows=slice(None), **options):
-    return made.draw(PARAMS, cond, keys(rows), cond.shape[1:], **options)
+    progress = options.pop("progress", None)
+    steps = made.sample(PARAMS, cond, keys(rows), cond.shape[1:], **options)
+    return finish(steps, progress)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "unipc", "heun"])
@@ -89,16 +92,15 @@ def test_given_noise_takes_the_place_of_the_keys(solver):
 def test_a_perfect_x_0_is_found_in_one_step_or_many():
     for steps, solver in ((1, "ddim"), (20, "ddim"), (7, "unipc"), (4, "heun"), (5, "ddpm")):
         made = sampler(steps=steps, solver=solver)
-        out = made.draw({"pull": jnp.float32(0.0)}, COND, keys(), (2,))
+        out = finish(made.sample({"pull": jnp.float32(0.0)}, COND, keys(), (2,)))
         np.testing.assert_allclose(out, 0.5 * COND, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_goes_from_the_null_through_the_condition():
     """With an x_0 that ignores x_t: uncond + w (cond - uncond), here -0.5 + w (c/2 + 0.5)."""
     for w in (0.0, 1.0, 3.0):
-        out = sampler(cfg_scale=w, solver="ddim").draw(
-            {"pull": jnp.float32(0.0)}, COND, keys(), (2,)
-        )
+        made = sampler(cfg_scale=w, solver="ddim")
+        out = finish(made.sample({"pull": jnp.float32(0.0)}, COND, keys(), (2,)))
         np.testing.assert_allclose(out, -0.5 + w * (0.5 * COND + 0.5), rtol=1e-4, atol=1e-5)
 
 
@@ -110,21 +112,26 @@ def test_the_interval_says_where_guidance_acts():
     settings = {"solver": "ddim", "cfg_scale": 3.0}
 
     def drawn(**more):
-        return np.asarray(sampler(**settings, **more).draw(params, COND, keys(), (2,)))
+        made = sampler(**settings, **more)
+        return np.asarray(finish(made.sample(params, COND, keys(), (2,))))
 
     guided = -0.5 + 3 * (c + 0.5)
     np.testing.assert_allclose(drawn(cfg_interval=(level[0], 1e9)), c, rtol=1e-4, atol=1e-5)
     clean = drawn(cfg_interval=(0.0, float(level[0]) * 1.001))
     np.testing.assert_allclose(clean, guided, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(drawn(cfg_interval=(0.0, 1e9)), drawn())
-    unguided = np.asarray(sampler(solver="ddim").draw(params, COND, keys(), (2,)))
+    unguided = np.asarray(finish(sampler(solver="ddim").sample(params, COND, keys(), (2,))))
     np.testing.assert_array_equal(drawn(cfg_interval=(1e8, 1e9)), unguided)
 
 
 def test_rescaling_pulls_guidance_back():
     params = {"pull": jnp.float32(0.0)}
     plain, most = (
-        sampler(solver="ddim", cfg_scale=9.0, cfg_rescale=phi).draw(params, COND, keys(), (2,))
+        finish(
+            sampler(solver="ddim", cfg_scale=9.0, cfg_rescale=phi).sample(
+                params, COND, keys(), (2,)
+            )
+        )
         for phi in (0.0, 1.0)
     )
     np.testing.assert_allclose(most.std(axis=1), (0.5 * COND).std(axis=1), rtol=1e-4)
@@ -164,7 +171,7 @@ def test_an_unknown_variance_is_refused(value, solver):
     ],
 )
 def test_repeats_of_another_solver_are_refused(given, told):
-    why = "(RePaint's resampling, for a decoder that was not taught to inpaint)"
+    why = "(RePaint's resampling, for a decoder that was not trained to inpaint)"
     with pytest.raises(UserError, match=re.escape(f"repeats=5 {why} {told}")):
         Settings(repeats=5, **given)
     assert Settings(repeats=5).repeats == 5
@@ -178,10 +185,10 @@ def test_a_choice_tells_a_stage_that_is_not_there_from_a_setting_it_lacks():
         ({"ar_prior": 3}, "steps is no setting of ar_prior, but of decoder"),
     ):
         with pytest.raises(UserError, match=told):
-            chosen(there, {"steps": choice})
+            SamplingOptions(steps=choice).apply(there)
     with pytest.raises(UserError, match=r"variance must be 'small', .* not 'smal'"):
-        chosen(there, {"variance": "smal"})
-    assert chosen(there, {"steps": 3})["decoder"].settings.steps == 3
+        SamplingOptions(variance="smal").apply(there)
+    assert SamplingOptions(steps=3).apply(there)["decoder"].settings.steps == 3
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -199,7 +206,7 @@ def test_an_inversion_repeats_nothing(parts):
         made = Half(Nothing(), PROCESS, settings, image_size=4, separate_last_step=parts)
         told = []
         found.append(
-            made.invert(params, {"low_res": x_0}, x_0, progress=lambda *x, to=told: to.append(x))
+            finish(made.invert(params, {"low_res": x_0}, x_0), lambda *x, to=told: to.append(x))
         )
         seen.append(told)
     np.testing.assert_array_equal(*found)
@@ -233,10 +240,11 @@ def test_evaluations_are_those_that_run(solver, count):
 
 def test_clip_bounds_x_0():
     made = sampler(cfg_scale=9.0, solver="ddim", clip=("static", 1.0))
-    assert jnp.abs(made.draw({"pull": jnp.float32(0.0)}, COND, keys(), (2,))).max() <= 1.0
+    x_0 = finish(made.sample({"pull": jnp.float32(0.0)}, COND, keys(), (2,)))
+    assert jnp.abs(x_0).max() <= 1.0
 
 
-@pytest.mark.parametrize(("steps", "calls"), [(1, 1), (7, 7), (10, 2), (12, 3), (20, 4)])
+@pytest.mark.parametrize(("steps", "calls"), [(1, 1), (7, 2), (10, 2), (12, 3), (20, 4)])
 def test_progress_rises_to_all_steps_and_changes_nothing(steps, calls):
     made, seen = sampler(steps=steps, solver="ddim"), []
     out = draw(made, progress=lambda done, total: seen.append((done, total)))
@@ -292,17 +300,18 @@ def test_the_prior_keeps_the_candidate_nearer_to_the_text():
     near = []
     for k in (1, 2, 16):
         made = Prior(network, PROCESS, settings, candidates=k)
-        z = made({}, made.condition(text), keys())
+        z = finish(made({}, text._asdict(), keys()))
         np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
         near.append(jnp.sum(z * z_txt, axis=-1))
         # of the candidates, drawn one by one, it is the nearest
         split = jax.vmap(lambda key, k=k: jax.random.split(key, k))(keys())
-        each = made.draw(
+        each = made.sample(
             {},
             {"x": jnp.zeros((3 * k, 1)), "txt_mask": jnp.ones((3 * k, 2), bool)},
             split.reshape(-1),
             (4,),
-        ).reshape(3, k, 4)
+        )
+        each = finish(each).reshape(3, k, 4)
         each = each / jnp.linalg.norm(each, axis=-1, keepdims=True)
         best = jnp.einsum("bkd,bd->bk", each, z_txt).max(axis=1)
         np.testing.assert_allclose(near[-1], best, rtol=1e-5, atol=1e-6)
@@ -330,7 +339,7 @@ def test_the_upsampler_is_told_the_small_picture_at_the_large_size():
 
     low = jnp.linspace(-1, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
     made = Copy(Nothing(), PROCESS, Settings(steps=2), image_size=8)
-    out = made({}, low, keys(slice(2)))
+    out = finish(made({}, low, keys(slice(2))))
     assert out.shape == (2, 8, 8, 3) and jnp.abs(out).max() <= 1
     middle = out.reshape(2, 4, 2, 4, 2, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(middle[:, 1:3, 1:3], low[:, 1:3, 1:3], atol=0.05)
@@ -339,3 +348,47 @@ def test_the_upsampler_is_told_the_small_picture_at_the_large_size():
 def test_equal_samplers_are_one_static_argument():
     assert sampler() == sampler() and hash(sampler()) == hash(sampler())
     assert sampler() != sampler(steps=5)
+
+
+def test_another_number_does_not_compile_anew():
+    """The guidance scale, eta, steps, the interval: arguments of one program a solver."""
+    from dalle2_jax.sampling import stage
+
+    params = {"pull": jnp.float32(0.5)}
+
+    def run(**settings):
+        made = sampler(**({"solver": "ddim", "cfg_scale": 2.0} | settings))
+        return np.asarray(finish(made.sample(params, COND, keys(), (2,))))
+
+    first, compiled = run(), stage._advance._cache_size()
+    others = [
+        run(cfg_scale=3.5),
+        run(cfg_rescale=0.5),
+        run(eta=0.7),
+        run(steps=7),
+        run(steps=20),
+        run(steps=(2, 3)),
+        run(spacing="trailing", steps=5),
+    ]
+    assert stage._advance._cache_size() == compiled
+    assert all(np.abs(other - first).max() > 1e-6 for other in others)
+    run(cfg_interval=(0.1, 5.0))
+    compiled = stage._advance._cache_size()
+    run(cfg_interval=(0.5, 2.0))
+    assert stage._advance._cache_size() == compiled
+    run(solver="dpm++")  # another program
+    assert stage._advance._cache_size() == compiled + 1
+
+
+def test_the_prediction_of_x_0_comes_with_the_progress():
+    made = sampler(solver="ddim", steps=10)
+    events = list(made.sample(PARAMS, COND, keys(), (2,)))
+    assert [(event.done, event.total) for event in events] == [(0, 10), (5, 10), (10, 10)]
+    assert events[0].x_0 is None
+    # At the last step x_0 is what comes out: there is no noise left.
+    np.testing.assert_allclose(events[-1].x_0, finish(made.sample(PARAMS, COND, keys(), (2,))))
+    assert np.abs(events[1].x_0 - events[-1].x_0).max() > 1e-3
+    often = dataclasses.replace(made, steps_a_call=2)
+    assert often == made  # the same program
+    dones = [event.done for event in often.sample(PARAMS, COND, keys(), (2,))]
+    assert dones == [0, 2, 4, 6, 8, 10]

@@ -16,11 +16,12 @@ from dalle2_jax.nets.clip import TextEncoding
 from dalle2_jax.sampling.ar_prior import (
     ARPriorSampler,
     Settings,
-    draw_codes,
     nucleus,
+    sample_codes,
     top_share,
 )
 from dalle2_jax.sampling.prior import nearest_to
+from dalle2_jax.sampling.stage import finish
 
 DIMS, BUCKETS, B = 5, 9, 3
 NETWORK = ARPrior(
@@ -56,7 +57,7 @@ def sampler(candidates=1, **settings) -> ARPriorSampler:
     return ARPriorSampler(NETWORK, Settings(**settings), candidates)
 
 
-codes_of = jax.jit(draw_codes, static_argnums=0)
+codes_of = jax.jit(sample_codes, static_argnums=0)
 
 
 def cond_of(rows=slice(None), text=TEXT):
@@ -66,16 +67,18 @@ def cond_of(rows=slice(None), text=TEXT):
 @pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0, "top_p": 0.7}])
 def test_a_row_depends_on_its_own_key_and_caption_alone(params, settings):
     made = sampler(candidates=2, **settings)
-    whole = np.asarray(made(params, cond_of(), keys()))
+    whole = np.asarray(finish(made(params, cond_of(), keys())))
     assert whole.shape == (B, DIM)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-5)
-    alone = [made(params, cond_of(slice(i, i + 1)), keys(slice(i, i + 1)))[0] for i in range(B)]
+    rows = [slice(i, i + 1) for i in range(B)]
+    alone = [finish(made(params, cond_of(row), keys(row)))[0] for row in rows]
     np.testing.assert_allclose(np.stack(alone), whole, rtol=1e-4, atol=1e-5)
     turn = slice(None, None, -1)
-    turned = np.asarray(made(params, cond_of(turn), keys(turn)))
+    turned = np.asarray(finish(made(params, cond_of(turn), keys(turn))))
     np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(made(params, cond_of(), keys()), whole)
-    assert np.abs(made(params, cond_of(), keys(turn)) - whole)[0].max() > 1e-3
+    np.testing.assert_array_equal(finish(made(params, cond_of(), keys())), whole)
+    other = finish(made(params, cond_of(), keys(turn)))
+    assert np.abs(other - whole)[0].max() > 1e-3
 
 
 def test_the_likeliest_codes_are_those_of_the_causal_pass(params):
@@ -175,7 +178,8 @@ def test_of_two_candidates_the_nearer_to_the_caption_is_kept(params):
     )
     np.testing.assert_array_equal(best, each[np.arange(B), cosines.argmax(1)])
     near = [
-        (sampler(candidates=k)(params, cond_of(), keys()) * TEXT.z_txt).sum() for k in (1, 2, 16)
+        (finish(sampler(candidates=k)(params, cond_of(), keys())) * TEXT.z_txt).sum()
+        for k in (1, 2, 16)
     ]
     assert near[2] > near[0]
 
@@ -183,9 +187,9 @@ def test_of_two_candidates_the_nearer_to_the_caption_is_kept(params):
 def test_progress_moves_once_and_changes_nothing(params):
     seen = []
     made = sampler()
-    out = made(params, cond_of(), keys(), lambda *x: seen.append(x))
+    out = finish(made(params, cond_of(), keys()), lambda *x: seen.append(x))
     assert seen == [(0, DIMS), (DIMS, DIMS)]
-    np.testing.assert_array_equal(out, made(params, cond_of(), keys()))
+    np.testing.assert_array_equal(out, finish(made(params, cond_of(), keys())))
     assert made == sampler() and hash(made) == hash(sampler())
 
 

@@ -252,7 +252,7 @@ def test_weights_are_read_from_a_bucket(bucket):
     there, here = (DALLE2.from_pretrained(name) for name in (f"{bucket}/model", "tiny"))
     assert there.weights_hash == here.weights_hash and there.weights == f"{bucket}/model"
     np.testing.assert_array_equal(
-        *(model.params["clip"]["text_tower"]["positions"] for model in (there, here))
+        *(model.cascade.params["clip"]["text_tower"]["positions"] for model in (there, here))
     )
 
 

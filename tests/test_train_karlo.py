@@ -77,4 +77,4 @@ def test_karlo_is_imported_fine_tuned_and_draws(imported, tmp_path):
     drawn = model.generate(["a red apple", "a blue boat"])
     assert drawn.shape == (2, 16, 16, 3) and drawn.std() > 1
     assert model.settings()["upsampler_16"]["steps"] == 2
-    assert list(model.params["upsampler_16"]) == ["first", "last"]
+    assert list(model.cascade.params["upsampler_16"]) == ["first", "last"]

@@ -14,14 +14,14 @@ from dalle2_jax.storage import paths
 
 
 def _name() -> str:
-    """`sample.py`, or `dalle2_jax.evals` of python -m."""
+    """Returns the name of the program: `sample.py`, or `dalle2`."""
     spec = sys.modules["__main__"].__spec__
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    return "dalle2" if spec else Path(sys.argv[0]).name
 
 
 try:
     from absl import app, flags, logging
-except ModuleNotFoundError:  # another Python than that of .venv: nothing is there
+except ModuleNotFoundError:  # another Python than that of .venv, without any library
     print(
         f"{_name()}: the project's libraries are not installed in {sys.executable}: "
         "run `make demo` and `. .venv/bin/activate`, or pip install -e . in the project's folder",

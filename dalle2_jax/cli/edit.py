@@ -22,10 +22,11 @@ from dalle2_jax.errors import UserError
 
 MODE = flags.DEFINE_enum("mode", None, edit_flags.MODE_NAMES, "What to do; see docs/editing.md.")
 
+prepare = commands.stop_at_once
+
 
 def main() -> int:
     """Edits by the flags and returns the exit status."""
-    commands.stop_at_once()
     if MODE.value is None and generate_flags.LIKE.value is None:
         raise UserError(f"--mode is missing: one of {', '.join(edit_flags.MODE_NAMES)}")
     return request.main(MODE.value or edit_flags.MODE_NAMES[0])

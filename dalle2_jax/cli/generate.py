@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dalle2_jax.cli import commands, request
 
+prepare = commands.stop_at_once
+
 
 def main() -> int:
     """Generates by the flags and returns the exit status."""
-    commands.stop_at_once()
     return request.main(request.GENERATE)

@@ -4,7 +4,8 @@
 
 A subcommand is a module with a function `main`. Its flags are defined when the module is imported,
 and only the chosen one is, so that `dalle2 generate` neither loads TensorFlow nor knows the flags
-of `dalle2 train`. What a module's `main` takes beside flags is named in its constant `WORDS`.
+of `dalle2 train`. What a module's `main` takes beside flags is named in its constant `WORDS`; its
+function `prepare`, if any, runs before the flags are read, and sets how signals are handled.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def main() -> None:
     sys.argv = [program, *arguments[length:]]
     # absl shows the docstring of the main module as the text of --help.
     sys.modules["__main__"].__doc__ = module.__doc__
+    if hasattr(module, "prepare"):
+        module.prepare()
     commands.run(module.main, words=getattr(module, "WORDS", ()), program=program)
 
 

@@ -15,7 +15,8 @@ from dalle2_jax.imaging import canvas, files, grids
 from dalle2_jax.imaging.decode import crop_resize
 from dalle2_jax.pipelines import requests
 from dalle2_jax.pipelines.dalle2 import DALLE2
-from dalle2_jax.pipelines.requests import Generated, InputImage, Request
+from dalle2_jax.pipelines.request import InputImage, Request
+from dalle2_jax.pipelines.requests import Generated
 
 _GRID_SIDE = 256  # most pixels of an image in a grid, as there may be many
 _FRAME_MS = 150  # of an animation

@@ -25,10 +25,11 @@ def main(mode: str) -> int:
     from dalle2_jax.cli import output
     from dalle2_jax.imaging import files
     from dalle2_jax.pipelines.dalle2 import DALLE2
-    from dalle2_jax.pipelines.requests import Request, check_weights, from_metadata
+    from dalle2_jax.pipelines.metadata import check_weights, from_metadata
+    from dalle2_jax.pipelines.request import Request
 
     commands.keep_compiled_programs()
-    out = files.prepare_folder(generate_flags.OUT.value)
+    out = Path(generate_flags.OUT.value)
     like, only, metadata = generate_flags.LIKE.value, None, {}
     if like is None:
         request = Request(mode=mode, **_fields(out, mode, only_present=False))
@@ -41,6 +42,7 @@ def main(mode: str) -> int:
             raise UserError(f"--like={like}: {error}") from error
         if "n" in overrides or "prompts" in overrides:
             only = None
+    out = files.prepare_folder(generate_flags.OUT.value)
     if "preview_mask" in flags.FLAGS and flags.FLAGS.preview_mask:
         print(output.write_mask_preview(request, out))
         return 0
@@ -66,6 +68,10 @@ def check(mode: str) -> None:
                 raise UserError(f"--{name}= names no file")
     if generate_flags.LIKE.value is not None:
         return
+    if mode == GENERATE and "image" in flags.FLAGS and flags.FLAGS.image:
+        raise UserError(f"--image={flags.FLAGS.image[0]}: say with --mode what to do with it")
+    if mode == GENERATE and not (generate_flags.PROMPT.value or generate_flags.PROMPTS_FILE.value):
+        raise UserError('nothing to generate: give --prompt "..." or --prompts_file FILE')
     from dalle2_jax.pipelines.modes import MODES_OF
 
     for name in flags.FLAGS:
@@ -79,7 +85,7 @@ def _fields(out: Path, mode: str, only_present: bool) -> dict[str, Any]:
     """Returns the fields of a Request that the flags set; `only_present`: those on the line."""
     from dalle2_jax.cli import output
     from dalle2_jax.pipelines.modes import MODES_OF
-    from dalle2_jax.pipelines.requests import InputMask
+    from dalle2_jax.pipelines.request import InputMask
     from dalle2_jax.sampling.overrides import SamplingOptions
 
     fields: dict[str, Any] = {}

@@ -47,11 +47,14 @@ flags.mark_flag_as_required("config")
 flags.FLAGS["config"].parser = PARSER = ConfigParser("config")
 
 
-def main() -> int:
-    """Trains by the flags and returns the exit status."""
-    # The training loop installs its own handlers; until then nothing is half written.
+def prepare() -> None:
+    """Ends the process at a signal, until the training loop installs handlers of its own."""
     signal.signal(signal.SIGINT, commands.stop)
     signal.signal(signal.SIGTERM, commands.stop)
+
+
+def main() -> int:
+    """Trains by the flags and returns the exit status."""
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
     if topology.TOPOLOGY.value is not None:

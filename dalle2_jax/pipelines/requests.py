@@ -5,171 +5,32 @@ and streams. Neither knows how a mode works, and nothing here knows of flags, fi
 
     for event in run(model, request):       StageProgress, Preview or Generated, as they come
 
-The metadata of a generated image are its Request (`to_metadata`), with the name and sha256 of each
-input, so the image can be generated again (`from_metadata`).
+The metadata of a generated image are its Request, so that it can be generated again (`metadata`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_jax.errors import UserError, near_miss
-from dalle2_jax.imaging import arrays, canvas, files
+from dalle2_jax.imaging import arrays, canvas
 from dalle2_jax.imaging.decode import crop_resize
 from dalle2_jax.pipelines import edits
 from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pipelines.events import Batch, Event, StageProgress
 from dalle2_jax.pipelines.inversion import for_inversion
-from dalle2_jax.pipelines.modes import GENERATE, MARGINS, MODES, MODES_OF
-from dalle2_jax.sampling.overrides import SamplingOptions
-from dalle2_jax.storage import paths
+from dalle2_jax.pipelines.metadata import to_metadata
+from dalle2_jax.pipelines.modes import GENERATE
+from dalle2_jax.pipelines.request import Request
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.validation import arguments
 from dalle2_jax.version import __version__
 
-FORMAT = 2  # of metadata; files before it hold less than a request
 _MANY_FRAMES = 20
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InputImage:
-    """An image that is given: its pixels, and what identifies its file.
-
-    Attributes:
-        pixels: uint8 [h, w, 3].
-        transparent: bool [h, w], True where the file's alpha is 0.
-        name: the file's path, for people and to open it again.
-        sha256: of the file's bytes.
-    """
-
-    pixels: np.ndarray
-    transparent: np.ndarray
-    name: str
-    sha256: str
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
-        """Reads a file; raises UserError. `name` is what the metadata call it; None: the path."""
-        return cls(
-            pixels=files.read(path),
-            transparent=files.read_erased(path),
-            name=str(path) if name is None else name,
-            sha256=_sha256(path),
-        )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InputMask:
-    """A mask that is given: bool [h, w], True where pixels are regenerated, and its file."""
-
-    edit_mask: np.ndarray
-    name: str
-    sha256: str
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
-        """Reads a mask file, see `imaging.files.read_mask`; raises UserError."""
-        return cls(files.read_mask(path), str(path) if name is None else name, _sha256(path))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """What is to be generated. What the modes do with the fields: see the methods of `DALLE2`.
-
-    Attributes:
-        mode: one of `MODES`.
-        prompts: texts; how many a mode takes: `MODES`.
-        images: likewise.
-        mask: (inpaint) where to regenerate; None: the transparent pixels of the image.
-        n: images for each prompt or image.
-        seed: of all noise.
-        options: how the stages are sampled, where it differs from the model folder.
-        prior: "diffusion", "ar" or "none"; None: the model's.
-        size: side of the images in pixels; None: the model's.
-        best_of: (generate) keep the n best of so many.
-        frames: (interpolate, text_diff) number of images.
-        eta: (variations) 0 to 1.
-        theta: (text_diff) share of the angle, 0 to 1.
-        old_prompt: (text_diff) what the image shows now.
-        x_T: (interpolate) "slerp" or "fixed".
-        left, right, up, down: (outpaint) pixels to add.
-        overlap: (outpaint) known share of a frame.
-        feather: (inpaint, outpaint) pixels; None: a 16th of the side.
-        batch_size: images generated at a time.
-    """
-
-    mode: str = GENERATE
-    prompts: tuple[str, ...] = ()
-    images: tuple[InputImage, ...] = ()
-    mask: InputMask | None = None
-    n: int = 1
-    seed: int = 0
-    options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
-    prior: str | None = None
-    size: int | None = None
-    best_of: int | None = None
-    frames: int = 7
-    eta: float = 0.6
-    theta: float = 0.5
-    old_prompt: str = "a photo"
-    x_T: str = "slerp"
-    left: int = 0
-    right: int = 0
-    up: int = 0
-    down: int = 0
-    overlap: float = 0.5
-    feather: int | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"mode is {self.mode!r}{near_miss(str(self.mode), MODES)}")
-        if self.prompts:
-            arguments.prompts(list(self.prompts))
-        mode, counts = MODES[self.mode], {"image": self.images, "prompt": self.prompts}
-        if self.mode == "interpolate" and len(self.images) + len(self.prompts) != 2:
-            raise UserError(
-                f"mode={self.mode} takes {mode.example}, "
-                f"not {len(self.images)} images and {len(self.prompts)} prompts"
-            )
-        for name, values in counts.items():
-            low, high = mode.images if name == "image" else mode.prompts
-            if not low <= len(values) <= high:
-                raise UserError(
-                    f"mode={self.mode}: {len(values)} x {name}; it takes {mode.example}"
-                )
-        if self.mode == "outpaint" and not any(self.margins):
-            raise UserError("outpaint: give left, right, up or down, how many pixels to add")
-        if self.best_of is not None and self.best_of < self.n:
-            raise UserError(f"best_of={self.best_of} must be n={self.n} at least, which are kept")
-
-    @property
-    def prompt(self) -> str | None:
-        """The prompt of a mode that takes at most one."""
-        return next(iter(self.prompts), None)
-
-    @property
-    def margins(self) -> tuple[int, ...]:
-        """Pixels to add on the left, on the right, above and below."""
-        return tuple(getattr(self, side) for side in MARGINS)
-
-    @property
-    def edit_mask(self) -> np.ndarray:
-        """Where the one image is to be regenerated, bool [h, w]; raises UserError if nowhere."""
-        (image,) = self.images
-        if self.mask is not None:
-            return arguments.edit_mask(self.mask.edit_mask, image.pixels.shape)
-        if not image.transparent.any():
-            raise UserError(f"{image.name} has no transparent pixel (alpha 0): give a mask")
-        return image.transparent
 
 
 class Preview(NamedTuple):
@@ -429,84 +290,6 @@ def _generated(
     return Generated(image, row, index, label, metadata)
 
 
-def to_metadata(request: Request) -> dict[str, Any]:
-    """Returns the request as plain JSON values: the fields that its mode takes."""
-    metadata: dict[str, Any] = {"format": FORMAT, "mode": request.mode}
-    for field in dataclasses.fields(request):
-        value = getattr(request, field.name)
-        if field.name == "mode" or request.mode not in MODES_OF.get(field.name, (request.mode,)):
-            continue
-        if field.name == "images":
-            value = [{"name": image.name, "sha256": image.sha256} for image in value]
-        elif field.name == "mask" and value is not None:
-            value = {"name": value.name, "sha256": value.sha256}
-        elif field.name == "options":
-            options = dataclasses.asdict(value)
-            value = {k: _plain(v) for k, v in options.items() if v is not None}
-        elif field.name == "prompts":
-            value = list(value)
-        metadata[field.name] = value
-    return metadata
-
-
-def from_metadata(
-    metadata: Mapping[str, Any], folder: Path, **overrides: Any
-) -> tuple[Request, tuple[int, int]]:
-    """Returns the request that an image's metadata hold, and the (row, index) of the image.
-
-    Args:
-        metadata: as `to_metadata` and `Generated` have them.
-        folder: of the image's file; inputs are looked for relative to it, then as they are named.
-        **overrides: fields in place of the metadata's; inputs that they replace are not opened.
-
-    Raises:
-        UserError: metadata of an older version; an input that is missing or has changed.
-    """
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            "the file was written by an older version of dalle2_jax, whose metadata do not hold "
-            "all that is needed to generate it again"
-        )
-    fields = {field.name for field in dataclasses.fields(Request)}
-    values = {name: value for name, value in metadata.items() if name in fields}
-    values["prompts"] = tuple(values.get("prompts", ()))
-    values["options"] = SamplingOptions(**values.get("options", {}))
-    options = values["options"]
-    values.update(overrides)
-    if "options" in overrides:
-        changes = dataclasses.asdict(overrides["options"])
-        changes = {name: value for name, value in changes.items() if value is not None}
-        values["options"] = dataclasses.replace(options, **changes)
-    if "images" not in overrides:
-        values["images"] = tuple(_reopen(InputImage, i, folder) for i in values.get("images", ()))
-    if "mask" not in overrides and values.get("mask") is not None:
-        values["mask"] = _reopen(InputMask, values["mask"], folder)
-    return Request(**values), (metadata["row"], metadata["index"])
-
-
-def _reopen(kind: Any, entry: Mapping[str, str], folder: Path) -> Any:
-    """Opens an input again; raises UserError if it is missing or has changed."""
-    name = entry["name"]
-    for path in (paths.to_path(folder) / name, paths.to_path(name)):
-        if path.is_file():
-            if _sha256(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path} has changed since the image was generated from it: name another file "
-                    "for it, or restore it"
-                )
-            return kind.open(path, name)
-    raise UserError(f"the input {name} is missing: name another file for it, or restore it")
-
-
-def check_weights(metadata: Mapping[str, Any], model: DALLE2) -> None:
-    """Raises UserError unless the model is the one that the metadata's image was generated with."""
-    if metadata.get("hash") != model.weights_hash:
-        raise UserError(
-            f"the image was generated with the weights {metadata.get('weights')} "
-            f"({metadata.get('hash')}), not {model.weights} ({model.weights_hash}): name those"
-        )
-
-
 def notes(model: DALLE2, request: Request) -> list[str]:
     """Returns lines on what a user may not expect: texts cut, slow modes."""
     lines = []
@@ -536,20 +319,3 @@ def _text_read(tokenizer: Tokenizer, text: str) -> str | None:
     if tokenizer.length(text) <= tokenizer.context_length:
         return None
     return tokenizer.decode(tokenizer([text])[0])
-
-
-def _sha256(path: str | os.PathLike[str]) -> str:
-    path = paths.to_path(path)
-    with paths.as_user_error("cannot read", path):
-        try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Returns tuples as lists and scalars as Python's, also within {stage: value}."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    value = arguments.python_value(value)
-    return list(value) if isinstance(value, tuple) else value

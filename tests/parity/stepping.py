@@ -80,12 +80,12 @@ def our_steps(
         return mean if net is network else jnp.concatenate([mean, jnp.sin(3 * x_t)], axis=-1)
 
     denoiser = sample.denoiser_from(s, apply, learned_variance=net is learned, **kw)
-    step = jax.jit(lambda state, ts, z: sample.advance(solver, denoiser, state, ts, None, noise=z))
-    state = (jnp.asarray(x_T), solver.init(jnp.asarray(x_T)))
+    step = jax.jit(lambda state, t, z: sample.take_step(solver, denoiser, state, t, None, z))
+    state = sample.begin(solver, jnp.asarray(x_T))
     out = []
     for i, t in enumerate(range(s.num_timesteps - 1, -1, -1)):
-        state = step(state, np.array([t]), noise[i : i + 1])
-        out.append(np.asarray(state[0]))
+        state = step(state, t, noise[i])
+        out.append(np.asarray(state.x_t))
     return out
 
 

@@ -78,10 +78,10 @@ def test_prior(both):
     x = normal(2, 32)
     expected = to_ours(theirs["prior"].model(x, T, **CAPTION))
     args = (CAPTION[name].numpy() for name in ("z_txt", "hidden", "mask"))
-    params = ours.params["prior"]
-    assert_close(forward(ours.prior.network, params, x.numpy(), T.numpy(), *args), expected)
+    params = ours.cascade.params["prior"]
+    assert_close(forward(ours.cascade.prior.network, params, x.numpy(), T.numpy(), *args), expected)
     mean, std = theirs["statistics"]
-    found = forward(ours.prior.network, params, x.numpy(), method="to_z_img")
+    found = forward(ours.cascade.prior.network, params, x.numpy(), method="to_z_img")
     assert_close(found, to_ours(x * std + mean))
 
     again = diffusers.PriorTransformer(
@@ -100,8 +100,8 @@ def test_decoder(both):
     expected = to_ours(theirs["decoder"].model(x, T, z_img=z_img, **CAPTION))
     cond = {ours: CAPTION[theirs].numpy() for ours, theirs in TOLD.items()}
     cond |= {"z_img": z_img.numpy(), "z_mask": np.ones(2, bool)}
-    params = ours.params["decoder"]
-    network = ours.decoder.network
+    params = ours.cascade.params["decoder"]
+    network = ours.cascade.decoder.network
     assert_close(forward(network, params, to_ours(x), T.numpy(), cond, False), expected)
 
     null = theirs["decoder"].model.cf_param.expand(2, -1)
@@ -148,8 +148,8 @@ def test_upsampler(both, part):
     x, low = normal(2, 3, 32, 32), normal(2, 3, 32, 32)
     module = {"first": "model_first_steps", "last": "model_last_step"}[part]
     expected = to_ours(getattr(theirs["improved-sr"], module)(x, T, low))
-    params = ours.params["upsampler_256"][part]
-    network = ours.upsamplers["upsampler_256"].network
+    params = ours.cascade.params["upsampler_256"][part]
+    network = ours.cascade.upsamplers["upsampler_256"].network
     found = forward(network, params, to_ours(x), T.numpy(), to_ours(low), False)
     assert_close(found, expected)
 
@@ -169,8 +169,8 @@ def test_upsampler(both, part):
 
 def test_settings_are_the_original_codes(both):
     _, ours = both
-    assert ours.prior.settings.clip == ("static", 10.0) and ours.image_size == 256
-    assert ours.decoder.network.unet["attention_levels"] == (1, 2)
+    assert ours.cascade.prior.settings.clip == ("static", 10.0) and ours.image_size == 256
+    assert ours.cascade.decoder.network.unet["attention_levels"] == (1, 2)
     steps = {name: settings["steps"] for name, settings in ours.settings().items()}
     assert steps == {"prior": 25, "decoder": 25, "upsampler_256": 7}
 

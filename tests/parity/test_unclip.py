@@ -80,10 +80,10 @@ def to_torch(x: np.ndarray):
 
 def test_text(both):
     theirs, ours = both
-    tokens = ours.captions([*PROMPTS, None]).clip
+    tokens = ours.cascade.captions([*PROMPTS, None]).clip
     told = theirs.tokenizer([*PROMPTS, ""], padding="max_length", truncation=True, max_length=77)
     ids, mask = (torch.tensor(told[name]) for name in ("input_ids", "attention_mask"))
-    found = forward(ours.clip, ours.params["clip"], tokens, method="encode_text")
+    found = forward(ours.clip, ours.cascade.params["clip"], tokens, method="encode_text")
     np.testing.assert_array_equal(found.txt_mask, mask.bool().numpy())
     expected = theirs.text_encoder(ids)
     assert_close(found.z_txt, expected.text_embeds)
@@ -98,7 +98,7 @@ def test_image(both):
     x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     section = ours.clip.image
     standardised = (x / 2 + 0.5 - np.array(section["mean"])) / np.array(section["std"])
-    found = forward(ours.clip, ours.params["clip"], x, method="encode_image")
+    found = forward(ours.clip, ours.cascade.params["clip"], x, method="encode_image")
     expected = theirs.image_encoder(to_torch(standardised.astype(np.float32)))
     assert_close(found, expected.image_embeds)
 
@@ -122,12 +122,12 @@ def test_image_of_any_size(both):
 
 def test_prior(both):
     theirs, ours = both
-    if ours.prior is None:
+    if ours.cascade.prior is None:
         pytest.skip("it has no prior")
     x, z, hidden = normal(2, 32), normal(2, 32), normal(2, 77, 32)
     mask = np.arange(77)[None] < np.array([[5], [77]])
     args = x, jnp.array([3, 900]), z, hidden, mask
-    found = forward(ours.prior.network, ours.params["prior"], *args)
+    found = forward(ours.cascade.prior.network, ours.cascade.params["prior"], *args)
     expected = theirs.prior(
         torch.tensor(x),
         timestep=torch.tensor([3, 900]),
@@ -136,7 +136,7 @@ def test_prior(both):
         attention_mask=torch.tensor(mask),
     )
     assert_close(found, expected.predicted_image_embedding)
-    z_img = forward(ours.prior.network, ours.params["prior"], x, method="to_z_img")
+    z_img = forward(ours.cascade.prior.network, ours.cascade.params["prior"], x, method="to_z_img")
     assert_close(z_img, theirs.prior.post_process_latents(torch.tensor(x)))
 
 
@@ -147,7 +147,7 @@ def test_decoder(both):
     cond = {"z_img": z_img, "z_mask": np.ones(2, bool), "txt_enc": hidden, "txt_mask": mask}
     cond |= {"z_txt": z_txt}
     t = np.array([3, 900])
-    found = forward(ours.decoder.network, ours.params["decoder"], x, t, cond, False)
+    found = forward(ours.cascade.decoder.network, ours.cascade.params["decoder"], x, t, cond, False)
     context, added = theirs.text_proj(
         image_embeddings=torch.tensor(z_img),
         prompt_embeds=torch.tensor(z_txt),
@@ -168,8 +168,8 @@ def test_decoder(both):
 def test_upsampler(both, part):
     theirs, ours = both
     x, low, t = normal(2, 32, 32, 3), normal(2, 32, 32, 3), np.array([3, 900])
-    params = ours.params["upsampler_32"][part]
-    found = forward(ours.upsamplers["upsampler_32"].network, params, x, t, low, False)
+    params = ours.cascade.params["upsampler_32"][part]
+    found = forward(ours.cascade.upsamplers["upsampler_32"].network, params, x, t, low, False)
     given = torch.cat([to_torch(x), to_torch(low)], dim=1)
     expected = getattr(theirs, f"super_res_{part}")(given, timestep=torch.tensor(t))
     assert_close(found, expected.sample)
@@ -179,7 +179,7 @@ def test_pictures_of_one_noise(both, monkeypatch):
     """Whole pictures within 2/255, guidance, masks, nulls and the two upsamplers included."""
     theirs, ours = both
     shapes = {"prior": (32,), "decoder": (16, 16, 3), "upsampler_32": (32, 32, 3)}
-    stages = [stage for stage in shapes if stage in ours.samplers()]
+    stages = [stage for stage in shapes if stage in ours.cascade.samplers()]
     noise = {stage: normal(STEPS[stage] + 1, 2, *shapes[stage]) for stage in stages}
     # theirs draws none for the last step
     queue = [to_torch(x) for stage in stages for x in noise[stage][1:-1]]
@@ -192,7 +192,7 @@ def test_pictures_of_one_noise(both, monkeypatch):
         "output_type": "np",
     }
     steps = {stage: STEPS[stage] for stage in stages}
-    if ours.prior is not None:
+    if ours.cascade.prior is not None:
         given |= {"prior_num_inference_steps": STEPS["prior"]}
         given |= {"prior_latents": to_torch(noise["prior"][0])}
         expected = theirs(PROMPTS, **given).images

@@ -20,9 +20,10 @@ from dalle2_jax.cli.evals import flags as shared
 OUT = flags.DEFINE_string("out", "out/evals_inpainting", "Folder for the pictures.")
 NUM = flags.DEFINE_integer("num", 64, "Pictures.", 1)
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     import numpy as np  # late: Ctrl-C is told at once
     from tqdm import tqdm
 

@@ -20,9 +20,10 @@ STEPS = flags.DEFINE_multi_integer("steps", [250, 100, 50, 25], "Of the decoder,
 ITERATIONS = flags.DEFINE_multi_integer("iterations", [1, 2], "Of a step of the inversion.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", 1)
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
 
     import jax.numpy as jnp
     import numpy as np

@@ -31,9 +31,10 @@ THETA = flags.DEFINE_float("theta", 0.5, "Of text diffs.", 0, 1)
 STEPS = flags.DEFINE_integer("steps", 50, "Of the decoder.", 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures at a time.", 1)
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     from dalle2_jax.evals import report, ways  # late: Ctrl-C is told at once
     from dalle2_jax.evals.groups import HELD_OUT
     from dalle2_jax.pipelines.edits import for_variations

@@ -21,9 +21,10 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures drawn at a time.",
 
 TRUE = "the true z_img"
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     import numpy as np  # late: Ctrl-C is told at once
 
     from dalle2_jax.evals import draw, report

@@ -29,9 +29,10 @@ RECONSTRUCT = flags.DEFINE_bool(
     "reconstruct", False, "Also decode the true images' z_img: shows what the decoder alone loses."
 )
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     for flag in (NUM, BATCH_SIZE):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")

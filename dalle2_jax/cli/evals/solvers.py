@@ -25,9 +25,10 @@ REFERENCE = flags.DEFINE_integer("reference", 250, "Steps of DDPM.", 1)
 NUM = flags.DEFINE_integer("num", 100, "Pictures.", 2)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Pictures drawn at a time.", 1)
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     from tqdm import tqdm  # late: Ctrl-C is told at once
 
     from dalle2_jax.diffusion import solvers

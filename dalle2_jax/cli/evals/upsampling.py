@@ -23,9 +23,10 @@ flags.set_default(shared.DATA, "data/emoji_1024")
 flags.set_default(shared.SIZE, 1024)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Pictures at a time.", 1)
 
+prepare = commands.stop_at_once
+
 
 def main() -> None:
-    commands.stop_at_once()
     from dalle2_jax.evals import cost, draw, psnr, report  # late: Ctrl-C is told at once
 
     commands.keep_compiled_programs()
