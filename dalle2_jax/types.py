@@ -59,9 +59,18 @@ class Task(Protocol):
     """The stage's name in a model folder: `clip`, `prior`, `decoder`, `upsampler_64`, ..."""
 
     @property
-    def added(self) -> str:
-        """The layer (by name; "": none) that weights to start from may lack: it starts at zero, so
-        that with it they do what they did."""
+    def optional_layer(self) -> str:
+        """The name of a layer that the weights of `init_from` may lack; "": none.
+
+        It then starts at zero, so that the network with it computes what it did without.
+        """
+        ...
+
+    def trainable(self, path: str) -> bool:
+        """Returns whether the parameter at `path` (as `blocks/attn/kernel`) is trained.
+
+        One that is not keeps its value to the bit, in the parameters and in the moving average.
+        """
         ...
 
     def init(self, key: Array) -> Params:

@@ -118,7 +118,7 @@ def test_parameters_of_table_3(clips):
 def test_inpainting_adds_one_layer_to_the_papers_network(clips, name):
     made, paper = (task(clips, name, variant) for variant in ("inpaint", "paper"))
     taught, before = shapes(made), shapes(paper)
-    added = taught["unet"].pop(made.added)
+    added = taught["unet"].pop(made.optional_layer)
     assert taught == before
     assert [x.shape for x in jax.tree.leaves(added)] == [(3, 3, 4, made.network.unet["channels"])]
 

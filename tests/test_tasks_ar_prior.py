@@ -22,7 +22,7 @@ from dalle2_jax.storage import model_folder
 from dalle2_jax.tasks.ar_prior import directions
 from dalle2_jax.train import loop
 from dalle2_jax.train.optimizer import decay_mask
-from dalle2_jax.train.step import global_batch, make_preview, on_mesh, place_frozen
+from dalle2_jax.train.step import gathering_layers, global_batch, make_preview, place_frozen
 
 FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 AR = small_cascade.AR_PRIOR
@@ -69,7 +69,7 @@ def test_the_statistics_are_the_svds(clip_folder, devices):
     def endless():
         return (global_batch(x, mesh) for x in itertools.cycle(pictures(5)))
 
-    with on_mesh(mesh, rules, params, frozen):
+    with gathering_layers(mesh, rules, params, frozen):
         found = jax.tree.map(np.asarray, task.fit(params, frozen, endless))
 
     z, z_txt = embeddings(task, pictures(5))
@@ -165,7 +165,7 @@ def test_weights_of_another_clip_are_no_start(clip_folder, tmp_path):
 
 def test_what_is_fitted_is_not_decayed(clip_folder):
     task = make(clip_folder)
-    mask = decay_mask(jax.eval_shape(task.init, jax.random.key(0)))
+    mask = decay_mask(jax.eval_shape(task.init, jax.random.key(0)), task.trainable)
     assert not any(jax.tree.leaves(mask["statistics"]))
     assert mask["positions"] and mask["out"]["kernel"] and not mask["bias"]
 

@@ -20,7 +20,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
 from dalle2_jax.storage import model_folder
 from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.train import loop, side
+from dalle2_jax.train import loop, outputs
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.recovery import Recovery
@@ -164,7 +164,7 @@ def test_what_fails_after_an_evaluation_keeps_its_scores(tmp_path, one_device, m
         raise OSError(28, "No space left")
 
     cfg = config(eval_every=2, preview_every=2, checkpoint_every=4, best_metric="eval/loss")
-    monkeypatch.setattr(side.pictures, "labelled_grid", full)
+    monkeypatch.setattr(outputs.grids, "labelled_grid", full)
     with pytest.raises(UserError, match="step 2 is saved"):
         loop.train(cfg, ToyTask(), dataset(), tmp_path, eval_dataset=dataset(8))
     scores = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"  # where Orbax keeps them
@@ -294,8 +294,8 @@ def test_the_watchdog_knows_steps_from_other_work(tmp_path, one_device, monkeypa
 
     spy(Recovery, "start")
     spy(Checkpoints, "save")
-    spy(side.SideWork, "evaluate")
-    spy(side.SideWork, "export")
+    spy(outputs.Outputs, "evaluate")
+    spy(outputs.Outputs, "export")
     spy(loop, "global_batch")
     changes = dict(num_steps=4, checkpoint_every=2, eval_every=2, watchdog_seconds=60.0)
     loop.train(config(**changes), ToyTask(), dataset(), tmp_path, dataset())
@@ -315,7 +315,7 @@ def test_without_held_out_data_nothing_is_evaluated(tmp_path, one_device):
 
 def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
     captions, given = ["A red apple", "two dogs", "", "a cat"] * 4, []
-    grid = side.grids.labelled_grid
+    grid = outputs.grids.labelled_grid
 
     def captioned(start):
         for batch in dataset()(start):
@@ -325,7 +325,7 @@ def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
         given.append((pictures, columns, options["row_labels"]))
         return grid(pictures, columns, **options)
 
-    monkeypatch.setattr(side.pictures, "labelled_grid", spy)
+    monkeypatch.setattr(outputs.grids, "labelled_grid", spy)
     cfg = config(num_steps=1, preview_every=1, preview_size=3, data=dict(vocab_size=600))
     loop.train(cfg, ToyTask(), captioned, tmp_path)
     ((pictures, columns, labels),) = given

@@ -76,6 +76,22 @@ def test_decay_spares_vectors_with_leading_axes_of_one():
     assert mask == {"query": False, "positions": True}
 
 
+def test_what_is_not_trained_is_kept_to_the_bit():
+    """By any gradient, weight decay, and the rounding of moving averages."""
+    params = {"a": {"kernel": jnp.full((2, 3), 0.3)}, "b": {"kernel": jnp.full((2, 3), 0.3)}}
+    settings = config(optimizer=dict(learning_rate=0.1, weight_decay=0.5)).optimizer
+    opt = make_optimizer(settings, 10, trainable=lambda path: not path.startswith("b/"))
+    state, ema, now = opt.tx.init(params), params, params
+    for step in range(1, 4):
+        grads = opt.without_untrained(jax.tree.map(lambda p: p + 1, now))
+        updates, state = opt.tx.update(grads, state, now)
+        now = optax.apply_updates(now, updates)
+        ema = ema_update(ema, now, 0.9, False, jnp.int32(step), opt)
+    for tree in (now, ema):
+        np.testing.assert_array_equal(tree["b"]["kernel"], params["b"]["kernel"])
+        assert (tree["a"]["kernel"] != params["a"]["kernel"]).all()
+
+
 def test_first_update_of_adamw():
     """With zero moments Adam's first step is lr * sign(grad); decay adds lr * wd * weight."""
     opt = optimizer(learning_rate=0.1, weight_decay=0.5, clip_norm=0.0, eps=1e-12)

@@ -20,7 +20,7 @@ class ToyTask:
     """An MLP that finds the mean colour of a picture; noise is drawn from the step's key."""
 
     stage = "toy"
-    added = ""
+    optional_layer = ""
 
     def __init__(self, width: int = 16, noise: float = 0.01):
         self.width, self.noise = width, noise
@@ -35,6 +35,9 @@ class ToyTask:
             },
             "out": {"kernel": jax.random.normal(k2, (self.width, 3)) / self.width**0.5},
         }
+
+    def trainable(self, path):
+        return True
 
     def frozen(self):
         return {"offset": np.full((8, 3), 0.5, np.float32)}

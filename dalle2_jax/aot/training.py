@@ -56,7 +56,7 @@ def report(
 def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> Report:
     sharding.check_batch_size(config.batch_size, mesh)
     task = build.task(config)
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.num_steps, task.trainable)
     template = abstract_state(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
@@ -142,9 +142,10 @@ def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mes
 
 def _told(config: build.Config, where: Slice, mesh: Mesh, error: DoesNotFit) -> str:
     cures, least = [], _least_rows(config, mesh)
+    task = build.task(config)
     state = abstract_state(
-        build.task(config),
-        make_optimizer(config.optimizer, config.num_steps),
+        task,
+        make_optimizer(config.optimizer, config.num_steps, task.trainable),
         config.seed,
         mesh,
         config.sharding_rules,

@@ -47,7 +47,7 @@ class ARPriorTask:
     candidates: int = ARPriorSampler.candidates  # drawn for a picture
     fit_batches: int = 64
     stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
-    added: str = dataclasses.field(default="", init=False)
+    optional_layer: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
@@ -60,6 +60,9 @@ class ARPriorTask:
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
         return self.network.init(key, *inputs)["params"]
+
+    def trainable(self, path: str) -> bool:
+        return not path.startswith("statistics/")
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}

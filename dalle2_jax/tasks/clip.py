@@ -29,7 +29,7 @@ class CLIPTask:
     sam_replica_batch: int = 64  # pairs that it moves them for together, those of one chip
     sam_recompute: bool = False  # it keeps no moved weights: tasks/sam.py
     stage: str = dataclasses.field(default="clip", init=False)
-    added: str = dataclasses.field(default="", init=False)
+    optional_layer: str = dataclasses.field(default="", init=False)
 
     def __post_init__(self) -> None:
         check_range("config.task", 0, max_shift=self.max_shift, sam_rho=self.sam_rho)
@@ -37,6 +37,9 @@ class CLIPTask:
 
     def init(self, key: Array) -> Params:
         return self.network.init(key, *self.network.init_inputs())["params"]
+
+    def trainable(self, path: str) -> bool:
+        return True
 
     def frozen(self) -> Params:
         return {}

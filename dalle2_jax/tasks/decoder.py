@@ -65,8 +65,11 @@ class DecoderTask:
         return self.network.init(key, *inputs)["params"]
 
     @property
-    def added(self) -> str:
+    def optional_layer(self) -> str:
         return KNOWN if self.network.inpaints else ""
+
+    def trainable(self, path: str) -> bool:
+        return True
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}

@@ -43,7 +43,7 @@ class PriorTask:
     drop_caption: float = 0.1
     candidates: int = PriorSampler.candidates  # drawn for a picture
     stage: str = dataclasses.field(default="prior", init=False)
-    added: str = dataclasses.field(default="", init=False)
+    optional_layer: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
@@ -60,6 +60,9 @@ class PriorTask:
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
         return self.network.init(key, *inputs)["params"]
+
+    def trainable(self, path: str) -> bool:
+        return path not in ("mean", "std")  # the statistics of a standardised z_img
 
     def frozen(self) -> Params:
         return {"clip": self.clip.params()}

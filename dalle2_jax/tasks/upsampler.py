@@ -99,7 +99,7 @@ class UpsamplerTask:
         return {part: network(k) for part, k in zip(PARTS, jax.random.split(key), strict=True)}
 
     @property
-    def added(self) -> str:
+    def optional_layer(self) -> str:
         return KNOWN if self.network.inpaints else ""
 
     @property
@@ -109,6 +109,9 @@ class UpsamplerTask:
     @property
     def crop_size(self) -> int:
         return int(self.image_size * self.crop_fraction)
+
+    def trainable(self, path: str) -> bool:
+        return not self.separate_last_step or path.split("/")[0] in self.learns
 
     def frozen(self) -> Params:
         return {}
@@ -219,11 +222,6 @@ def from_config(config: Any) -> UpsamplerTask:
         entry={},
     )
     check_pictures(config, task.image_size, "config.task")
-    if task.separate_last_step and set(task.learns) != set(PARTS) and config.optimizer.weight_decay:
-        raise UserError(
-            f"config.optimizer.weight_decay={config.optimizer.weight_decay} would wear away the "
-            f"network that config.task.learns={task.learns} leaves as it is: set it to 0"
-        )
     sizes = {"image_size": task.image_size, "low_size": task.low_size}
     entry = stage_entry(config, **sizes, separate_last_step=task.separate_last_step)
     return dataclasses.replace(task, entry=entry)

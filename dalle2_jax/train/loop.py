@@ -16,9 +16,9 @@ from dalle2_jax.train import checks, hosts
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Reporter, Window, last_saved
 from dalle2_jax.train.optimizer import make_optimizer
+from dalle2_jax.train.outputs import Dataset, Outputs, keep_licences
 from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
-from dalle2_jax.train.side import Dataset, SideWork, keep_licences
 from dalle2_jax.train.state import TrainState, abstract_state
 from dalle2_jax.train.statistics import fresh_state
 from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
@@ -45,14 +45,14 @@ def train(
     model = checks.export_folder(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh)
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.num_steps, task.trainable)
     template = abstract_state(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
     frozen = place_frozen(task.frozen(), mesh)
-    side = SideWork(config, task, frozen, mesh, eval_dataset or dataset, model, dataset)
+    outputs = Outputs(config, task, frozen, mesh, eval_dataset or dataset, model, dataset)
     if config.best_metric:
-        names = side.metric_names(template.params) if eval_dataset else ()
+        names = outputs.metric_names(template.params) if eval_dataset else ()
         checks.check_best_metric(config, names)
     identity = _identity(task, template)
     with (
@@ -120,15 +120,15 @@ def train(
                     stopper.busy()
                     checkpoints.check()  # a disk that filled up meanwhile
                     if eval_dataset and _due(config.eval_every, step):
-                        scores = side.evaluate(state.ema_params)
+                        scores = outputs.evaluate(state.ema_params)
                         report.scalars(step, scores)
                     if save:
                         recovery.save(state, scores, bool(stopped_by) or step == config.num_steps)
                     report.saved(checkpoints.committed)
                     if _due(config.preview_every, step):
-                        report.images(step, side.preview(state.ema_params))
+                        report.images(step, outputs.preview(state.ema_params))
                     if _due(config.export_every, step):
-                        side.export(state.ema_params)
+                        outputs.export(state.ema_params)
                     report.pause(time.perf_counter() - since)
                     stopper.alive()
             except (UserError, OSError) as error:  # a picture is gone, the disk is full
@@ -138,7 +138,7 @@ def train(
             checkpoints.wait()
             report.saved(checkpoints.committed)
         if stopped_by in (None, "max_minutes"):
-            side.export(state.ema_params)
+            outputs.export(state.ema_params)
         return Result(step, stopped_by, state)
 
 

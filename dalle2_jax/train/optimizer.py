@@ -6,47 +6,64 @@ the mean gradient of k batches; schedules, warm-up and the EMA count updates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.parallel.sharding import path_name
 from dalle2_jax.types import Array, Params, PyTree
 
 # Of the first moments. The second are never less than float32: their small steps would be lost.
 MU_DTYPES = ("float32", "bfloat16")
-STATISTICS = "statistics"  # a branch of the parameters that is fitted to data, not trained
+
+
+Tree = TypeVar("Tree")
+Trainable = Callable[[str], bool]
+"""Says of a parameter, by its path as `blocks/attn/kernel`, whether it is trained."""
 
 
 class Optimizer(NamedTuple):
+    """What makes an update of a gradient."""
+
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     """update count -> learning rate"""
     accumulate: int
     """batches an update"""
+    trainable: Trainable
+    """of `Task.trainable`"""
+
+    def without_untrained(self, grads: Tree) -> Tree:
+        """Returns the gradients with zeros for the parameters that are not trained.
+
+        Their Adam moments then stay zero and, as weight decay leaves them out too, so does their
+        update: they keep their value to the bit, in the parameters and in the moving average.
+        """
+        return jax.tree_util.tree_map_with_path(
+            lambda path, g: g if self.trainable(path_name(path)) else jnp.zeros_like(g), grads
+        )
 
     def num_updates(self, step: Array | int) -> Array | int:
         """Updates made after `step` batches."""
         return step // self.accumulate
 
 
-def decay_mask(params: Params) -> PyTree:
-    """True where decoupled weight decay applies: matrices and kernels.
+def decay_mask(params: Params, trainable: Trainable = lambda path: True) -> PyTree:
+    """Returns True where decoupled weight decay applies: trained matrices and kernels.
 
     Biases, norm scales and other vectors are left alone, and so are parameters named `bias` or
-    `scale` of any rank (a stack of blocks gives them a leading axis), and what lies below
-    `STATISTICS`, where there is no gradient either.
+    `scale` of any rank (a stack of blocks gives them a leading axis).
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        if STATISTICS in jax.tree_util.keystr(path, simple=True, separator="/").split("/"):
-            return False
         axes = sum(size > 1 for size in leaf.shape)  # a vector may have leading axes of one
-        return axes >= 2 and name not in ("bias", "scale")
+        return axes >= 2 and name not in ("bias", "scale") and trainable(path_name(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -70,8 +87,21 @@ def make_schedule(settings: Mapping[str, Any], num_updates: int) -> optax.Schedu
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
-    """`settings` is config.optimizer; `num_steps` the batches of the whole run."""
+def make_optimizer(
+    settings: Mapping[str, Any],
+    num_steps: int,
+    trainable: Trainable = lambda path: True,
+) -> Optimizer:
+    """Returns the optimiser of a config.
+
+    Args:
+        settings: config.optimizer.
+        num_steps: batches of the whole run.
+        trainable: see `Task.trainable`.
+
+    Raises:
+        UserError: a setting is unknown or out of range.
+    """
     accumulate = int(settings["accumulate"])
     if accumulate < 1:
         raise UserError(f"config.optimizer.accumulate={accumulate} must be 1 or more")
@@ -90,14 +120,14 @@ def make_optimizer(settings: Mapping[str, Any], num_steps: int) -> Optimizer:
             b2=settings["b2"],
             eps=settings["eps"],
             weight_decay=settings["weight_decay"],
-            mask=decay_mask,
+            mask=functools.partial(decay_mask, trainable=trainable),
             mu_dtype=settings["mu_dtype"],
         )
     )
     tx = optax.chain(*parts)
     if accumulate > 1:
         tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
-    return Optimizer(tx, schedule, accumulate)
+    return Optimizer(tx, schedule, accumulate, trainable)
 
 
 def ema_update(
@@ -116,7 +146,7 @@ def ema_update(
     n = jnp.asarray(opt.num_updates(step), jnp.float32)
     rate = jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.float32(decay)
     updated = step % opt.accumulate == 0
-    # So that rounding moves no parameter that stays where it is (a prior's statistics).
+    # In this form rounding moves no parameter that does not change.
     return jax.tree.map(
         lambda old, new: jnp.where(updated, new + rate * (old - new), old), ema_params, params
     )

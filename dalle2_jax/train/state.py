@@ -181,11 +181,11 @@ def init_state(
 def _read(init_from: str, task: Task, template: TrainState) -> Params:
     folder = model_folder.resolve(init_from)
     tensors = model_folder.read_params(folder, task.stage)
-    if task.added:
+    if task.optional_layer:
         flat: dict[Any, Any] = traverse_util.flatten_dict(tensors)
         expected: dict[Any, Any] = traverse_util.flatten_dict(template.params)
         for path, leaf in expected.items():
-            if task.added in path:
+            if task.optional_layer in path:
                 flat.setdefault(path, np.zeros(leaf.shape, np.float32))
         tensors = traverse_util.unflatten_dict(flat)
     try:

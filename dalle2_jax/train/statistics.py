@@ -1,4 +1,4 @@
-"""What a task fits to its data before the first step, and nobody trains."""
+"""Statistics that a task fits to its data before the first step; they are never trained."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.storage import model_folder
-from dalle2_jax.train.optimizer import STATISTICS, Optimizer
-from dalle2_jax.train.side import Dataset
+from dalle2_jax.train.optimizer import Optimizer
+from dalle2_jax.train.outputs import Dataset
 from dalle2_jax.train.state import TrainState, init_state
-from dalle2_jax.train.step import global_batch, on_mesh
+from dalle2_jax.train.step import gathering_layers, global_batch
 from dalle2_jax.types import Array, Batch, Params, Task
+
+STATISTICS = "statistics"  # the branch of the parameters that holds them
 
 
 @runtime_checkable
-class Fits(Protocol):
-    """A Task whose parameters have a branch `statistics` that is fitted once and then stays."""
+class FitsStatistics(Protocol):
+    """A Task whose parameters have a branch `statistics`, fitted once; `trainable` excludes it."""
 
     def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
-        """The leaves of params["statistics"], each whole on every device. `batches()` gives the
-        global batches of training from the first on, without end."""
+        """Returns the leaves of params["statistics"], replicated on every device.
+
+        `batches()` yields the global batches of training from the first on, without end.
+        """
         ...
 
 
@@ -37,20 +41,21 @@ def fresh_state(
     dataset: Dataset,
     mesh: Mesh,
 ) -> TrainState:
-    """The state of step 0. What a task fits to the data comes with config.init_from, if that is.
+    """Returns the state of step 0, with statistics fitted to the data or from config.init_from.
 
-    UserError where that was fitted to another CLIP's embeddings: it would never change.
+    Raises UserError if those of init_from were fitted to another CLIP's embeddings: training would
+    never change them.
     """
-    if config.init_from and isinstance(task, Fits):
+    if config.init_from and isinstance(task, FitsStatistics):
         _check_clip(config.init_from, task, template.params)
     state = init_state(task, optimizer, config.seed, template, config.init_from)
-    if config.init_from or not isinstance(task, Fits):
+    if config.init_from or not isinstance(task, FitsStatistics):
         return state
 
     def batches() -> Iterator[Batch]:
         return (global_batch(local, mesh) for local in dataset(0))
 
-    with on_mesh(mesh, config.sharding_rules, state.params, frozen):
+    with gathering_layers(mesh, config.sharding_rules, state.params, frozen):
         found: Any = jax.tree.map(np.asarray, task.fit(state.params, frozen, batches))
 
     def put(params: Params) -> Params:  # each tree its own buffers: the state is donated

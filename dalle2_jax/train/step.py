@@ -25,11 +25,13 @@ FROZEN_RULES = ((".*", "fsdp"),)
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params) -> Iterator[None]:
-    """Within, while tracing, the networks' layers gather their weights and
-    `jax.sharding.get_abstract_mesh` finds the mesh, for a loss that goes over shards itself.
+def gathering_layers(
+    mesh: Mesh, rules: sharding.Rules, params: Params, frozen: Params
+) -> Iterator[None]:
+    """Makes the networks' layers gather their weights while tracing, see `parallel.fsdp`.
 
-    jit's own shardings are not seen while tracing.
+    `jax.sharding.get_abstract_mesh` finds the mesh within, for a loss that maps over shards itself.
+    The shardings of jit's arguments are not visible while tracing, so the rules give them here.
     """
     trees = [*networks(sharding.placed(params, rules, mesh))]
     trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
@@ -111,7 +113,9 @@ def in_turns(
             return own, jnp.float32(0)
 
         done, first = jax.lax.cond(good, change, keep, [leaves[i] for i in turn])
-        good &= (first == first) | good  # as it was, but known only when the turn is over
+        # Unchanged in value. The data dependency keeps XLA from fetching the next group from host
+        # memory before this one has gone back.
+        good &= (first == first) | good
         for i, leaf in zip(turn, done, strict=True):
             new[i] = leaf
     return jax.tree.unflatten(tree, new)
@@ -153,8 +157,9 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
-        with on_mesh(mesh, config.sharding_rules, state.params, frozen):
+        with gathering_layers(mesh, config.sharding_rules, state.params, frozen):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
+        grads = optimizer.without_untrained(grads)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if config.max_grad_norm:
@@ -202,7 +207,7 @@ def make_eval_step(
 
     def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
         params = on_device(params)
-        with on_mesh(mesh, rules, params, frozen):
+        with gathering_layers(mesh, rules, params, frozen):
             loss, metrics = task.loss(params, frozen, batch, key, False)
         return {**metrics, "loss": loss}
 
@@ -217,7 +222,7 @@ def make_preview(
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
         params = on_device(params)
-        with on_mesh(mesh, rules, params, frozen):
+        with gathering_layers(mesh, rules, params, frozen):
             shown = task.preview(params, frozen, batch, key, rows)
         return shown, batch["tokens"][:rows] if "tokens" in batch else None
 
@@ -234,7 +239,7 @@ def make_measure(
 
     def measure(params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
         params = on_device(params)
-        with on_mesh(mesh, rules, params, frozen):
+        with gathering_layers(mesh, rules, params, frozen):
             return task_measure(params, frozen, batch, key)
 
     return jax.jit(measure, out_shardings=sharding.replicated(mesh))

@@ -28,7 +28,7 @@ Dataset = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
 """start step -> this host's batches from that step on: the step number is the position."""
 
 
-class SideWork:
+class Outputs:
     def __init__(
         self,
         config: Any,
