@@ -18,7 +18,7 @@ tiny   1.1M parameters; 64 directions keep 99.3 % of the variance (192 there are
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+from configs.shared.tiny_data import tiny_data
 
 
 def get_config(variant="paper"):
@@ -81,16 +81,7 @@ def tiny():
                 buckets=64,
                 activation="quick_gelu",
             ),
-            data=dict(
-                source="emoji",
-                path="data/emoji",
-                split="train",
-                eval_split="held_out_pairs",
-                subset=TINY_SUBSET,
-                image_size=64,
-                context_length=24,
-                vocab_size=4608,
-            ),
+            data=tiny_data(),
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.98,

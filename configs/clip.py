@@ -21,8 +21,7 @@ measured.
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
-
+from configs.shared.tiny_data import tiny_data
 
 # (patch, image width, depth, heads), (text width, heads), dim, learning rate
 ORIGINAL = {
@@ -154,17 +153,11 @@ def tiny(variant):
                 text=dict(context_length=24, vocab_size=4608, width=128, depth=3, heads=2),
                 activation="quick_gelu",
             ),
-            data=dict(
-                source="emoji",
-                path="data/emoji",
+            data=tiny_data(
                 split="train+held_out_pairs+held_out_concepts" if judge else "train",
                 eval_split="" if judge else "held_out_pairs",
-                subset=TINY_SUBSET,
                 group_by="concept" if judge else "",  # styles of one thing side by side
                 flip=judge,
-                image_size=64,
-                context_length=24,
-                vocab_size=4608,
             ),
             optimizer=dict(
                 learning_rate=1e-3,

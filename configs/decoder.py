@@ -15,7 +15,7 @@ tiny   5.6M parameters at 32 px, taught to inpaint too; 2 CPU cores, three and a
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+from configs.shared.tiny_data import tiny_data
 
 
 def get_config(variant="paper"):
@@ -145,17 +145,7 @@ def tiny():
                 prediction="x_0",
                 weighting="min_v_10",  # or it knows a picture with next to no noise to 29 dB alone
             ),
-            data=dict(
-                source="emoji",
-                path="data/emoji",
-                split="train",
-                eval_split="held_out_pairs",
-                subset=TINY_SUBSET,
-                image_size=64,
-                context_length=24,
-                vocab_size=4608,
-                flip=True,
-            ),
+            data=tiny_data(flip=True),
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.99,

@@ -15,7 +15,7 @@ tiny   1.4M parameters; 2 CPU cores, an hour and a half; loss 0.015
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+from configs.shared.tiny_data import tiny_data
 
 
 def get_config(variant="paper"):
@@ -93,16 +93,7 @@ def tiny():
                 activation="quick_gelu",
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
-            data=dict(
-                source="emoji",
-                path="data/emoji",
-                split="train",
-                eval_split="held_out_pairs",
-                subset=TINY_SUBSET,
-                image_size=64,
-                context_length=24,
-                vocab_size=4608,
-            ),
+            data=tiny_data(),
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.98,

@@ -15,7 +15,7 @@ tiny   128 -> 1024 px, 1.7M parameters, trained on 256 px crops; 2 CPU cores, ha
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+from configs.shared.tiny_data import tiny_data
 
 
 def get_config(variant="paper"):
@@ -85,16 +85,7 @@ def tiny():
                 residual=True,  # 64 channels have no room for the 192 numbers of a patch
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
-            data=dict(
-                source="emoji",
-                path="data/emoji_1024",
-                split="train",
-                eval_split="held_out_pairs",
-                subset=TINY_SUBSET,
-                image_size=1024,
-                context_length=24,
-                vocab_size=4608,
-            ),
+            data=tiny_data(path="data/emoji_1024", image_size=1024),
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.99,

@@ -16,7 +16,7 @@ tiny   32 -> 128 px, 1.8M parameters, trained on 64 px crops, taught to inpaint 
 
 from ml_collections import ConfigDict
 
-TINY_SUBSET = "concrete,group=animals-nature|food-drink|objects|smileys-emotion"
+from configs.shared.tiny_data import tiny_data
 
 
 def get_config(variant="paper"):
@@ -110,16 +110,7 @@ def tiny():
                 inpaints=True,
             ),
             diffusion=dict(schedule="cosine", num_timesteps=1000, prediction="x_0"),
-            data=dict(
-                source="emoji",
-                path="data/emoji",
-                split="train",
-                eval_split="held_out_pairs",
-                subset=TINY_SUBSET,
-                image_size=128,
-                context_length=24,
-                vocab_size=4608,
-            ),
+            data=tiny_data(image_size=128),
             optimizer=dict(
                 learning_rate=1e-3,
                 b2=0.99,

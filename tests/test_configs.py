@@ -287,10 +287,12 @@ def test_unknown_sampling_keys_are_refused(clips):
 
 
 def test_tiny_stages_and_the_judging_share_one_subset():
-    """A config stands alone, so each repeats it; weights and figures hold for this subset only."""
+    """The weights and their figures hold for this subset only."""
     tiny = [x for x in ALL if x[1] in ("tiny", "judge")]
     (subset,) = {get(name, variant).data.subset for name, variant in tiny}
-    evals = Path(build.__file__).parent / "evals/common.py"  # importing it would define flags here
+    evals = (
+        Path(build.__file__).parent / "cli/evals/flags.py"
+    )  # importing it would define flags here
     assert f'"{subset}"' in evals.read_text()
 
 

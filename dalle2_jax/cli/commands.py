@@ -72,6 +72,9 @@ def run(
             return say(error, error.exit_status)
         except ModuleNotFoundError as error:
             return say(_missing(error))
+        except BrokenPipeError:  # whoever read the output, as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
     logging.get_absl_handler().addFilter(lambda r: not any(n in r.pathname for n in NOISY))
     try:

@@ -18,12 +18,13 @@ reports what it needs and how fast it could be (docs/tpu.md); status 3 if it doe
 from __future__ import annotations
 
 import signal
+import sys
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from dalle2_jax import build
-from dalle2_jax.cli import commands, topology
+from dalle2_jax.cli import commands, show_config, topology
 from dalle2_jax.cli.config_flag import ConfigParser
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import hosts
@@ -33,6 +34,9 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, metrics and the exported model; gs:// works too."
 )
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Also write TensorBoard's files.")
+SHOW_CONFIG = flags.DEFINE_bool(
+    "show_config", False, "Print the complete config, each value with its origin; do nothing else."
+)
 AUTO_BATCH = topology.only_with_topology("auto_batch", "find the largest batch that fits.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "This is one of several hosts that JAX can find by itself."
@@ -55,6 +59,10 @@ def prepare() -> None:
 
 def main() -> int:
     """Trains by the flags and returns the exit status."""
+    if SHOW_CONFIG.value:
+        for line in show_config.lines(build.complete(CONFIG.value), PARSER.path, sys.argv[1:]):
+            print(line)
+        return 0
     logging.set_verbosity(logging.INFO)
     commands.keep_compiled_programs()
     if topology.TOPOLOGY.value is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,25 @@ def load(path: str) -> Any:
         raise UserError(f"{file} is no Python file: name one such as configs/decoder.py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*filter(None, [variant]))
+        with _importable(Path(file).resolve().parent.parent):  # what configs share: configs.shared
+            spec.loader.exec_module(module)
+            config = module.get_config(*filter(None, [variant]))
     except Exception as error:  # a config file may raise anything
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise UserError(f"{path}: {kind}{error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returns no ConfigDict")
     return config
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Puts `folder` on Python's path."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _missing(file: str) -> str:
