@@ -41,7 +41,7 @@ class Stage:
         return self.name.partition("_<")[0]
 
     def matches(self, stage: str) -> bool:
-        """Whether `stage` is this row's name, or belongs to this row's family."""
+        """Returns whether `stage` is this row's name or belongs to this row's family."""
         return re.fullmatch(self.name.replace("<px>", r"[1-9]\d*"), stage) is not None
 
 

@@ -67,8 +67,10 @@ class Tokenizer:
         return tokens
 
     def length(self, text: str) -> int:
-        """How many tokens the whole text takes, sot and eot among them; more than the context
-        length are cut off."""
+        """Counts the tokens of the whole text, sot and eot among them.
+
+        More than the context length are cut off.
+        """
         return len(self._backend.encode(repair_text(text), add_special_tokens=False).ids) + 2
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -20,7 +20,7 @@ Metrics = dict[str, Array]
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: every solver needs the first two, ancestral ones the third."""
+    """A denoiser's prediction at x_t: solvers need the first two, ancestral ones the third too."""
 
     x_0: Array  # b ...
     eps: Array  # b ..., consistent with x_0 and x_t
@@ -38,7 +38,7 @@ class Solver(Protocol):
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated from x_T to x_0."""
+        """Number of network evaluations from x_T to x_0."""
         ...
 
     def init(self, x_t: Array) -> PyTree:

@@ -111,8 +111,11 @@ _CUBOIDS = (
 
 
 def _exists(sizes: tuple[int, ...]) -> bool:
-    """Whether the vendor lends slices of this shape: of two dimensions powers of two, the second
-    equal or twice the first; of three, whole cubes of 4 x 4 x 4 and a few smaller ones."""
+    """Returns whether the vendor lends slices of this shape.
+
+    Two dimensions: powers of two, the second equal to the first or twice it. Three dimensions:
+    whole cubes of 4 x 4 x 4, and a few smaller shapes.
+    """
     if len(sizes) == 2:
         a, b = sizes
         return b in (a, 2 * a) and a & (a - 1) == 0 and sizes != (1, 2)
@@ -166,9 +169,9 @@ def open_slice(name: str) -> Slice:
 
 
 def prepare() -> None:
-    """What libtpu must find before JAX starts: no TPU is looked for, several compilers may run.
+    """Sets what libtpu must find before JAX starts: look for no TPU, allow several compilers.
 
-    Raises UserError where it is not installed.
+    Raises UserError if libtpu is not installed.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

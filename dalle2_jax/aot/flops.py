@@ -18,10 +18,10 @@ SUBLANES, LANES = 8, 128  # of a TPU's tile, which channels are padded to
 def valid_taps(
     size: int, out: int, kernel: int, stride: int, low: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """How many (output, tap) pairs of one dimension meet an input, and not the padding.
+    """Counts the (output, tap) pairs of one dimension that meet an input rather than padding.
 
-    `size` inputs, `dilate` - 1 holes between them; `low` is the padding before them. The TPU
-    compiler counts so.
+    The TPU compiler counts so. Args: `size` inputs with `dilate` - 1 holes between them; `low` is
+    the padding before them.
     """
     count, most = 0, (size - 1) * dilate
     for tap in range(kernel):
@@ -32,13 +32,14 @@ def valid_taps(
 
 
 def of_jaxpr(jaxpr: Any, padded: bool = False) -> int:
-    """Of a jaxpr (or ClosedJaxpr), loops counted as often as they run.
+    """Counts the FLOPs of a jaxpr (or ClosedJaxpr), loops as often as they run.
 
-    Where it differs by platform the cheapest way counts, where by values the dearest. A `while` of
+    If it branches by platform the cheapest branch counts, if by values the dearest. A `while` of
     unknown length counts once.
-    With `padded` the zeros count that channels are filled up with to whole tiles: of what a product
-    sums over and of one of its sides to LANES, of the other to SUBLANES. That is how a forward pass
-    lies in a TPU; gradients of convolutions the compiler turns round.
+
+    With `padded`, the zeros count too with which channels fill whole tiles of a TPU: of what a
+    product sums over, and of one of its sides, to LANES; of the other side to SUBLANES. That is the
+    layout of a forward pass.
     """
     total = 0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -107,12 +108,12 @@ def _conv(eqn: Any, padded: bool) -> int:
 
 
 def of_function(function: Any, *args: Any) -> int:
-    """Of `function` at `args` (arrays or ShapeDtypeStructs), computing nothing."""
+    """Counts the FLOPs of `function` at `args` (arrays or ShapeDtypeStructs), computing nothing."""
     return of_jaxpr(_traced(function, *args))
 
 
 def padding(function: Any, *args: Any) -> float:
-    """What `of_jaxpr`'s padding adds to the FLOPs of a forward pass, as a share of them."""
+    """Returns the FLOPs that `of_jaxpr`'s padding adds to a forward pass, as a share of them."""
     jaxpr = _traced(function, *args)
     return of_jaxpr(jaxpr, padded=True) / max(of_jaxpr(jaxpr), 1) - 1
 

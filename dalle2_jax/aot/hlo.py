@@ -1,7 +1,16 @@
-"""What an optimised program says of itself: FLOPs, bytes, collectives and cycles, loops counted.
+"""FLOPs, bytes, collectives and cycles of an optimised program, read from its HLO text.
 
-The compiler's own analysis counts a loop's body once, as if it ran once; here every computation is
-weighted by how often it runs.
+The compiler's own cost analysis counts the body of a loop once, however often it runs. Here each
+computation is weighted by the number of its runs:
+
+    runs[entry] = 1
+    for each instruction of a computation that calls another:
+        runs[called] += runs[caller] * (trip count, if the instruction is a `while`, else 1)
+
+A scan's trip count is the constant that its condition compares the counter with. HBM traffic counts
+the operands and results of instructions that are not inside a fusion and not in vector memory.
+Traps: a Pallas call hides its FLOPs and time; `estimated_cycles` can be the sentinel 2**63 - 1;
+both are reported as unknown rather than summed.
 """
 
 from __future__ import annotations
@@ -102,7 +111,9 @@ class Program:
                         self._visit(inner, times * loops, fused or i.opcode == "fusion")
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a `while` runs: a scan counts from 0 to the constant in its condition."""
+        """Returns how often a `while` runs: a scan counts from 0 to the constant in its
+        condition.
+        """
         condition = self.computations.get(loop.attribute("condition").lstrip("%"), {})
         bounds = [
             int(found[0])
@@ -127,7 +138,7 @@ class Program:
         return sum(self._flops(name, i) * times for name, i, times in self.instructions())
 
     def flops_once(self) -> float:
-        """As the compiler counts: every loop's body once."""
+        """Counts FLOPs as the compiler does, the body of every loop once."""
         return sum(self._flops(name, i) for name, i, _ in self.instructions())
 
     def hbm_bytes(self) -> float:
@@ -148,9 +159,11 @@ class Program:
         return total, unknown
 
     def loop_seconds(self, flops: float, bandwidth: float) -> float:
-        """What the compiler's `optimal_seconds` leaves out: all but one run of every loop's body.
+        """Returns the seconds that `optimal_seconds` leaves out: all runs but one of every loop's
+        body.
 
-        Each instruction takes the longer of its FLOPs and its HBM traffic.
+        Each instruction takes the longer of its FLOPs at peak and its HBM traffic at full
+        bandwidth.
         """
         return sum(
             (times - 1) * self._seconds(name, i, flops, bandwidth)
@@ -171,7 +184,7 @@ class Program:
         return [found[1]] if found and found[1] in self.computations else []
 
     def collectives(self) -> list[Collective]:
-        """Those between several chips; of a group of one nothing is sent."""
+        """Yields the collectives between several chips; a group of one sends nothing."""
         found, chains = [], set()
         for name, i, times in self.instructions():
             kind = i.opcode.removesuffix("-start")
@@ -301,7 +314,7 @@ def _operands(rest: str) -> tuple[str, ...]:
 
 
 def _group_size(rest: str) -> int:
-    """Of replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=2,'b'=4] {'b'}."""
+    """Returns the size of replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=2,'b'=4] {'b'}."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):

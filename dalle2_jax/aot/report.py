@@ -75,7 +75,7 @@ class Report:
 
     @property
     def _what(self) -> str:
-        """What takes the time that is told."""
+        """The unit of the reported time: a step of training, or a generated batch."""
         return "step" if self.num_steps else "batch drawn"
 
     @property
@@ -203,13 +203,16 @@ def measure(
     from_host: float = 0.0,
     thorough: bool = False,
 ) -> Report:
-    """What `compiled` says of its memory, HBM traffic, collectives and cycles, and `timed`
-    (`compile_twice`) of FLOPs and time.
+    """Measures a compiled program: memory, HBM traffic, collectives and cycles; FLOPs and time.
 
-    `kinds` are the bytes a chip holds of each kind of argument; what else the compiler counts is
-    what a step makes (activations). `analytic_flops` are those of one chip.
+    Args:
+        compiled, timed: the two programs of `compile_twice`; FLOPs and time are read from `timed`.
+        kinds: bytes a chip holds of each kind of argument; the rest of the compiler's count is what
+            a step makes (activations).
+        analytic_flops: of one chip.
 
-    Raises DoesNotFit where it takes more memory than a chip has: the compiler does not always say.
+    Raises:
+        DoesNotFit: it takes more memory than a chip has, which the compiler does not always report.
     """
     chip, program = where.chip, Program(timed.as_text())
     stats, cost = compiled.memory_analysis(), timed.cost_analysis()

@@ -1,4 +1,4 @@
-"""The whole cascade of sampling, compiled for a slice that is not there."""
+"""The whole cascade of sampling, compiled for a TPU slice that is not attached."""
 
 from __future__ import annotations
 
@@ -46,13 +46,23 @@ def report(
     size: int | None = None,
     prior: str | None = None,
 ) -> Report:
-    """What drawing `batch_size` pictures at a time takes, with all stages' weights in memory, or
-    each stage's while it runs (`DALLE2.from_pretrained`, offload).
+    """Reports what generating `batch_size` images at a time takes on a TPU slice.
 
-    `weights` as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs, without
-    weights. `size` as for from_pretrained, `prior` as for DALLE2.with_prior, `changes` as for
-    DALLE2.with_settings, `thorough` as for `compile_twice`; with `auto_batch` the most pictures
-    that fit, in place of `batch_size`. Raises TooLarge, and UserError as those do.
+    All stages' weights are in memory, or each stage's while it runs (`DALLE2.from_pretrained`,
+    offload).
+
+    Args:
+        weights: as for DALLE2.from_pretrained, or configs/VARIANT: the shapes of the configs,
+            without weights.
+        topology: the slice, as v5e:1x1.
+        changes: options of `SamplingOptions`.
+        auto_batch: report the most images at a time that fit, in place of `batch_size`.
+        thorough: see `compile_twice`.
+        size, prior: see `DALLE2.at_size` and `with_prior`.
+
+    Raises:
+        TooLarge: it does not fit.
+        UserError: an argument out of range.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} must be 1 or more")
@@ -71,7 +81,7 @@ def report(
 
 
 def flops_by_stage(model: Cascade, batch_size: int) -> dict[str, int]:
-    """Of drawing `batch_size` pictures, all steps counted."""
+    """Returns the FLOPs of generating `batch_size` images by stage, all steps counted."""
     mesh = sharding.make_mesh({"data": -1})
     weighed = {name: _on(mesh, PartitionSpec(), tree) for name, tree in model.params.items()}
     counts: collections.Counter[str] = collections.Counter()

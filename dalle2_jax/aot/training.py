@@ -87,8 +87,10 @@ def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> R
 
 
 def local_bytes(tree: PyTree, on_host: bool = False) -> int:
-    """What one device's own memory holds of a tree of ShapeDtypeStructs with shardings; or what
-    waits for it in the host's."""
+    """Returns the bytes of ShapeDtypeStructs with shardings in one device's memory.
+
+    What waits for the device in the host's memory counts as well.
+    """
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
@@ -121,9 +123,12 @@ def count(config: build.Config) -> tuple[int, float]:
 
 
 def _ideal_bytes(config: build.Config, params: Params, frozen: Params, mesh: Mesh) -> float:
-    """What a chip must send in a step: each split weight is gathered for either pass and its
-    gradient reduce-scattered, the rest all-reduced; frozen weights are gathered once. What a
-    "tensor" axis sends of activations comes on top."""
+    """Returns the bytes that a chip must send in a step.
+
+    Every split weight is gathered for both passes and its gradient reduce-scattered; other
+    gradients are all-reduced; frozen weights are gathered once. What a "tensor" axis sends of
+    activations comes on top.
+    """
     size = jax.numpy.dtype(config.model.get("dtype", "float32")).itemsize
     f, d = mesh.shape["fsdp"], mesh.shape["data"]
 
@@ -172,8 +177,10 @@ def _told(config: build.Config, where: Slice, mesh: Mesh, error: DoesNotFit) -> 
 
 
 def _least_rows(config: build.Config, mesh: Mesh) -> int:
-    """Of a global batch, and what others are multiples of: SAM's replicas lie whole on a shard, a
-    contrastive loss needs two pairs."""
+    """Returns the smallest global batch, of which all others are multiples.
+
+    SAM's replicas lie whole on a shard; a contrastive loss needs two pairs.
+    """
     shards = sharding.batch_shards(mesh)
     if config.task.get("sam_rho"):
         return shards * config.task.sam_replica_batch

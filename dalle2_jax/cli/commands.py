@@ -1,4 +1,4 @@
-"""What every command shares: flags, one line for a mistake or Ctrl-C, compiled programs kept."""
+"""Flags, exit status and one-line errors of every command; the cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ def run(
 ) -> None:
     """Parses the flags, runs `main` and exits: 0 or what it returns, 2 for a user's mistake.
 
-    `words` says what stands beside the flags and is handed to `main`, as in ("import", "SOURCE"):
-    those in capitals are the user's, the others stand as they are.
-
     Ctrl-C is one line and status 130, after `main` cleaned up; `stop` and `stop_at_once` are for
-    those that have nothing to clean up.
+    commands that have nothing to clean up.
 
-    `program` is the name shown before messages; None: that of the script.
+    Args:
+        main: called with the words that stand beside the flags.
+        words: what these must be, as in ("import", "SOURCE"): those in capitals are the user's, the
+            others stand as they are.
+        program: the name shown before messages; None: that of the script.
     """
     global _program
     _program = program or ""
@@ -89,11 +90,11 @@ def _say_stopped() -> int:
 
 
 def stop(number: int = signal.SIGINT, *_: object) -> None:
-    """A handler of SIGINT and SIGTERM that ends the process with one line; of SIGTERM with status
-    0, as a run that was told to end and has lost nothing.
+    """Ends the process with one line; a handler of SIGINT and SIGTERM.
 
-    For a command that leaves nothing half written when it is killed. JAX runs Python code from
-    places that swallow a KeyboardInterrupt.
+    The status after SIGTERM is 0: the run was asked to end and has lost nothing. For commands that
+    leave nothing half written when they are killed: JAX runs Python code from places that swallow a
+    KeyboardInterrupt.
     """
     try:
         _say_stopped()
@@ -102,7 +103,7 @@ def stop(number: int = signal.SIGINT, *_: object) -> None:
 
 
 def stop_at_once() -> None:
-    """Ctrl-C acts as `stop`, even while XLA compiles: a handler would wait for it to end.
+    """Makes Ctrl-C act as `stop` does, even while XLA compiles: a handler would wait for its end.
 
     A file that is being written then stays behind as a hidden .tmp file.
     """
@@ -116,7 +117,7 @@ def stop_at_once() -> None:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """What to install; raises `error` again where it is no library of training."""
+    """Returns what to install; raises `error` again unless it is a library of training."""
     if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
         raise error
     return f"{error.name} is not installed: in the project's folder, pip install -e '.[train]'"

@@ -36,8 +36,10 @@ KNOTS = 33
 
 
 def knots(num_timesteps: int) -> np.ndarray:
-    """The times at which v_t is measured, int [KNOTS], from the first to the last of the training
-    schedule; closer where there is little noise, for there it changes most."""
+    """Returns the times at which v_t is measured, int [KNOTS], over the training schedule.
+
+    They are closer where there is little noise, since v_t changes most there.
+    """
     return np.round((num_timesteps - 1) * np.linspace(0, 1, KNOTS) ** 2).astype(int)
 
 

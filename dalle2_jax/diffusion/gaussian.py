@@ -1,4 +1,23 @@
-"""q(x_t | x_0), its posterior, and what a network's raw output says of x_0 and eps.
+"""q(x_t | x_0), its posterior, and conversions between the predictions of a network.
+
+A diffusion model is trained to undo noise. Its forward process needs no network: x_t is x_0,
+shrunk, plus Gaussian noise, and the schedule says how much of each is left at time t:
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
+
+abar_t falls from nearly 1 (all signal) to nearly 0 (all noise), so that x_T can be sampled without
+knowing x_0. Because the variances add up to 1, data of unit variance keep it at every t.
+
+Given x_t, each of x_0, eps and v determines the other two: there is one equation between them and
+two unknowns. So it does not matter to a solver which of them the network predicts; it matters to
+training, because the loss weighs them differently: an error in eps counts most where x_t is nearly
+clean, one in x_0 where it is nearly noise; v = sqrt(abar) eps - sqrt(1 - abar) x_0 is in between
+and well-behaved at both ends. `to_prediction` turns any of them into a consistent (x_0, eps).
+
+Going backwards, x_{t-1} given x_t and x_0 is Gaussian again, with a mean between the two (the
+posterior, `q_posterior`). Putting the network's x_0 into it gives DDPM's ancestral step. Its
+variance lies between beta~ (if x_0 is known exactly) and beta (if nothing is known of it); a
+network may learn where between, as a fraction of the two on a log scale (7).
 
     x_t   = sqrt(abar) x_0 + sqrt(1 - abar) eps                                              (1)
     x_0   = (x_t - sqrt(1 - abar) eps) / sqrt(abar)                                          (2)
@@ -87,7 +106,7 @@ def eps_from_v(schedule: Schedule, x_t: Array, v: Array, t: Array) -> Array:
 
 
 def learned_log_variance(schedule: Schedule, raw: Array, t: Array) -> Array:
-    """Equation (7): the raw output [b, ...], in [-1, 1] for the usual range -> log variance."""
+    """Equation (7): the raw output [b, ...], usually in [-1, 1] -> log variance."""
     low = extract(schedule.posterior_log_variance_clipped, t, raw.ndim)
     high = extract(schedule.log_beta, t, raw.ndim)
     fraction = (raw.astype(jnp.float32) + 1) / 2
@@ -95,7 +114,7 @@ def learned_log_variance(schedule: Schedule, raw: Array, t: Array) -> Array:
 
 
 def check_kind(kind: str) -> None:
-    """UserError unless a network can predict this: "eps", "x_0" or "v"."""
+    """Raises UserError unless a network can predict this: "eps", "x_0" or "v"."""
     if kind not in KINDS:
         raise UserError(f"prediction must be one of {', '.join(KINDS)}, not {kind!r}")
 
@@ -109,17 +128,18 @@ def to_prediction(
     clip: Clip = None,
     learned_variance: bool = False,
 ) -> Prediction:
-    """What a network's raw output says of x_0, eps and, if learned, the variance.
+    """Converts a network's raw output to x_0, eps and, if learned, the log variance.
 
     Args:
         schedule: the schedule that t indexes.
-        kind: what the network predicts, "eps", "x_0" or "v".
-        out: [b, ...] like x_t; with learned_variance its last axis is twice as wide and the
-            second half goes through equation (7).
+        kind: the predicted quantity, "eps", "x_0" or "v".
+        out: [b, ...] like x_t; with learned_variance its last axis is twice as wide and the second
+            half goes through equation (7).
         x_t: [b, ...].
         t: a scalar or [b], index into `schedule`.
         clip: None, ("static", bound) or ("dynamic", percentile), applied to x_0; eps is then
             recomputed by (3), so that the two still agree with x_t.
+        learned_variance: see `out`.
 
     Raises:
         UserError: an unknown kind, or an output whose shape does not fit x_t.

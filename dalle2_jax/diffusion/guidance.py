@@ -65,7 +65,9 @@ def _rescaled(out: Array, cond: Array, phi: float | Array) -> Array:
 
 
 def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:
-    """Where (4) guides, bool [T]: low < sigma / alpha <= high, for interval = (low, high)."""
+    """Returns where (4) guides, bool [T]: low < sigma / alpha <= high, for interval = (low,
+    high).
+    """
     level = np.exp(-0.5 * schedule.logsnr)
     return (interval[0] < level) & (level <= interval[1])
 
@@ -110,8 +112,10 @@ def guide(
 
 
 def _side_by_side(a: Array, b: Array) -> Array:
-    """[b, ...] and [b, ...] -> [2 b, ...], row by row: of a batch that is split over devices both
-    halves of a row stay on its own."""
+    """[b, ...] and [b, ...] -> [2 b, ...], row by row.
+
+    In a batch that is split over devices both halves of a row then stay on the same device.
+    """
     return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 

@@ -1,12 +1,13 @@
-"""Drawing what is missing of a picture y that is known where a mask m is 1.
+"""Generating the missing part of an image y that is known where a mask m is 1.
 
     x_0 <- m y + (1 - m) x_0, and eps that fits it                                           (1)
     x_t = sqrt(a) x_{t-1} + sqrt(1 - a) noise,  a = abar_t / abar_{t-1}                      (2)
 
-(1) puts what is known into every prediction (GLIDE's code for 2112.10741, section 2.3; as a
-projection, DDNM 2212.00490, equation 13). A network that was not taught what is known then fits its
-drawing to it only little by little; (2) goes a step back and takes it again, several times, so that
-both can meet (RePaint 2201.09865, section 4.2, with jumps of one step).
+(1) puts the known pixels into every prediction (GLIDE's code for 2112.10741, section 2.3; as a
+projection, DDNM 2212.00490, equation 13). A network that was not trained to be told them fits the
+rest only little by little: one step smooths the seam a little, and noise undoes part of it. (2)
+goes one step back and takes the step again, several times, so that both parts can agree (RePaint
+2201.09865, section 4.2, with jumps of one step).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from dalle2_jax.types import Array, Denoiser, Prediction, PyTree, Solver
 
 
 def keeping(schedule: Schedule, denoiser: Denoiser, known: Array) -> Denoiser:
-    """The denoiser under (1); `known` [b, h, w, 4] holds m y and m.
+    """Returns the denoiser under (1); `known` [b, h, w, 4] holds m y and m.
 
-    The prediction at t = 0 stays as it is: there the network smooths the seam, and what is known is
-    pasted over it afterwards.
+    The prediction at t = 0 stays as it is: there the network smooths the seam, and the known pixels
+    are pasted over the result afterwards.
     """
     y, m = known[..., :-1], known[..., -1:]
 
@@ -39,14 +40,19 @@ def keeping(schedule: Schedule, denoiser: Denoiser, known: Array) -> Denoiser:
 
 
 def num_calls(steps: int, repeats: int) -> int:
-    """How many steps those of `Resampling` are: each of `steps` so often, but for the last."""
+    """Returns the number of steps of `Resampling`: each of `steps` repeated, but not the last."""
     return (steps - 1) * repeats + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resampling:
-    """Equation (2): every step of a deterministic `solver` taken `repeats` times, a `Solver` whose
-    own steps are `num_calls` in number, with noise of its own for each."""
+    """Equation (2): takes every step of a deterministic `solver` several times; a `Solver` itself.
+
+    call t = (steps - 1) * repeats .. 0         `num_calls` in all
+        s       = the solver's own step          each repeated but s = 0
+        x_{s-1} = solver.step(x_s)
+        if it is to be repeated:  x_s = sqrt(a) x_{s-1} + sqrt(1 - a) noise of this call
+    """
 
     solver: Solver
     schedule: Schedule

@@ -9,7 +9,7 @@ from dalle2_jax.diffusion import gaussian, losses, schedules
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """How a stage is noised and what its network predicts (unCLIP, Table 3)."""
+    """The noise process of a stage and the prediction of its network (unCLIP, Table 3)."""
 
     schedule: str = "cosine"
     num_timesteps: int = 1000

@@ -128,10 +128,10 @@ def crop(images: jax.Array, offsets: jax.Array, size: int) -> jax.Array:
 def random_crop_pair(
     key: jax.Array, low: jax.Array, high: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The same random window of a picture at two sizes.
+    """Crops the same random window of an image at two sizes.
 
-    `low` [b, h, w, c] and `high` [b, f h, f w, c] -> [b, size / f, size / f, c] and
-    [b, size, size, c]. The windows start on a pixel of `low`, so they show exactly the same.
+    `low` [b, h, w, c] and `high` [b, f h, f w, c] -> [b, size / f, size / f, c] and [b, size, size,
+    c]. Windows start on a pixel of `low`, so that both show exactly the same.
     """
     factor, rest = divmod(high.shape[1], low.shape[1])
     if rest or high.shape[2] != low.shape[2] * factor or size % factor:

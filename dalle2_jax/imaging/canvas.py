@@ -1,4 +1,4 @@
-"""A canvas larger than what the model draws at once, drawn frame by frame over what is there."""
+"""A canvas larger than the model's images, generated frame by frame over what is there."""
 
 from __future__ import annotations
 
@@ -86,8 +86,10 @@ def frames(known: np.ndarray, size: int, overlap: float) -> Iterator[Window]:
 
 
 def _beside_unseen(known: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
-    """How many pixels along the sides of the windows at top [n, 1] and left [1, m] are not known,
-    but their neighbour outside is -> int [n, m]."""
+    """Counts, for each window, edge pixels that are unknown but have a known neighbour outside.
+
+    Windows start at top [n, 1] and left [1, m] -> int [n, m].
+    """
     around = np.pad(known, 1, mode="edge")
     rows, columns = top[:, 0], left[0]
     last_rows, last_columns = rows + size - 1, columns + size - 1

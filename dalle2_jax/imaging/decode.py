@@ -43,8 +43,10 @@ def decode(
 
 
 def transparent(data: bytes) -> np.ndarray:
-    """Where the picture's alpha is 0, bool [h, w], upright: nowhere, if it has none. Raises as
-    `decode`."""
+    """Returns where an image's alpha is 0, bool [h, w], upright; nowhere if it has no alpha.
+
+    Raises as `decode`.
+    """
     with _opened(data) as image:
         upright = ImageOps.exif_transpose(image)
         return np.asarray(upright.convert("RGBA"))[..., 3] == 0

@@ -48,7 +48,7 @@ CHROMA_TABLE = """
 
 
 class Strength(NamedTuple):
-    """How much is done to a picture; bounds are inclusive."""
+    """Ranges of the random degradations; bounds are inclusive."""
 
     blurs: int
     spread: float  # factor on the blurs' variances (anisotropic) or sigmas (isotropic)

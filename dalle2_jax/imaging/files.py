@@ -1,7 +1,7 @@
-"""Pictures as files: PNGs that carry how they were drawn, and labelled grids of them.
+"""Image files: PNGs that carry how they were generated, animations, and reading any file.
 
-Pictures are uint8 [h, w, 3]. The story of a picture is a JSON object in an iTXt chunk, so that the
-file alone is enough to draw it again.
+Images are uint8 [h, w, 3]. The metadata of an image are a JSON object in an iTXt chunk, so that the
+file alone is enough to generate it again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CHUNK = "dalle2_jax"
 def save_png(
     path: str | Path, picture: np.ndarray, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes uint8 [h, w, 3] whole or not at all; `metadata` (plain JSON values) goes inside.
+    """Writes uint8 [h, w, 3] whole or not at all, with `metadata` (plain JSON values) inside.
 
-    The folder is made where it is not. The same picture and metadata give the same bytes. Raises
-    UserError for a place that cannot be written.
+    The folder is created if necessary. The same image and metadata give the same bytes. Raises
+    UserError if the place cannot be written to.
     """
     path = paths.to_path(path)
     picture = np.asarray(picture)
@@ -51,8 +51,11 @@ def save_png(
 def save_animation(
     path: str | Path, frames: Sequence[np.ndarray] | np.ndarray, milliseconds: int
 ) -> None:
-    """Writes uint8 [h, w, 3] frames of one size as a WebP that runs there and back for ever, each
-    for so long; the ends stay four times as long. UserError as of `save_png`."""
+    """Writes uint8 [h, w, 3] frames of one size as a WebP that runs there and back for ever.
+
+    Every frame shows for `milliseconds`, those at the ends four times as long. Raises UserError as
+    `save_png`.
+    """
     path = paths.to_path(path)
     there = [Image.fromarray(np.asarray(frame)) for frame in frames]
     images = [*there, *there[-2:0:-1]]
@@ -70,7 +73,7 @@ def save_animation(
 
 
 def prepare_folder(path: str | Path) -> Path:
-    """Makes the folder and proves that it can be written to; UserError if not, or for no name."""
+    """Creates the folder and checks that it can be written to; raises UserError."""
     if not str(path).strip():  # pathlib takes it for the current folder
         raise UserError("the folder to write to has no name: give one, or . for the current folder")
     path = paths.to_path(path)
@@ -88,7 +91,7 @@ def prepare_folder(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_png` put into a PNG. Raises UserError where there is nothing of the kind."""
+    """Returns the metadata that `save_png` put into a PNG; raises UserError if there are none."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # a text chunk may follow the pixels
@@ -109,23 +112,26 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> np.ndarray:
-    """A picture file of any mode as uint8 [h, w, 3]: upright, over white, 16 bits brought to 8.
+    """Reads an image file of any mode as uint8 [h, w, 3]: upright, over white, 16 bits as 8.
 
-    So it is that training reads pictures, see `data.decode`. Raises UserError for a file that is
-    missing, damaged, no picture, or too large.
+    Training reads images in the same way, see `imaging.decode`. Raises UserError for a file that is
+    missing, damaged, no image, or too large.
     """
     return _read(path, decode)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Which pixels of a picture are to be drawn anew, bool [h, w], from a file that shows it: where
-    alpha is 0 or, if it is so nowhere, where it is white. UserError as of `read`."""
+    """Reads the pixels that a mask file marks to be regenerated, bool [h, w].
+
+    These are the transparent pixels (alpha 0) or, if there are none, the white ones. Raises
+    UserError as `read`.
+    """
     erased = _read(path, transparent)
     return erased if erased.any() else read(path).mean(axis=-1) > 127.5
 
 
 def read_erased(path: str | Path) -> np.ndarray:
-    """Where a picture's alpha is 0, bool [h, w]. UserError as of `read`."""
+    """Returns where the alpha of an image file is 0, bool [h, w]. Raises UserError as `read`."""
     return _read(path, transparent)
 
 

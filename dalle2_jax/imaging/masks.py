@@ -1,8 +1,8 @@
-"""What of a picture is known: the random masks of training, and known pixels beside drawn ones.
+"""Known parts of images: the random masks of training, and pasting known pixels back.
 
-GLIDE (2112.10741, section 2.3) erases random regions of training pictures. A mask is float
-[b, h, w, 1], 1 where the picture is known and 0 where it is to be drawn. A picture that is known in
-part is [b, h, w, 4]: its colours in [-1, 1], 0 where they are not known, and the mask.
+GLIDE (2112.10741, section 2.3) erases random regions of training images. A `known_mask` is float
+[b, h, w, 1], 1 where pixels are known (kept) and 0 where they are generated. An image that is known
+in part is [b, h, w, 4]: its colours in [-1, 1], 0 where unknown, and the mask.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Statistics(nn.Module):
         return jnp.concatenate([dot, along], axis=1)
 
     def codes(self, z_img: Array, z_txt: Array) -> Array:
-        """z_img, z_txt [b, dim] -> int32 [b, 1 + dims]; what is out of range takes the last."""
+        """Returns the codes of z_img, see `Statistics.codes`."""
         width = jnp.maximum(self.high - self.low, 1e-6)[None]
         share = (self.values(z_img, z_txt) - self.low[None]) / width
         codes = jnp.floor(share * self.buckets).astype(jnp.int32)
@@ -59,7 +59,7 @@ class Statistics(nn.Module):
 
 
 class Past(NamedTuple):
-    """What decoding keeps of the sequence so far."""
+    """Keys and values of the codes so far, which decoding keeps instead of computing them again."""
 
     cache: Cache
     keys: Array  # bool b n: places that hold something, or will
@@ -124,11 +124,13 @@ class ARPrior(nn.Module):
         return self.statistics.codes(z_img, z_txt)
 
     def to_z_img(self, codes: Array) -> Array:
-        """See `Statistics.z_img`."""
+        """Returns the z_img of codes, see `Statistics.z_img`."""
         return self.statistics.z_img(codes)
 
     def logits(self, codes: Array, z_txt: Array, txt_enc: Array, txt_mask: Array) -> Array:
-        """Of each of the codes [b, 1 + dims] from those before it, [b, 1 + dims, buckets]."""
+        """Returns logits [b, 1 + dims, buckets] of each code, given the codes [b, 1 + dims]
+        before it.
+        """
         before = self._embed(codes[:, :-1], jnp.arange(self.dims))
         x = jnp.concatenate([self._prefix(z_txt, txt_enc, txt_mask), before], axis=1)
         n = txt_mask.shape[1]

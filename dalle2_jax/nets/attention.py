@@ -46,8 +46,10 @@ def without_kernels() -> contextlib.AbstractContextManager[None]:
 
 
 def only_einsum() -> contextlib.AbstractContextManager[None]:
-    """As `without_kernels`, but on every platform, and all logits are kept for the backward pass:
-    for counting what must be computed, nothing of it twice."""
+    """Traces attention as einsums on every platform and keeps all logits for the backward pass.
+
+    For counting what must be computed, nothing of it twice; see `without_kernels`.
+    """
     return _tracing("einsum")
 
 

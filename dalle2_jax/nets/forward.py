@@ -16,9 +16,9 @@ def forward(
     method: str | None = None,
     rngs: dict[str, Array] | None = None,
 ) -> Any:
-    """What `network` (its `__call__`, or `method`) returns for `args`.
+    """Returns the output of `network` (its `__call__`, or `method`) for `args`.
 
-    The output alone: Flax's `apply` gives changed variables beside it only where some are mutable,
-    which none are here.
+    Flax's `apply` returns changed variables beside the output only if some are mutable; none are
+    here.
     """
     return network.apply({"params": params}, *args, method=method, rngs=rngs)

@@ -64,7 +64,7 @@ def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
     within = False
 
     def _split(layer: nn.Module, params: Mapping[str, Array]) -> dict[str, PartitionSpec]:
-        """How those of the layer's parameters are split that are."""
+        """Returns the shardings of those parameters of the layer that are split."""
         found = {name: specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
         return {name: spec for name, spec in found.items() if spec and any(spec)}
 
@@ -182,10 +182,11 @@ def _specs(trees: Sequence[PyTree]) -> Specs:
 
 
 def _in_body(layer: nn.Module) -> bool:
-    """Whether nn.scan or nn.remat runs the layer. Flax binds what it transforms as a new root.
+    """Returns whether nn.scan or nn.remat runs the layer; Flax binds what it transforms as a new
+    root.
 
-    Their backward pass is a program of its own, which gathers weights anew, and once. Elsewhere the
-    compiler would see that the forward pass gathers the same and keep that, unless prevented.
+    Their backward pass is a program of its own, which gathers weights again, once. Elsewhere the
+    compiler would see that the forward pass gathers the same and keep it, unless it is prevented.
     """
     while isinstance(layer.parent, nn.Module):
         layer = layer.parent
@@ -249,7 +250,7 @@ def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
 
 
 def _run(coords: Sequence[Sequence[int]], block: int) -> int:
-    """How many blocks from the first on differ in one coordinate alone, everywhere alike."""
+    """Returns how many blocks, from the first, differ in one coordinate only, in the same way."""
     n, best = len(coords), 1
     for length in range(2, n // block + 1):
         if n % (block * length):

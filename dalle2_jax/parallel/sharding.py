@@ -89,10 +89,10 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def local_shards(mesh: Mesh, process_index: int | None = None) -> list[int]:
-    """Which of the `batch_shards` parts of a batch lie on this process's devices, in order.
+    """Returns which of the `batch_shards` parts of a batch are on this process's devices, in order.
 
-    Along the torus they need not be neighbours: a host's chips are a block of several rows. Where
-    the "tensor" axis spans hosts, several hold the same part.
+    Along the torus they need not be neighbours: the chips of a host are a block of several rows. If
+    the "tensor" axis spans hosts, several of them hold the same part.
     """
     process = jax.process_index() if process_index is None else process_index
     devices = mesh.devices.reshape(batch_shards(mesh), -1)
@@ -152,8 +152,10 @@ def _spec(shape: tuple[int, ...], tactic: str, mesh: Mesh, path: str) -> Partiti
 
 
 def _fills_tiles(shape: tuple[int, ...], axis: int, parts: int) -> bool:
-    """Whether slices along `axis` end where a TPU's tiles of 8 x 128 do: others are sent padded,
-    and the compiler gathers them by adding them up, twice the bytes."""
+    """Returns whether slices along `axis` end where a TPU's tiles of 8 x 128 do.
+
+    Others are sent padded, and the compiler gathers them by adding them up: twice the bytes.
+    """
     tile = {len(shape) - 1: 128, len(shape) - 2: 8}.get(axis, 1)
     return shape[axis] // parts % tile == 0
 

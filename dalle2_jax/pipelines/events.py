@@ -1,8 +1,8 @@
-"""What generating yields: progress of the stages, and batches of finished images.
+"""Events of generating: progress of the stages, and batches of finished images.
 
-Everything that takes time in this room is a generator of events. A caller that wants the result
-alone runs it to its end with `collect`; one that shows progress or intermediate images reads the
-events. Closing a generator cancels the work.
+Everything here that takes time is a generator of events. A caller that wants only the result runs
+it to its end with `collect`; one that shows progress or intermediate images reads the events.
+Closing a generator cancels the work.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mode(NamedTuple):
-    """How many images and prompts a mode takes, from and to, and an example in words."""
+    """Numbers of images and prompts that a mode takes, from and to, and an example in words."""
 
     images: tuple[int, int]
     prompts: tuple[int, int]

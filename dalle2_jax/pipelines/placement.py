@@ -1,4 +1,4 @@
-"""Where the arrays of sampling are placed: weights on all devices or on the host, batches split."""
+"""Placement of the arrays of sampling: weights on all devices or on the host, batches split."""
 
 from __future__ import annotations
 

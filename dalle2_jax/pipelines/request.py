@@ -141,7 +141,10 @@ class Request:
 
     @property
     def edit_mask(self) -> np.ndarray:
-        """Where the one image is to be regenerated, bool [h, w]; raises UserError if nowhere."""
+        """The pixels of the one image that are to be regenerated, bool [h, w].
+
+        Raises UserError if there are none.
+        """
         (image,) = self.images
         if self.mask is not None:
             return arguments.edit_mask(self.mask.edit_mask, image.pixels.shape)

@@ -1,7 +1,8 @@
-"""What a person asks for, whoever carries it: a `Request`, and `run`, which answers it.
+"""Answering a `Request`: `run` generates what a person asks for, whoever carries the request.
 
 The command line maps flags to a Request and writes files; a server maps JSON and forms to a Request
-and streams. Neither knows how a mode works, and nothing here knows of flags, files' places or HTTP.
+and streams. Neither knows how a mode works, and nothing here knows of flags, places of files or
+HTTP.
 
     for event in run(model, request):       StageProgress, Preview or Generated, as they come
 

@@ -111,7 +111,7 @@ def _blocks(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def conditions(extra_tokens: int) -> list[Rule]:
-    """How Karlo's decoder is told z_img and the caption, beside its U-Net."""
+    """Returns the rules for the layers that give z_img and the caption to Karlo's decoder."""
     return [
         ("cf_param", "null_z_img", SAME),
         *module("text_feat_proj", "emb_txt", DENSE),

@@ -39,8 +39,7 @@ HEAD_CHANNELS = 64
 
 
 def is_here(source: Path) -> bool:
-    """Whether the source is a CLIP alone: a folder of transformers or OpenCLIP, or a file of
-    OpenAI's."""
+    """Returns whether the source is a CLIP alone: of transformers, OpenCLIP or OpenAI."""
     return _reader(source) is not None
 
 
@@ -51,7 +50,7 @@ def stages(source: Path) -> Iterator[Stage]:
 
 
 def _reader(source: Path) -> Callable[[Path], Stage] | None:
-    """What reads it. A folder may be of both kinds, as some on the hub are: transformers' then."""
+    """Returns the reader of a source; a folder of both kinds is read as transformers'."""
     if source.is_file():
         return openai_stage if is_archive(source) else None
     config = source / "config.json"

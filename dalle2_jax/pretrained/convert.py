@@ -76,7 +76,7 @@ def check_free(out: Path) -> None:
 
 
 def _remove_stale(out: Path) -> None:
-    """What a process that was killed left beside `out`, an hour ago or more."""
+    """Removes what a killed process left beside `out`, an hour ago or more."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*{_UNFINISHED}"):
         newest = max(path.lstat().st_mtime for path in (left, *left.rglob("*")))
         if left.is_dir() and time.time() - newest > STALE_SECONDS:

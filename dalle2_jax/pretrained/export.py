@@ -101,8 +101,10 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
 
 
 def _image_tower(clip: sources.Stage) -> Any:
-    """That of the pipeline's CLIP. None beside a prior: UnCLIPPipeline has no place for it, and one
-    of ours stays behind."""
+    """Returns the image tower of the pipeline's CLIP; None beside a prior.
+
+    UnCLIPPipeline has no place for one, so ours is not exported.
+    """
     return clip.entry["model"]["image"]
 
 

@@ -16,6 +16,8 @@ PIPELINES = ("KandinskyV22PriorPipeline", "KandinskyPriorPipeline")
 
 
 def stages(folder: Path) -> Iterator[Stage]:
-    """What the pipeline in `folder` consists of, CLIP first. UserError: it is another network."""
+    """Yields the stages of the pipeline in `folder`, CLIP first; raises UserError for other
+    networks.
+    """
     yield unclip.clip_stage(folder, "image_processor")
     yield unclip.prior_stage(folder, "scheduler")

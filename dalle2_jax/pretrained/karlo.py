@@ -23,13 +23,15 @@ IMAGE_SIZE, UPSAMPLED_SIZE = 64, 256
 
 
 def is_here(folder: Path) -> bool:
-    """Whether the folder holds one of Karlo's checkpoints."""
+    """Returns whether the folder holds one of Karlo's checkpoints."""
     return any(any(folder.glob(pattern)) for pattern in (PRIOR, DECODER, UPSAMPLER))
 
 
 def stages(folder: Path) -> Iterator[Stage]:
-    """What the model in `folder` consists of, CLIP first. UserError: a file is missing, or it is
-    another network."""
+    """Yields the stages of the model in `folder`, CLIP first.
+
+    Raises UserError if a file is missing or holds another network.
+    """
     files = [_one(folder, pattern) for pattern in (PRIOR, STATISTICS, DECODER, UPSAMPLER)]
     prior, statistics, decoder, upsampler = files
     clip = clip_stage(folder)

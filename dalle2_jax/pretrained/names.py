@@ -27,7 +27,7 @@ Read = Callable[[str], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one tensor of theirs becomes ours, and back."""
+    """A conversion of one tensor of theirs into ours, and back."""
 
     ours: Callable[[np.ndarray], Any]
     theirs: Callable[[Any], np.ndarray]
@@ -246,6 +246,6 @@ def _from_the_end(template: str) -> dict[str, str]:
 
 
 def _count(before: str, names: Iterable[str]) -> int:
-    """How many numbers follow `before` in names."""
+    """Counts the numbers that follow `before` in names."""
     numbered = re.compile(re.escape(before) + r"(\d{1,6})")
     return 1 + max(int(match[1]) for name in names if (match := numbered.match(name)))

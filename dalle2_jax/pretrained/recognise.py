@@ -14,15 +14,15 @@ PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.P
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds another program's model; it may be one that nothing here reads."""
+    """Returns whether a folder holds another program's model, even one that nothing here reads."""
     pipeline = (folder / "model_index.json").is_file()
     return pipeline or karlo.is_here(folder) or clip.is_here(folder)
 
 
 def stages(source: Path) -> list[Stage]:
-    """What the model consists of, CLIP first.
+    """Yields the stages of the model, CLIP first.
 
-    Raises UserError where nothing here reads it, or its settings are of a network that is not ours.
+    Raises UserError if nothing here reads it, or if its settings are of a network that is not ours.
     """
     index = source / "model_index.json"
     if index.is_file():

@@ -1,4 +1,4 @@
-"""What other programs' models consist of; their tensors and settings, read one at a time."""
+"""Models of other programs: their tensors and settings, read one at a time."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _pickled(path: Path) -> Tensors:
 
 @contextlib.contextmanager
 def sizes_of(path: Path) -> Iterator[None]:
-    """What sizes cannot be read from, in the block, is told as another network in `path`."""
+    """Reports sizes that cannot be read within the block as another network in `path`."""
     try:
         yield
     except KeyError as error:

@@ -30,7 +30,7 @@ _STORAGES = {
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the file is one; what is damaged is none."""
+    """Returns whether the file is a TorchScript archive; a damaged one is not."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())

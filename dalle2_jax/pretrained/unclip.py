@@ -18,7 +18,9 @@ PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 
 
 def stages(folder: Path) -> Iterator[Stage]:
-    """What the pipeline in `folder` consists of, CLIP first. UserError: it is another network."""
+    """Yields the stages of the pipeline in `folder`, CLIP first; raises UserError for other
+    networks.
+    """
     kind = read_json(folder / "model_index.json")["_class_name"]
     pictures = kind == "UnCLIPImageVariationPipeline"
     yield clip_stage(folder, "feature_extractor" if pictures else None)
@@ -60,7 +62,7 @@ def clip_stage(folder: Path, processor: str | None) -> Stage:
 
 
 def tower(told: Config) -> dict[str, Any]:
-    """What transformers' settings of either tower of CLIP say of ours."""
+    """Returns our settings of either tower of CLIP from those of transformers."""
     told.expect(hidden_act=("gelu", "quick_gelu"), layer_norm_eps=1e-5)
     width = told.whole("hidden_size")
     return {

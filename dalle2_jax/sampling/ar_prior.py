@@ -21,15 +21,15 @@ from dalle2_jax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the codes are sampled; a model's defaults stand in its folder's `config.json`.
+    """Sampling of the codes; a model's defaults are in its folder's `config.json`.
 
     Attributes:
         temperature: of the codes; 0 takes the likeliest.
         top_p: samples from the likeliest codes that together have this probability; 1: from all.
         cfg_scale: guidance scale; 1 is off.
         dot_share: the dot product with z_txt, which is sampled first, comes from the highest share
-            of its predicted distribution, for images that fit their caption better. The paper
-            found the top half (0.5) best of 0.5, 0.3, 0.15 and 0.05.
+            of its predicted distribution, for images that fit their caption better. The paper found
+            the top half (0.5) best of 0.5, 0.3, 0.15 and 0.05.
     """
 
     temperature: float = 1.0

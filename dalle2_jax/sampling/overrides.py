@@ -15,11 +15,11 @@ Override = Any
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How the stages are to be sampled, where it differs from the model folder.
+    """Options of sampling the stages, where they differ from the model folder.
 
     Each option is None (as the folder says), {stage: value}, or one value: of `solver` that is
-    every stage's, of all others the decoder's. What the values mean: `sampling.settings.Settings`,
-    for the autoregressive prior `sampling.ar_prior.Settings`.
+    every stage's, of all others the decoder's. Their meaning is documented in
+    `sampling.settings.Settings` and, for the autoregressive prior, in `sampling.ar_prior.Settings`.
     """
 
     steps: Override = None

@@ -1,4 +1,6 @@
-"""Which prior samples z_img, or none: z_txt in its place (the ablation of unCLIP's figure 8)."""
+"""The choice of a prior, or of none: z_txt in place of z_img (the ablation of unCLIP's figure
+8).
+"""
 
 from __future__ import annotations
 

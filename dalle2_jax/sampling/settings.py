@@ -1,4 +1,4 @@
-"""How a diffusion stage is sampled: the settings of its entry in a model folder's config.json."""
+"""Settings of sampling a diffusion stage, as its entry in a model folder's config.json has them."""
 
 from __future__ import annotations
 

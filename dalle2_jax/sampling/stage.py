@@ -63,7 +63,7 @@ def finish(events: Events[Result], progress: Progress | None = None) -> Result:
 
 
 class Numbers(NamedTuple):
-    """What a program takes as arguments, so that other values of it do not compile anew."""
+    """The arguments of a program: other values of them do not compile it anew."""
 
     solver: dict[str, Any]  # tables of the solver and of its schedule, padded to num_timesteps
     schedule: dict[str, Any]

@@ -16,7 +16,7 @@ _BETWEEN = "\n" + "=" * 100 + "\n\n"
 
 
 def read(folder: Path) -> str:
-    """What a model folder holds of licences; nothing where it says nothing."""
+    """Returns the text of a model folder's licences; "" if it has none."""
     path = folder / NAME
     try:
         with paths.as_user_error("cannot read", path):

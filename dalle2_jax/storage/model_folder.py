@@ -55,7 +55,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 
 def here(name: str | os.PathLike[str]) -> Path | None:
-    """As `resolve`, but None for a hub id of what is not on this machine."""
+    """Resolves a name as `resolve` does, but returns None for a hub id that is not on this
+    machine.
+    """
     text = os.fspath(name)
     if text in packaged_names():
         return PACKAGED / text
@@ -290,7 +292,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 
 def stage_path(folder: str | os.PathLike[str], stage: str) -> Path:
-    """Where a stage's tensors lie."""
+    """Returns the path of a stage's tensors."""
     return paths.to_path(folder) / f"{stage}.safetensors"
 
 

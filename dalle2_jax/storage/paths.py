@@ -27,7 +27,7 @@ _AT_ONCE = 256  # files fetched between two writings of the index
 
 
 def is_remote(name: object) -> bool:
-    """Whether a path or its name is an address, such as gs://bucket/folder."""
+    """Returns whether a path or its name is an address, such as gs://bucket/folder."""
     return "://" in str(name)
 
 
@@ -56,16 +56,16 @@ def to_path(name: str | os.PathLike[str] | Path) -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a file system says, local or not, in one line."""
+    """Returns the message of a file system's error, local or not, as one line."""
     told = getattr(error, "strerror", None) or error
     return " ".join(str(told).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
 def as_user_error(what: str, path: object) -> Iterator[None]:
-    """Errors of a bucket's client (no rights, no network), which are of many kinds, as UserError.
+    """Raises errors of a bucket's client (no permission, no network), of many kinds, as UserError.
 
-    Those over a local path go through.
+    Errors over a local path pass through.
     """
     try:
         yield
@@ -149,7 +149,7 @@ def cache() -> Path:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes when an object is written anew."""
+    """Returns what changes when an object is written again."""
     marks = [info.get(key) for key in ("size", "generation", "etag", "crc32c", "md5Hash", "mtime")]
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 

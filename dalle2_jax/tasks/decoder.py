@@ -77,8 +77,11 @@ class DecoderTask:
     def condition(
         self, frozen: Params, batch: Batch, keep_txt: Array | None = None, guided: bool = False
     ) -> dict[str, Any]:
-        """What `nets.decoder.Decoder` is told of a batch, its captions left out where `keep_txt`
-        [b] is False; or, `guided`, the sampler."""
+        """Returns the condition of `nets.decoder.Decoder` for a batch.
+
+        Captions are left out where `keep_txt` [b] is False. `guided`: the condition also carries
+        what guidance moves away from.
+        """
         clip, tokens = frozen["clip"], batch["tokens"]
         z_img = self.clip.encode_image(clip, arrays.to_float(batch["image"]))
         text, empty, learned = None, None, self.network.learned_null

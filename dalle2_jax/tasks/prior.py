@@ -90,7 +90,7 @@ class PriorTask:
         return apply, forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
 
     def condition(self, frozen: Params, tokens: Array, keep: Array) -> Mapping[str, Array]:
-        """What the network is told of b captions, and of none where `keep` [b] is False."""
+        """Returns the condition of b captions, and of "no caption" where `keep` [b] is False."""
         learned = self.network.learned_null
         text = self.clip.encode_text(frozen["clip"], tokens, None if learned else keep)
         if learned:
@@ -98,7 +98,9 @@ class PriorTask:
         return prior_condition(self.network, text)
 
     def measure(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        """What `Settings.variance` "analytic" draws with."""
+        """Measures the errors that sampling with variance="analytic" needs, see
+        `analytic.measure`.
+        """
         everyone = jnp.ones(batch["tokens"].shape[:1], bool)
         apply, x_0 = self._posed(params, frozen, batch, everyone)
         return {"x_0_error": analytic.measure(self.process, apply, x_0, key)}

@@ -1,4 +1,4 @@
-"""What a workdir in a bucket needs, as a bucket has neither locks nor appending."""
+"""Locks and logs of a workdir in a bucket, which has neither locks nor appending."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BucketLock:
                 raise self._taken(now)
 
     def _died_here(self, owner: dict[str, Any]) -> bool:
-        """Whether it was a process of this machine that is no more."""
+        """Returns whether the process was one of this machine that no longer runs."""
         if owner["host"] != self._me["host"]:
             return False
         try:

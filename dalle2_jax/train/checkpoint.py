@@ -302,7 +302,9 @@ class Checkpoints:
         return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
 
     def _is_good(self, step: int) -> bool:
-        """Whether a run may be taken back to it; one that cannot be read is kept as well."""
+        """Returns whether a run may go back to a checkpoint; one that cannot be read counts as
+        good.
+        """
         if step not in self._after_bad_steps:
             try:
                 self._after_bad_steps[step] = bool(self._meta(step)["bad_steps"])
@@ -359,8 +361,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _say_failures_once() -> None:
-    """Where a write fails, every other one that is under way prints a traceback, hundreds of them,
-    for the loop that it would report to is closed. `Checkpoints` tells the failure itself."""
+    """Silences the tracebacks of writes that fail after another write did.
+
+    Hundreds of them would be printed, since the loop that they report to is closed. `Checkpoints`
+    reports the failure itself.
+    """
     before = sys.unraisablehook
     if getattr(before, "is_ours", False):
         return

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the first step: told in one line, with nothing written."""
+"""Checks before the first step: mistakes are reported in one line, with nothing written."""
 
 from __future__ import annotations
 

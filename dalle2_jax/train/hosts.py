@@ -110,10 +110,10 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
 
 
 def from_first(work: Callable[[], int]) -> int:
-    """What `work` gives on process 0, on every host; a UserError or OSError there is one here.
+    """Runs `work` on process 0 and returns its result on every host.
 
-    Every host calls it at the same place. So they go the same way and none waits for another that
-    gave up.
+    Every host calls it at the same place. A UserError or OSError of process 0 is raised on all, so
+    that they take the same way and none waits for another that gave up.
     """
     if jax.process_count() == 1:
         return work()

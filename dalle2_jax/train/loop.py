@@ -1,4 +1,14 @@
-"""The train loop: mesh -> shardings -> state -> {batch, step, metrics, checkpoint} -> export."""
+"""The train loop: mesh -> shardings -> state -> {batch, step, metrics, checkpoint} -> export.
+
+The order matters. Everything that can fail without training is done first: folders, the mesh, the
+shapes of the state, the names of metrics. The state is described before it is made
+(`abstract_state`) because only its shapes and shardings are needed to look for a checkpoint, and
+because parameters are then created straight in their shards: no device ever holds all of them. In
+the loop, a step is dispatched before anything of the last one is read, so that the devices do not
+wait for the host; `Recovery` therefore looks at gradients that are two steps old. A step is
+recovered from before it is saved, and saved before previews and exports, which may fail: what was
+learned is on disk first.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +44,20 @@ def train(
     eval_dataset: Dataset | None = None,
     tensorboard: bool = False,
 ) -> Result:
-    """Trains `task` to config.num_steps, going on from the newest checkpoint in `workdir`.
+    """Trains `task` to config.num_steps, resuming from the newest checkpoint in `workdir`.
 
-    `config` is a complete one (build.complete). Without `eval_dataset` nothing is evaluated, and
-    previews show training pictures. Raises UserError for mistakes and where data, disk or folder
-    fail on the way (what was learned till then is saved if it can be), Diverged where going back to
-    the last good checkpoint (recovery.py) does not help; it stays.
+    Args:
+        config: a complete config (`build.complete`).
+        dataset: position -> the batches from there on.
+        eval_dataset: the same of held-out data; None: nothing is evaluated, and previews show
+            training images.
+        tensorboard: also write TensorBoard's files.
+
+    Raises:
+        UserError: a mistake, or data, disk or folder failed on the way; what was learned until then
+            is saved if possible.
+        Diverged: going back to the last good checkpoint (`recovery`) did not help; that checkpoint
+            stays.
     """
     workdir = checks.folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
@@ -143,8 +161,10 @@ def train(
 
 
 def _identity(task: Task, template: TrainState) -> dict[str, Any]:
-    """What a checkpoint's weights are of: the stage's entry in `config.json` but for how it is
-    sampled, which may change."""
+    """Returns the stage's entry in `config.json` without its sampling settings, which may change.
+
+    It identifies the weights of a checkpoint.
+    """
     entry, _ = task.export(template.params)
     return {name: value for name, value in entry.items() if name != "sampling"}
 

@@ -41,10 +41,10 @@ def write(folder: Path) -> None:
 
 
 def fault(folder: Path, read_all: bool = True) -> str:
-    """What is wrong with a checkpoint, one line, or "" where nothing is.
+    """Returns one line on what is wrong with a checkpoint, or "".
 
-    Without `read_all` large files are not read, but their sizes are compared. An OSError that
-    tells nothing of the file (no permission, a failing disk) goes through.
+    Without `read_all` large files are not read, only their sizes compared. An OSError that says
+    nothing about the file (no permission, a failing disk) passes through.
     """
     try:
         listed = sorted(json.loads((folder / NAME).read_bytes()).items())
@@ -65,9 +65,10 @@ def fault(folder: Path, read_all: bool = True) -> str:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a killed run was writing it into a bucket; on a disk it has another name till then.
+    """Returns whether a killed run was writing the checkpoint into a bucket.
 
-    Orbax removes it, as it would one that lost nothing but the mark of its commit: that is mended.
+    On a disk an unfinished one has another name. Orbax removes it, as it would one that only lost
+    the mark of its commit; that case is repaired.
     """
     mark = folder / atomicity.COMMIT_SUCCESS_FILE
     if not paths.is_remote(folder) or mark.exists():

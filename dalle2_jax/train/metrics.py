@@ -1,7 +1,7 @@
-"""What a run says of itself: numbers to the terminal, TensorBoard and metrics.jsonl; pictures.
+"""Reports of a run: numbers to the terminal, TensorBoard and metrics.jsonl; images.
 
-The one module that imports clu; its writers, and with them TensorFlow, only where TensorBoard is
-asked for.
+The only module that imports clu; its writers, and with them TensorFlow, only if TensorBoard's files
+are written.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ class Reporter:
             self._tensorboard("close")
 
     def go_back(self, step: int, batch: int, event: Mapping[str, Any]) -> None:
-        """As a run that was killed and goes on after `step`, at `batch` of the data; `event`, told
-        there, says why."""
+        """Reports as a killed run that resumes after `step`, at `batch` of the data; `event`
+        says why.
+        """
         self.restart_clock(step)
         if self._active:
             self._lines.close()

@@ -1,4 +1,4 @@
-"""What is done with the averaged weights now and then: scores, pictures, a model folder."""
+"""Outputs of the averaged weights during training: scores, previews, the exported model."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ Dataset = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
 
 
 class Outputs:
+    """Evaluates, previews, measures and exports averaged weights."""
+
     def __init__(
         self,
         config: Any,
@@ -50,11 +52,11 @@ class Outputs:
 
     @functools.cached_property
     def _batches(self) -> list[Mapping[str, np.ndarray]]:
-        """The same first batches every time, read once."""
+        """The first batches, read once: the same at every evaluation."""
         return list(itertools.islice(self._dataset(0), max(self._config.eval_batches, 1)))
 
     def metric_names(self, params: Params) -> list[str]:
-        """Those that `evaluate` would give for parameters of these shapes; nothing is computed."""
+        """Returns the names of the metrics that `evaluate` would give; nothing is computed."""
         batch = global_batch(self._batches[0], self._mesh)
         key = stream(self._config.seed, EVAL_STREAM)
         return [
@@ -100,9 +102,11 @@ class Outputs:
         return grids.labelled_grid(cells, columns, row_labels=captions, scale=scale)
 
     def measure(self, params: Params) -> dict[str, list[float]]:
-        """What the task measures of its network, a mean over the first `eval_batches` batches of
-        training, for the stage's entry: the same of the same weights. They are read anew: the
-        training's own place in the data stays."""
+        """Returns what the task measures of its network, for the stage's entry.
+
+        A mean over the first `eval_batches` batches of training, the same for the same weights. The
+        batches are read again: the training's own place in the data stays.
+        """
         if self._measure is None:
             return {}
         key, count = stream(self._config.seed, MEASURE_STREAM), max(self._config.eval_batches, 1)

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it comes into its shards."""
+"""The state that training carries from step to step, and its creation in its shards."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ HOST_MEMORY = "pinned_host"
 
 
 class Faults(struct.PyTreeNode):
-    """What became of steps and batches that were no use; int32 scalars, saved with the rest, so
-    that a run that goes on decides as the undisturbed one."""
+    """Counters of skipped steps and batches (int32 scalars).
+
+    They are checkpointed, so that a resumed run makes the same recovery decisions as an
+    uninterrupted one.
+    """
 
     skipped: Array  # steps of this state whose update was left out
     in_a_row: Array  # the newest of them: 0 after a good step
@@ -39,6 +42,8 @@ class Faults(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
+    """Everything that a checkpoint holds."""
+
     step: Array  # int32 scalar: batches trained on
     params: Params
     ema_params: Params
@@ -47,18 +52,21 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def position(self) -> Array:
-        """The next batch's place in the data; its noise is drawn from this number, so that a batch
-        keeps its noise wherever it falls in a run."""
+        """Position in the data of the next batch.
+
+        The batch's noise is sampled from this number too, so that a batch keeps its noise wherever
+        in a run it is trained on.
+        """
         return self.step + self.faults.passed_over
 
     @property
     def good_steps(self) -> Array:
-        """Steps that made their update: what schedules and averages count."""
+        """Number of steps that made their update, which schedules and averages count."""
         return self.step - self.faults.skipped
 
 
 def stream(seed: int, salt: np.uint32) -> Array:
-    """A key of its own for a use that is not a training step."""
+    """Returns a key for a use that is not a training step."""
     return jax.random.fold_in(jax.random.key(seed), salt)
 
 
@@ -84,16 +92,17 @@ def offloaded(names: str) -> dict[str, bool]:
 
 
 def is_on_host(x: Array) -> bool:
+    """Returns whether `x` is in the host's memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def to_host(x: Array) -> Array:
-    """`x` in the host's memory, in jit."""
+    """Moves `x` to the host's memory, within jit."""
     return jax.device_put(x, jax.memory.Space.Host)
 
 
 def on_device(tree: PyTree) -> PyTree:
-    """What of `tree` lies in the host's memory, brought to the device's, in jit or out of it."""
+    """Brings the leaves of `tree` that are in the host's memory to the device's, in jit or out."""
 
     def bring(x: Array) -> Array:
         return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x

@@ -76,7 +76,7 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
 
 
 def keep_if_good(old: TrainState, new: TrainState, good: Array) -> TrainState:
-    """`new` one step on, or, where its gradient was no good, `old` with its counters moved."""
+    """Returns `new`, or `old` with its counters moved if the gradient was not good."""
     # a choice leaf by leaf goes into the update's own loop; lax.cond would keep both in memory
     chosen = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     faults = Faults(
@@ -90,12 +90,17 @@ def keep_if_good(old: TrainState, new: TrainState, good: Array) -> TrainState:
 def in_turns(
     update: Callable[[TrainState], TrainState], state: TrainState, good: Array
 ) -> TrainState:
-    """`update(state)`, in which a parameter's part depends on that part alone and changes where the
-    step is `good`.
+    """Applies `update` to the state; what is offloaded comes to the device in turns.
 
-    What waits in the host's memory comes to the device in turns, some parameters at a time, and
-    goes back before the next: all at once it would take the memory that it was to spare. Only a
-    branch keeps the compiler from fetching all of it at the start.
+    `update(state)` must compute each parameter's part of the state (weights, moments, average) from
+    that part alone. Parts in the host's memory would, all at once, take the memory that offloading
+    saves:
+
+        for each group of parameters (about TURNS of one size):
+            if the step is good:              a branch, or XLA would fetch all groups at once
+                fetch the group's leaves from the host
+                update them
+                send them back                before the next group is fetched
     """
     given, tree = jax.tree_util.tree_flatten_with_path(state)
     leaves = [x for _, x in given]
@@ -147,11 +152,11 @@ def _turns(given: Sequence[Any], params: Params, waiting: Container[int]) -> lis
 def make_train_step(
     task: Task, optimizer: Optimizer, config: Any, template: TrainState, mesh: Mesh
 ) -> TrainStep:
-    """(state, frozen, batch) -> (state, metrics); the given state's buffers are donated.
+    """Returns the jitted (state, frozen, batch) -> (state, metrics); it donates the given state.
 
-    metrics are those of the task and loss, grad_norm (before clipping), param_norm, learning_rate
-    and skipped, float32 scalars. Where skipped is 1 the loss or gradient was not finite, or the
-    gradient above config.max_grad_norm, and only the counters moved.
+    metrics are those of the task, and loss, grad_norm (before clipping), param_norm, learning_rate
+    and skipped, all float32 scalars. If skipped is 1, the loss or gradient was not finite, or the
+    gradient was above config.max_grad_norm, and only the counters changed.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,4 +1,4 @@
-"""How a run ends: at its last step, by a signal or the clock; and what watches for a hang."""
+"""Ends of a run: its last step, a signal or the clock; and a watchdog for hangs."""
 
 from __future__ import annotations
 

@@ -56,7 +56,13 @@ Tables = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPMSolverPP2M(OverSchedule):
-    """Equations (2) and (3). Deterministic."""
+    """Equations (2) and (3). Deterministic.
+
+    m_0     = x_0 of the network at x_t
+    D       = m_0 + h / (2 h_0) (m_0 - m_1)         extrapolated to the middle of the step
+    x_{t-1} = a x_t + b D
+    remember m_0 as the next m_1
+    """
 
     spacing: ClassVar[str] = "logsnr"
 
@@ -93,7 +99,13 @@ class DPMSolverPP2M(OverSchedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPMSolverPP3M(DPMSolverPP2M):
-    """Equations (4) to (6). Deterministic."""
+    """Equations (4) to (6). Deterministic.
+
+    m_0     = x_0 of the network at x_t
+    fit a parabola through m_0, m_1, m_2 over lambda
+    x_{t-1} = a x_t + the exact integral of that parabola over the step
+    remember m_0, m_1 as the next m_1, m_2
+    """
 
     @table
     def _tables(self) -> Tables:
@@ -118,7 +130,11 @@ class DPMSolverPP3M(DPMSolverPP2M):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPMSolverPPSDE(DPMSolverPP2M):
-    """Equations (2) and (7): every step draws noise, as DDPM's do."""
+    """Equations (2) and (7): the reverse SDE, with noise in every step as DDPM.
+
+    D       = m_0 + h / (2 h_0) (m_0 - m_1), as 2M
+    x_{t-1} = a exp(-h) x_t + b D + s noise         forgets x_t faster, makes up for it by noise
+    """
 
     @table
     def _tables(self) -> Tables:
@@ -140,7 +156,13 @@ class DPMSolverPPSDE(DPMSolverPP2M):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UniPC(DPMSolverPP2M):
-    """Equations (8) and (3); its memory is the corrected x_{t+1}, m_1, m_2. Deterministic."""
+    """Equations (8) and (3). Deterministic; remembers the corrected x_{t+1}, m_1 and m_2.
+
+    m_0     = x_0 of the network at x_t             the step's only evaluation
+    x_t     = corrected from x_{t+1} with m_0       the step that led here, taken again
+    x_{t-1} = 2M's step from the corrected x_t
+    remember x_t, m_0, m_1
+    """
 
     @table
     def _corrector(self) -> Tables:

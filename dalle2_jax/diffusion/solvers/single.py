@@ -38,7 +38,7 @@ from dalle2_jax.types import Array, Denoiser, PyTree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OverSchedule:
-    """What solvers share: the schedule that is sampled, and what holds of most of them."""
+    """The schedule that is sampled, with the defaults that most solvers share."""
 
     schedule: Schedule
 
@@ -48,7 +48,7 @@ class OverSchedule:
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated from x_T to x_0."""
+        """Number of network evaluations from x_T to x_0."""
         return self.schedule.num_timesteps
 
     def init(self, x_t: Array) -> PyTree:
@@ -62,10 +62,13 @@ class OverSchedule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DDPM(OverSchedule):
-    """Equation (1), with the learned variance where the denoiser gives one.
+    """Equation (1), with the learned variance if the denoiser gives one.
 
-    Otherwise `variance` says which: "small" (beta~), "large" (beta), or a table [T] of one's own
-    (Analytic-DPM's, for instance).
+        x_0     = network at x_t
+        mean    = posterior mean of x_{t-1} given x_0 and x_t
+        x_{t-1} = mean + sqrt(variance) noise           no noise at t = 0
+
+    Otherwise `variance` is "small" (beta~), "large" (beta), or a table [T] (Analytic-DPM's, say).
     """
 
     variance: str | np.ndarray = "small"
@@ -97,7 +100,13 @@ class DDPM(OverSchedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DDIM(OverSchedule):
-    """Equations (2) and (3); `variance` float64 [T], where given, is that of the noise, not s^2."""
+    """Equations (2) and (3); `variance` [T], if given, is that of the noise, in place of s^2.
+
+    x_0, eps = network at x_t
+    x_{t-1}  = sqrt(abar_{t-1}) x_0                 the prediction, shrunk to the next noise level
+             + sqrt(1 - abar_{t-1} - s^2) eps       the noise that was predicted, kept
+             + s noise                              and fresh noise: none at eta = 0
+    """
 
     eta: float = 0.0
     variance: np.ndarray | None = None
@@ -123,7 +132,13 @@ class DDIM(OverSchedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Heun(OverSchedule):
-    """Equations (4) and (5). Deterministic, two evaluations a step but one at the last."""
+    """Equations (4) and (5). Deterministic; two evaluations a step, one at the last.
+
+    x_0, eps = network at x_t
+    x'       = DDIM's step to t - 1
+    x_0'     = x_0 of the network at x'             not at t = 0
+    x_{t-1}  = x' + c (x_0' - x_0)                  the mean of both slopes
+    """
 
     spacing: ClassVar[str] = "logsnr"
 

@@ -62,7 +62,7 @@ _pairs.defvjp(_pairs_fwd, _pairs_bwd)
 
 
 class _Peak(NamedTuple):
-    """What is known of some rows (or columns) of logits after the part that was seen."""
+    """Running maximum, sum of exponentials and hits of rows (or columns) of logits seen in part."""
 
     top: Array  # the highest logit
     place: Array  # int32, its place in the global batch, the first of equal ones
@@ -127,7 +127,7 @@ def _round(
 
 
 def _forward(axes: tuple[str, ...], n: int, z_img: Array, z_txt: Array, scale: Array) -> Any:
-    """Of one shard, all [m]: losses, hits of both directions, log-sum-exps of both."""
+    """Computes on one shard, all [m]: losses, hits of both directions, log-sum-exps of both."""
     m = z_img.shape[0]
 
     def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:
@@ -153,7 +153,7 @@ def _backward(
     lse_txt: Array,
     g: Array,  # m, the cotangents of the losses
 ) -> tuple[Array, Array, Array]:
-    """Of one shard: the gradients of z_img, z_txt [m, d] and scale [m]."""
+    """Computes on one shard the gradients of z_img, z_txt [m, d] and scale [m]."""
     m = z_img.shape[0]
 
     def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:

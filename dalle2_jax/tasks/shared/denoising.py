@@ -1,4 +1,4 @@
-"""What the tasks of all diffusion stages share."""
+"""Parts that the tasks of all diffusion stages share: sampler, loss, known parts, entry."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def make_sampler(
     measured: bool = False,
     **options: Any,
 ) -> Sampler:
-    """How previews, and later the exported model, are drawn: with `config.task.sampling`.
+    """Returns the sampler of previews and of the exported model, by `config.task.sampling`.
 
-    What variance="analytic" needs is known at the end of a training alone where it is `measured`,
-    so that previews do without. Raises UserError for what `process` cannot be sampled with: told
-    now, not after training.
+    What variance="analytic" needs is known only at the end of training, and only if it is
+    `measured`; previews do without it. Raises UserError for settings that `process` cannot be
+    sampled with, now rather than after training.
     """
     where = "config.task.sampling"
     settings = construct(Settings, config.task.get("sampling") or {}, where)

@@ -1,4 +1,4 @@
-"""What training shows now and then: pictures laid out so that progress can be seen."""
+"""Preview images of training, laid out so that progress can be seen."""
 
 from __future__ import annotations
 
