@@ -207,10 +207,17 @@ def test_flip_leaves_what_has_a_direction():
 
 
 def test_captions_that_their_attributes_make_too_long_are_reported(caplog):
-    dataset(context_length=16)
-    (line,) = [r.getMessage() for r in caplog.records]
-    assert re.search(r"captions \(.*%\) with the longest words for their attributes", line)
-    caplog.clear()
+    def share():
+        (line,) = [r.getMessage() for r in caplog.records]
+        caplog.clear()
+        return float(re.search(r"captions \((.*)%\) are longer than context_length=16", line)[1])
+
+    dataset(context_length=16, background_share=0.0, mirror_share=0.0)
+    assert not caplog.records
+    dataset(context_length=16, background_share=1.0, mirror_share=0.0)
+    every = share()
+    dataset(context_length=16, background_share=0.3, mirror_share=0.0)
+    assert 0 < share() < every / 2
     dataset(context_length=40)
     assert not caplog.records
 

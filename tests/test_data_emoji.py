@@ -143,7 +143,7 @@ def small_concepts():
 
 def test_join_drops_flags_unknown_icons_and_drawings_seen_before():
     joined = small_concepts()
-    # The wolf is drawn as the fox is.
+    # The wolf has the same drawing as the fox.
     assert [c.name for c in joined] == ["red apple", "fox", "guitar"]
     apple = joined[0]
     assert (apple.group, apple.concrete, apple.tags) == ("food-drink", True, ("fruit",))
@@ -346,7 +346,7 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("--out=file", "file: not a TFDS directory"),
         ("--sise=4", "'sise'. Did you mean: size ?"),
@@ -354,14 +354,14 @@ def test_build_looks_at_the_free_space_first(tmp_path, monkeypatch):
         ("data", "unknown argument 'data'"),
     ],
 )
-def test_command_prints_one_line_and_exits_2(tmp_path, argument, said):
+def test_command_prints_one_line_and_exits_2(tmp_path, argument, message):
     (tmp_path / "file").write_text("here")
     argument = argument.replace("=file", f"={tmp_path / 'file'}")
     command = [sys.executable, *MAIN, "data", "emoji", argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
-    assert said in line
+    assert message in line
 
 
 @pytest.fixture(scope="module")

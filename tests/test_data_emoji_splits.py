@@ -130,7 +130,7 @@ def test_near_copies_and_mirror_images_of_training_images_are_left_out():
 
 
 def test_a_triple_is_left_out_where_a_twin_shows_the_same():
-    """What is held out of one pair must not be trained under another name."""
+    """The background held out of one pair must not be trained under another name."""
     names = [f"thing {chr(97 + i)}" for i in range(12)]
     apart = [concept(n, f"hsl({30 * i}, 90%, 45%)") for i, n in enumerate(names)]
     alike = [concept(n, "hsl(0, 90%, 45%)") for n in names]

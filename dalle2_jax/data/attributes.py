@@ -4,7 +4,7 @@ A record that takes part holds a drawing with its alpha (an RGBA `image`), the n
 that it may stand on (`backgrounds`) and whether it may be mirrored (`mirrorable`). One record so
 yields up to 9 x 2 images, and an epoch need not store them:
 
-    draws [5] ~ U(0, 1), a pure function of (seed, step, row)
+    uniforms [5] in [0, 1), a pure function of (seed, step, row)
     background = one of record.backgrounds  with probability background_share, else white
     mirrored   = record.mirrorable          and with probability mirror_share
     image      = alpha * drawing + (1 - alpha) * background colour, then mirrored
@@ -49,12 +49,12 @@ MIRROR_WORDINGS = (
     "{text}, facing the other way",
     "mirror image of {text}",
 )
-NUM_DRAWS = 5
+NUM_UNIFORMS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one example shows and how its caption says so; the wordings are indices."""
+    """The attributes of one example and the wordings, by index, that its caption uses for them."""
 
     background: str = WHITE
     mirrored: bool = False
@@ -80,7 +80,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """How often a record gets an attribute that it may have: probabilities."""
+    """Probabilities with which a record gets an attribute that it may have."""
 
     background: float = 0.0
     mirror: float = 0.0
@@ -88,15 +88,15 @@ class Shares:
     def __bool__(self) -> bool:
         return self.background > 0 or self.mirror > 0
 
-    def choose(self, draws: np.ndarray, backgrounds: Sequence[str], mirrorable: bool) -> Choice:
+    def choose(self, uniforms: np.ndarray, backgrounds: Sequence[str], mirrorable: bool) -> Choice:
         """Chooses the attributes of one example.
 
         Args:
-          draws: float [NUM_DRAWS] in [0, 1); nothing else is random here.
+          uniforms: float [NUM_UNIFORMS] in [0, 1); nothing else is random here.
           backgrounds: the colours that the record may stand on beside white.
           mirrorable: whether the record may be mirrored.
         """
-        is_colored, color, color_wording, is_mirrored, mirror_wording = map(float, draws)
+        is_colored, color, color_wording, is_mirrored, mirror_wording = map(float, uniforms)
         background = WHITE
         if backgrounds and is_colored < self.background:
             background = backgrounds[_pick(color, len(backgrounds))]
@@ -129,5 +129,5 @@ def paint(image: np.ndarray, color: str) -> np.ndarray:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _pick(draw: float, count: int) -> int:
-    return min(int(draw * count), count - 1)
+def _pick(uniform: float, count: int) -> int:
+    return min(int(uniform * count), count - 1)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data.attributes import Choice, Shares, longest_addition
+from dalle2_jax.data.attributes import NUM_UNIFORMS, Choice, Shares, longest_addition
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import decode
 from dalle2_jax.tokenizer import Tokenizer
@@ -82,6 +82,14 @@ class Examples:
             return image if isinstance(image, bytes) else image.read_bytes()
         except OSError as e:
             raise UserError(f"{self.image_name(index)}: cannot be read ({e.strerror})") from e
+
+    def attributes(self, index: int) -> tuple[Sequence[str], bool]:
+        """Returns the backgrounds that image `index` may stand on, and whether it may be mirrored.
+
+        Where the source does not say, there are no backgrounds, and it may.
+        """
+        backgrounds = self.backgrounds[index] if self.backgrounds else ()
+        return backgrounds, self.mirrorable[index] if self.mirrorable else True
 
     def first_image(self) -> bytes:
         """Returns the first image as stored."""
@@ -162,8 +170,8 @@ class ImageCache:
 class TokenTable:
     """Every caption of `examples` as tokens, made once: 4 bytes a token.
 
-    The share of captions that the context cuts is logged, with the words of attributes where
-    `shares` adds any. Raises UserError where a record has no caption.
+    The share of captions that the context cuts is logged; where `shares` adds words for attributes,
+    it is an estimate with them. Raises UserError where a record has no caption.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, shares: Shares):
@@ -179,44 +187,50 @@ class TokenTable:
         self._tokenizer, self._texts = tokenizer, list(texts)
         self._tokens = tokenizer(self._texts)
         self._rows = np.array(rows, np.int64)
-        self._warn_if_cut(examples.name, shares)
+        self._warn_if_cut(examples, shares)
         self._starts = np.cumsum(self._counts) - self._counts
 
-    def _warn_if_cut(self, name: str, shares: Shares) -> None:
+    def _warn_if_cut(self, examples: Examples, shares: Shares) -> None:
         context = self._tokenizer.context_length
-        added = self._tokenizer.length(longest_addition().describe("")) - 2 if shares else 0
-        # A caption of more than context - added tokens has one at that place; only these can be
-        # cut, and only these are measured.
-        long = self._tokens[:, max(0, context - added - 1)] != 0
-        rows = np.flatnonzero(long).tolist()
-        long[rows] = [self._tokenizer.length(self._texts[i]) + added > context for i in rows]
-        is_cut = long[self._rows]
-        if is_cut.any():
+        longest = self._tokenizer.length(longest_addition().describe("")) - 2 if shares else 0
+        # A caption of context - longest tokens or more has a token at this place. Only these
+        # captions can be cut, and only these are measured, each with one random choice of words.
+        may_be_cut = self._tokens[:, max(0, context - longest - 1)] != 0
+        rng, cut = np.random.default_rng(0), 0
+        owners = np.repeat(np.arange(len(examples)), self._counts)
+        for row in np.flatnonzero(may_be_cut[self._rows]).tolist():
+            text, owner = self._texts[self._rows[row]], owners[row]
+            if shares:
+                backgrounds, mirrorable = examples.attributes(owner)
+                choice = shares.choose(rng.random(NUM_UNIFORMS), backgrounds, mirrorable)
+                text = choice.describe(text)
+            cut += self._tokenizer.length(text) > context
+        count = len(self._rows)
+        if cut:
             logging.warning(
-                "%s: %d of %d captions (%.1f%%)%s are longer than context_length=%d and are cut",
-                name,
-                is_cut.sum(),
-                len(is_cut),
-                100 * is_cut.mean(),
-                " with the longest words for their attributes" if shares else "",
+                "%s: %d of %d captions (%.1f%%) are longer than context_length=%d and are cut",
+                examples.name,
+                cut,
+                count,
+                100 * cut / count,
                 context,
             )
 
     def get(
-        self, indices: np.ndarray, draws: np.ndarray, choices: Sequence[Choice] = ()
+        self, indices: np.ndarray, uniforms: np.ndarray, choices: Sequence[Choice] = ()
     ) -> np.ndarray:
         """Returns one caption of each example as tokens.
 
         Args:
           indices: int [b], of the examples.
-          draws: float [b] in [0, 1), which pick the captions.
+          uniforms: float [b] in [0, 1), which pick the captions.
           choices: [b], what each caption says beside; none if empty.
 
         Returns:
           int32 [b, context].
         """
         counts = self._counts[indices]
-        choice = np.minimum((draws * counts).astype(np.int64), counts - 1)
+        choice = np.minimum((uniforms * counts).astype(np.int64), counts - 1)
         rows = self._rows[self._starts[indices] + choice]
         tokens = self._tokens[rows]
         changed = [i for i, choice in enumerate(choices) if not choice.is_plain]

@@ -7,7 +7,7 @@ host, this module computes what stands at any place of the sequence:
     place  = step * batch_size + row             of a run; row 0 ... batch_size - 1
     epoch  = place // n                          n examples, or n less a group that is not full
     index  = permutation(seed, epoch)[place % n]     computed for one place alone, in O(1)
-    draws  = uniform(seed, step)[row]            caption, crop, mirroring, attributes
+    uniforms = random(seed, step)[row]           caption, crop, mirroring, attributes
 
     `permutation` is a keyed bijection of 0 ... n - 1 (tf.raw_ops.RandomIndexShuffle), so no host
     holds a shuffled list.
@@ -18,9 +18,9 @@ saw can be looked up later. Only splits that do not fit into memory (`stream`) r
 order through a shuffle buffer: seed and epoch fix their order too, but resuming reads past the
 records before.
 
-    tf.data                     one worker thread                  decoder threads
-    plan: index, draws  ---->   images and tokens of a batch <---- decode, crop
-                                attributes, mirroring
+    tf.data                        one worker thread                  decoder threads
+    plan: index, uniforms  ---->   images and tokens of a batch <---- decode, crop
+                                   attributes, mirroring
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from dalle2_jax.validation import sections
 _PREFETCH = 3
 _GROUP_SIZE = 2
 _MIN_BUFFER = 16  # records
-# Draws of an example: caption, crop's scale, y and x, and whether `flip` mirrors it.
-_NUM_DRAWS = 5
-# Seeds are below 2**32. Attributes draw with one that no run has, so that captions and crops do not
-# depend on whether a run uses attributes.
+# Random numbers of an example: caption, crop's scale, y and x, and whether `flip` mirrors it.
+_NUM_UNIFORMS = 5
+# Seeds are below 2**32. Attributes use one that no run has: captions and crops do not depend on
+# whether a run uses attributes.
 _ATTRIBUTE_SEED = 2**32
 
 
@@ -178,8 +178,8 @@ class Batches:
         """Computes what this host reads at `step`, as the module's docstring says.
 
         Returns:
-          `index` int64 [b], `draws` float [b, _NUM_DRAWS] and `attribute_draws`
-          float [b, attributes.NUM_DRAWS], b rows of this host.
+          `index` int64 [b], `uniforms` float [b, _NUM_UNIFORMS] and `attribute_uniforms`
+          float [b, attributes.NUM_UNIFORMS], b rows of this host.
         """
         config, n, size = self._config, self.num_examples, self._group_size
         place = step * self._batch_size + tf.range(self._batch_size, dtype=tf.int64)
@@ -190,11 +190,13 @@ class Batches:
             if size > 1:  # move where the groups begin, or some would always be cut in two
                 index = (index + self._shuffled(tf.zeros_like(index), epoch, 1, n)) % n
         seed = tf.cast(config.shuffle_seed, tf.int64)
-        draws = tf.random.stateless_uniform([self._batch_size, _NUM_DRAWS], tf.stack([seed, step]))
-        plan = {"index": index, "draws": draws}
+        uniforms = tf.random.stateless_uniform(
+            [self._batch_size, _NUM_UNIFORMS], tf.stack([seed, step])
+        )
+        plan = {"index": index, "uniforms": uniforms}
         if self._shares:
-            plan["attribute_draws"] = tf.random.stateless_uniform(
-                [self._batch_size, attributes.NUM_DRAWS],
+            plan["attribute_uniforms"] = tf.random.stateless_uniform(
+                [self._batch_size, attributes.NUM_UNIFORMS],
                 tf.stack([seed + _ATTRIBUTE_SEED, step]),
             )
         return {name: tf.gather(value, self._rows) for name, value in plan.items()}
@@ -211,32 +213,30 @@ class Batches:
         )
 
     def _make_from_memory(
-        self, index: np.ndarray, draws: np.ndarray, attribute_draws: np.ndarray | None = None
+        self, index: np.ndarray, uniforms: np.ndarray, attribute_uniforms: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Makes a batch of a split in memory from its plan; see `_plan` for the shapes."""
         indices = index.tolist()
         # Handing images that are decoded already to threads costs more than it saves.
         run = map if self._cache.holds(indices) else self._decoders.map
-        images, used = zip(*run(self._cache.get, indices, self._crops(draws)), strict=True)
-        source = self._examples
-        mirrorable = [source.mirrorable[i] if source.mirrorable else True for i in used]
-        backgrounds = [source.backgrounds[i] if source.backgrounds else () for i in used]
-        choices = self._choose(attribute_draws, backgrounds, mirrorable)
+        images, used = zip(*run(self._cache.get, indices, self._crops(uniforms)), strict=True)
+        backgrounds, mirrorable = zip(*map(self._examples.attributes, used), strict=True)
+        choices = self._choose(attribute_uniforms, backgrounds, mirrorable)
         return {
-            "image": self._finish(images, draws, mirrorable, choices),
-            "tokens": self._tokens.get(np.array(used), draws[:, 0], choices),
+            "image": self._finish(images, uniforms, mirrorable, choices),
+            "tokens": self._tokens.get(np.array(used), uniforms[:, 0], choices),
         }
 
     def _make_from_stream(
         self,
         index: np.ndarray,
-        draws: np.ndarray,
+        uniforms: np.ndarray,
         image: np.ndarray,
         caption: np.ndarray,
         number_if_empty: np.ndarray,
         backgrounds: np.ndarray,
         mirrorable: np.ndarray,
-        attribute_draws: np.ndarray | None = None,
+        attribute_uniforms: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes a batch of this host's parts of a stream; see `Stream.batches` for the shapes."""
         del index  # the stream's own order
@@ -258,41 +258,41 @@ class Batches:
             decoded, used = windows[part].get(place, crop)
             return decoded, first[part] + used
 
-        decoded = self._decoders.map(get, self._rows.tolist(), self._crops(draws))
+        decoded = self._decoders.map(get, self._rows.tolist(), self._crops(uniforms))
         images, used = zip(*decoded, strict=True)
         can_mirror = mirrorable[list(used)].tolist()
         colors = [stream.split_names(names) for names in backgrounds[list(used)]]
-        choices = self._choose(attribute_draws, colors, can_mirror)
+        choices = self._choose(attribute_uniforms, colors, can_mirror)
         texts = [c.decode("utf-8", "replace") for c in caption[list(used)]]
         if choices:
             texts = [choice.describe(t) for choice, t in zip(choices, texts, strict=True)]
         return {
-            "image": self._finish(images, draws, can_mirror, choices),
+            "image": self._finish(images, uniforms, can_mirror, choices),
             "tokens": self._tokenizer(texts),
         }
 
-    def _crops(self, draws: np.ndarray) -> list[tuple[float, float, float]]:
+    def _crops(self, uniforms: np.ndarray) -> list[tuple[float, float, float]]:
         if not self._random_crops:
-            return [CENTRE] * len(draws)
+            return [CENTRE] * len(uniforms)
         low, high = self._config.crop_scale
-        return [(low + (high - low) * float(s), float(y), float(x)) for s, y, x in draws[:, 1:4]]
+        return [(low + (high - low) * float(s), float(y), float(x)) for s, y, x in uniforms[:, 1:4]]
 
     def _choose(
         self,
-        attribute_draws: np.ndarray | None,
+        attribute_uniforms: np.ndarray | None,
         backgrounds: Sequence[Sequence[str]],
         mirrorable: Sequence[bool],
     ) -> list[Choice]:
         """Chooses the attributes of each row; empty where the config asks for none."""
-        if attribute_draws is None:
+        if attribute_uniforms is None:
             return []
-        rows = zip(attribute_draws, backgrounds, mirrorable, strict=True)
+        rows = zip(attribute_uniforms, backgrounds, mirrorable, strict=True)
         return [self._shares.choose(*row) for row in rows]
 
     def _finish(
         self,
         images: Sequence[np.ndarray],
-        draws: np.ndarray,
+        uniforms: np.ndarray,
         mirrorable: Sequence[bool],
         choices: Sequence[Choice],
     ) -> np.ndarray:
@@ -301,7 +301,7 @@ class Batches:
             images = [choice.paint(image) for choice, image in zip(choices, images, strict=True)]
         batch = np.stack(images)
         if self._config.flip:
-            mirrored = (draws[:, 4] < 0.5) & np.array(mirrorable, bool)
+            mirrored = (uniforms[:, 4] < 0.5) & np.array(mirrorable, bool)
             batch[mirrored] = batch[mirrored, :, ::-1]
         return batch
 

@@ -88,7 +88,7 @@ class Concept:
       id: a slug of its name.
       name: in lower case, as captions use it.
       group: emojibase's, such as "animals-nature".
-      concrete: whether it is a thing that can be told from its neighbours at 64 px.
+      concrete: whether it is a thing that 64 px tell apart from similar ones.
       has_direction: whether a mirror image would contradict the name or show mirrored text.
       tags: keywords, in lower case.
       drawings: style -> drawing, for each style that has one.
@@ -105,7 +105,7 @@ class Concept:
 
 @dataclasses.dataclass(frozen=True)
 class Emojibase:
-    """What emojibase knows of all emoji.
+    """Names, groups and keywords of all emoji, by emojibase.
 
     Attributes:
       entries: one dict an emoji (`label`, `hexcode`, `order`, `group`, `subgroup`, `tags`).
@@ -135,7 +135,7 @@ class Emojibase:
 
 
 def load_concepts(cache: pathlib.Path | None = None) -> list[Concept]:
-    """Fetches the sets and joins them: every concept that four trainable styles draw, in
+    """Fetches the sets and joins them: every concept that four trainable styles show, in
     emojibase's order.
 
     Raises:
@@ -157,7 +157,7 @@ def join(base: Emojibase, sets: Mapping[str, IconSet]) -> Iterator[Concept]:
     entries = _entries(base)
     styles = [style for style in ALL_STYLES if style in sets]
     icons = {style: _icons(style, sets, entries, base.other_names) for style in styles}
-    taken: set[tuple[str, str]] = set()
+    used_drawings: set[tuple[str, str]] = set()
     for concept_id, entry in entries.items():
         drawings = {}
         for style in styles:
@@ -165,12 +165,12 @@ def join(base: Emojibase, sets: Mapping[str, IconSet]) -> Iterator[Concept]:
             svg = sets[style].svg(icon) if icon else None
             # Some sets draw several concepts alike (man, person running): the first keeps the
             # drawing, or a held-out one could be seen in training under another name.
-            if svg is not None and (style, svg) not in taken:
+            if svg is not None and (style, svg) not in used_drawings:
                 source = f"{sets[style].pin}:{icon}"
                 drawings[style] = Drawing(style, svg, source, sets[style].license)
         if len(drawings.keys() & STYLES.keys()) < _MIN_STYLES:
             continue
-        taken |= {(style, drawing.svg) for style, drawing in drawings.items()}
+        used_drawings |= {(style, drawing.svg) for style, drawing in drawings.items()}
         name = clean_name(entry["label"])
         group = base.groups["groups"][str(entry["group"])]
         subgroup = base.groups["subgroups"].get(str(entry.get("subgroup")), "")
@@ -220,17 +220,17 @@ def _icons(
     for icon in sorted(sets[style].names, reverse=True):  # "x-1" is the first of several drawings
         by_name[_joined(re.sub(r"-\d$", "", icon))] = icon
     by_name |= {_joined(icon): icon for icon in sets[style].names}
-    taken = set(icons.values())
+    used_icons = set(icons.values())
     # Own names of all emoji come first: "dog" is another emoji's alias.
     for names_of in (lambda i: [i], lambda i: _other_names(entries[i], sets, other_names)):
         for concept_id in entries:
             if concept_id in icons or concept_id in exceptions:
                 continue
             matches = (by_name.get(_joined(name)) for name in names_of(concept_id))
-            icon = next((icon for icon in matches if icon and icon not in taken), None)
+            icon = next((icon for icon in matches if icon and icon not in used_icons), None)
             if icon:
                 icons[concept_id] = icon
-                taken.add(icon)
+                used_icons.add(icon)
     return icons
 
 

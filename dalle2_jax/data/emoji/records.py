@@ -43,7 +43,7 @@ class Record:
 
 @dataclasses.dataclass
 class _Member:
-    """A drawing with what its pixels tell."""
+    """A drawing with what its pixels allow."""
 
     concept: Concept
     tags: Sequence[str]
@@ -79,13 +79,13 @@ def make_records(concepts: Sequence[Concept]) -> list[Record]:
         if split == splits.HELD_OUT_TRIPLES:
             records += _triples(members, prints, triples, rows[splits.TRAIN])
             continue
-        kept = rows[split]
-        if split != splits.TRAIN and kept:
-            seen = render.near_duplicates(prints[kept], prints[shown]).any(axis=1)
-            kept = [row for row, is_seen in zip(kept, seen, strict=True) if not is_seen]
+        split_rows = rows[split]
+        if split != splits.TRAIN and split_rows:
+            near = render.near_duplicates(prints[split_rows], prints[shown]).any(axis=1)
+            split_rows = [row for row, is_near in zip(split_rows, near, strict=True) if not is_near]
         if split == splits.VALIDATION:
-            shown = shown + kept
-        records += [_record(members[row]) for row in kept]
+            shown = shown + split_rows
+        records += [_record(members[row]) for row in split_rows]
     return records
 
 
@@ -98,7 +98,7 @@ def matches(record: Record, terms: Mapping[str, tuple[str, ...] | None]) -> bool
 
 
 def _analyse(concepts: Sequence[Concept]) -> tuple[list[_Member], np.ndarray]:
-    """Renders every drawing small. Returns them, and their fingerprints float32 [n, 32, 32, 3]."""
+    """Renders every drawing small: members and their fingerprints, float32 [n, 32, 32, 3]."""
     names = {concept.id: concept.name for concept in concepts}
     held_out = splits.held_out_concepts(names)
     members, drawings = [], []

@@ -14,7 +14,7 @@ from dalle2_jax.data import attributes
 _STANDS_OUT = 90.0
 _MIN_EDGE_SHARE = 0.6
 _MIN_CLEAR_SHARE = 0.15
-# Mirroring changes a drawing if this share of its pixels moves by more than this much.
+# Mirroring changes a drawing if this share of its pixels changes by more than this (of 255).
 _MIN_CHANGED_SHARE = 0.08
 _CHANGED = 64
 _SAME_RMS = 8.0
@@ -27,7 +27,7 @@ def render(svg: str, size: int) -> np.ndarray:
 
 
 def visible_backgrounds(drawing: np.ndarray) -> list[str]:
-    """Returns the named colours on which a drawing [h, w, 4] can be told from its background.
+    """Returns the named colours on which a drawing [h, w, 4] stands out.
 
     At least 15 % of the image must be clear, so that the background is seen at all; and 60 % of the
     drawing's edge must differ from it, or a yellow face on yellow would have no outline.
@@ -57,7 +57,7 @@ def changes_in_mirror(drawing: np.ndarray) -> bool:
 
 
 def fingerprints(drawings: np.ndarray) -> np.ndarray:
-    """What drawings show on white, small: RGBA uint8 [n, 64, 64, 4] -> float32 [n, 32, 32, 3]."""
+    """Reduces drawings on white: RGBA uint8 [n, 64, 64, 4] -> float32 [n, 32, 32, 3]."""
     on_white = attributes.paint(drawings, attributes.WHITE).astype(np.float32)
     n, height, width, channels = on_white.shape
     return on_white.reshape(n, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
