@@ -114,6 +114,13 @@ def test_no_caption_names_a_held_out_concept():
     assert any("music" in text for text in captions_of(made, "held_out_concepts"))
 
 
+def test_no_caption_joins_style_and_name_to_the_name_of_a_held_out_concept():
+    made = records.make_records([concept("white flower", "red"), concept("flower box", "blue")])
+    texts = captions_of(made, splits.TRAIN, splits.VALIDATION, splits.HELD_OUT_PAIRS)
+    assert any("black and white" in text for text in texts)
+    assert not any("white flower" in text for text in texts)
+
+
 def test_near_copies_and_mirror_images_of_training_images_are_left_out():
     for color in ("#fd0100", "blue"):
         made = records.make_records([concept("guitar", "#ff0000"), concept("lute", color)])

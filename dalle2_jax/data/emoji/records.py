@@ -47,6 +47,7 @@ class _Member:
 
     concept: Concept
     tags: Sequence[str]
+    captions: Sequence[str]
     style: str
     split: str
     backgrounds: list[str]
@@ -109,10 +110,14 @@ def _analyse(concepts: Sequence[Concept]) -> tuple[list[_Member], np.ndarray]:
         for style, drawing in concept.drawings.items():
             image = render.render(drawing.svg, _ANALYSIS_SIZE)
             drawings.append(image)
+            captions = words.captions(concept.name, style, tags)
+            # "black and white style flower playing cards" names a white flower.
+            captions = [text for text in captions if not splits.names_in(text, others)]
             members.append(
                 _Member(
                     concept=concept,
                     tags=tags,
+                    captions=captions,
                     style=style,
                     split=split_of[style],
                     backgrounds=render.visible_backgrounds(image),
@@ -142,7 +147,7 @@ def _triples(
 
 def _record(member: _Member) -> Record:
     features = {
-        "captions": words.captions(member.concept.name, member.style, member.tags),
+        "captions": member.captions,
         "background": attributes.WHITE,
         "backgrounds": member.backgrounds,
         "mirrorable": member.mirrorable,
@@ -152,11 +157,11 @@ def _record(member: _Member) -> Record:
 
 def _triple(member: _Member, color: str) -> Record:
     """The record of a background on which a trained pair is held out."""
-    captions = words.captions(member.concept.name, member.style, member.tags)
     wordings = len(attributes.BACKGROUND_WORDINGS)
     features = {
         "captions": [
-            attributes.name_background(text, color, i % wordings) for i, text in enumerate(captions)
+            attributes.name_background(text, color, i % wordings)
+            for i, text in enumerate(member.captions)
         ],
         "background": color,
         "backgrounds": [],

@@ -12,7 +12,7 @@ versions. Nobody looks at the held-out splits before a model is final; `validati
 
 What is held out is both images and words. A concept whose name stands in the name of another
 ("egg" in "nest with eggs") cannot be held out, because a trained caption would teach it: it stays
-in train. Keywords that name a held-out concept are dropped from every other concept's captions.
+in train. Keywords and captions that name a held-out concept are dropped from every other concept's.
 """
 
 from __future__ import annotations
