@@ -96,6 +96,7 @@ class Shares:
           backgrounds: the colours that the record may stand on beside white.
           mirrorable: whether the record may be mirrored.
         """
+        # All five numbers are read whatever the record allows, so that each decides one thing only.
         is_colored, color, color_wording, is_mirrored, mirror_wording = map(float, uniforms)
         background = WHITE
         if backgrounds and is_colored < self.background:
@@ -123,6 +124,7 @@ def longest_addition() -> Choice:
 
 def paint(image: np.ndarray, color: str) -> np.ndarray:
     """Puts a drawing on a background: RGBA uint8 [..., 4] -> RGB uint8 [..., 3]."""
+    # 255 * 255 fits into 16 bits: half the memory of float32. Adding 127 rounds to the nearest.
     alpha = image[..., 3:].astype(np.uint16)
     background = np.array(COLORS[color], np.uint16)
     mixed = image[..., :3] * alpha + background * (255 - alpha)

@@ -68,6 +68,7 @@ class DataConfig:
     decoded_gb: float = 1.0
 
     def __post_init__(self) -> None:
+        # Kinds come from the defaults, so a new setting is checked without a line here.
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if kind in _KINDS and not _is(value, kind):

@@ -116,6 +116,7 @@ class Examples:
         Raises:
           UserError: a file is gone, or 100 images in a row are damaged.
         """
+        # The next image, not a random one: what a place shows stays a function of the place.
         for offset in range(min(len(self), _MAX_DAMAGED_IN_A_ROW)):
             i = (index + offset) % len(self)
             try:
@@ -155,6 +156,8 @@ class ImageCache:
 
         `crop` is as in `decode.decode`, and used only by a cache made with `crops`.
         """
+        # Read without the lock: a slot goes from None to its final value once, and two threads that
+        # decode the same image at once get the same pixels.
         decoded = self._decoded[index]
         if decoded is None:
             size = None if self._crops else self._size
@@ -182,6 +185,8 @@ class TokenTable:
                 f"{examples.image_name(empty[0])}: no caption ({len(empty)} of {len(examples)} "
                 "records lack one); prepare the data again without such records"
             )
+        # Captions of all records lie end to end in `_rows`, as rows of `_tokens`; each different
+        # text is tokenized once. Record i has those from `_starts[i]` on, `_counts[i]` of them.
         texts: dict[str, int] = {}
         rows = [texts.setdefault(t, len(texts)) for c in examples.captions for t in c]
         self._tokenizer, self._texts = tokenizer, list(texts)
@@ -233,6 +238,8 @@ class TokenTable:
         choice = np.minimum((uniforms * counts).astype(np.int64), counts - 1)
         rows = self._rows[self._starts[indices] + choice]
         tokens = self._tokens[rows]
+        # Captions with words for attributes are too many to tabulate: those of a batch are
+        # tokenized when they are needed.
         changed = [i for i, choice in enumerate(choices) if not choice.is_plain]
         if changed:
             texts = [choices[i].describe(self._texts[rows[i]]) for i in changed]

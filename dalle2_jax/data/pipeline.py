@@ -147,11 +147,13 @@ class Batches:
           UserError: while reading: a file is gone, a shard is damaged, too many images are damaged,
             a streamed record has no caption.
         """
+        # Resuming is starting the range elsewhere.
         plans = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(self._plan)
         if self._streams:
             records = [part.batches(start_step, self._part_size) for part in self._streams]
             plans = tf.data.Dataset.zip(plans, *records).map(_join_parts)
         options = tf.data.Options()
+        # Without this, tf.data may hand out elements as they become ready.
         options.deterministic = True
         options.threading.private_threadpool_size = 2
         make: Callable[..., dict[str, np.ndarray]]
@@ -164,6 +166,7 @@ class Batches:
             numpy_plans: Any = plans.prefetch(_PREFETCH).with_options(options).as_numpy_iterator()
             for plan in numpy_plans:
                 ahead.append(self._worker.submit(make, **plan))
+                # One thread makes the batches in order; up to _PREFETCH of them wait here.
                 if len(ahead) > _PREFETCH:
                     yield ahead.popleft().result()
         except tf_error as e:
@@ -182,9 +185,15 @@ class Batches:
           float [b, attributes.NUM_UNIFORMS], b rows of this host.
         """
         config, n, size = self._config, self.num_examples, self._group_size
+        # The places of the global batch, for all hosts alike; this host's rows are gathered at the
+        # end. Computing a few numbers too many is cheaper than making the order depend on hosts.
         place = step * self._batch_size + tf.range(self._batch_size, dtype=tf.int64)
+        # With groups, n % size examples are left over in each epoch; the shift below lets others be
+        # left over in the next.
         epoch, index = place // (n - n % size), place % (n - n % size)
         if config.shuffle and not self._streams:
+            # Groups are permuted as wholes, and the examples of a group keep their order: they were
+            # sorted by the feature of config.data.group_by.
             within = index % size
             index = self._shuffled(index // size, epoch, 0, n // size) * size + within
             if size > 1:  # move where the groups begin, or some would always be cut in two
@@ -242,6 +251,8 @@ class Batches:
         del index  # the stream's own order
         size = self._part_size
         self._streams[0].require_captions(number_if_empty)
+        # The rows of a host lie part after part, and each part has `size` consecutive rows of the
+        # batch. A damaged image gives way to another of the same part, or hosts would differ.
         windows = {
             part: stream.Window(
                 image[i * size : (i + 1) * size],
@@ -297,6 +308,8 @@ class Batches:
         choices: Sequence[Choice],
     ) -> np.ndarray:
         """Applies attributes and `flip`: uint8 [b, h, w, 3]."""
+        # An image that its caption calls mirrored is not mirrored again by `flip`: the config
+        # refuses to set both.
         if choices:
             images = [choice.paint(image) for choice, image in zip(choices, images, strict=True)]
         batch = np.stack(images)
@@ -355,6 +368,8 @@ def _join_parts(plan: dict[str, Any], *records: dict[str, Any]) -> dict[str, Any
 
 def _min_whole_parts(rows: np.ndarray, batch_size: int) -> int:
     """The fewest equal parts of a batch such that `rows` (ascending) consist of whole parts."""
+    # Where a run of consecutive rows begins or ends, a part must begin or end: the size of a part
+    # divides all these places, and the batch.
     breaks = np.flatnonzero(np.diff(rows) > 1)
     edges = [rows[0], rows[-1] + 1, *(rows[breaks] + 1), *rows[breaks + 1]]
     return batch_size // math.gcd(batch_size, *map(int, edges))
@@ -366,6 +381,7 @@ def _open(config: DataConfig, split: str) -> Examples | list[stream.Stream]:
         return image_folder.open_folder(config.path, split, config.eval_split)
     source = tfds_folder.open_split(config.path, split, config.subset)
     tfds_folder.check_attributes(source, config.background_share, config.mirror_share)
+    # num_bytes are encoded records before `subset`: an upper bound that needs no reading.
     is_streamed = source.num_bytes > config.ram_gb * 2**30
     if is_streamed and not config.group_by:
         buffer = int(source.num_records * config.ram_gb * 2**30 / source.num_bytes)

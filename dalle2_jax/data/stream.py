@@ -27,7 +27,8 @@ class Stream:
         self._source, self._shuffle, self._seed, self._buffer = source, shuffle, seed, buffer
         self._count = source.part_size(source.part)
         self._first = sum(source.part_size(i) for i in range(source.part))
-        if source.subset:  # how many records the filter keeps is known only after reading them
+        # How many records the filter keeps is known only after reading them all, once.
+        if source.subset:
             self._count = int(source.dataset().reduce(np.int64(0), lambda n, _: n + 1))
         if not self._count:
             part = f", part {source.part} of {source.parts}" if source.parts > 1 else ""
@@ -60,13 +61,17 @@ class Stream:
           Dicts of `image` (encoded) and `caption`, bytes [b]; `number_if_empty` int64 [b], for
           `require_captions`; `backgrounds` bytes [b], for `split_names`; `mirrorable` bool [b].
         """
+        # Each epoch is a dataset of its own, shuffled by a seed of its own. To resume, whole epochs
+        # are skipped for nothing, and the records before `start_step` in its epoch are read and
+        # dropped: the shuffle buffer must have seen them to give out the same order.
         first_epoch, skipped = divmod(start_step * batch_size, self._count)
 
         @tf.autograph.experimental.do_not_convert
         def epoch(number: tf.Tensor) -> tf.data.Dataset:
             records = self._source.dataset().enumerate()
             if self._shuffle:
-                seed: Any = self._seed + 1_000_003 * number  # a tensor will do
+                # Far apart: else seed 0's second epoch would be seed 1's first.
+                seed: Any = self._seed + 1_000_003 * number  # a tensor is allowed
                 records = records.shuffle(self._buffer, seed, reshuffle_each_iteration=False)
             places = tf.data.Dataset.range(number * self._count, np.iinfo(np.int64).max)
             return tf.data.Dataset.zip(places, records)
@@ -89,6 +94,7 @@ class Stream:
     @tf.autograph.experimental.do_not_convert
     def _pick(self, place: tf.Tensor, numbered: tuple[tf.Tensor, dict]) -> dict[str, tf.Tensor]:
         number, record = numbered
+        # Runs inside tf.data, before images are decoded: only what this record needs goes on.
         captions = record[self._source.caption_feature]
         count = tf.size(captions)
         # Another part must not pick alike at the same place.
@@ -99,6 +105,7 @@ class Stream:
             "image": record["image"],
             "caption": tf.concat([captions, [""]], 0)[which],
             "number_if_empty": tf.where(count > 0, tf.constant(-1, tf.int64), self._first + number),
+            # Rows of a batch need one shape, so the names of colours travel as one text.
             "backgrounds": tf.strings.reduce_join(
                 record.get(BACKGROUNDS, tf.constant([], tf.string)), separator=_SEPARATOR
             ),
@@ -131,6 +138,7 @@ class Window:
         Raises:
           UserError: every image of the batch is damaged.
         """
+        # Within the batch only: a stream cannot look at other records.
         for offset in range(len(self._encoded)):
             used = (place + offset) % len(self._encoded)
             data = self._encoded[used]

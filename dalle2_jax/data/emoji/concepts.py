@@ -30,10 +30,14 @@ EMOJIBASE = npm.Package(
     "17.0.0",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
+# Presets of names such as `:dog:`, from the most widely used to the least: the first match counts.
 _SHORTCODES = ("github", "iamcal", "joypixels", "emojibase", "emojibase-legacy")
+# With fewer there would be no pair to spare: two styles stay in train, and others are held out.
 _MIN_STYLES = 4
 
 _DROPPED_GROUPS = frozenset(["component", "flags"])
+# Concrete concepts are the easy part of the set, which `subset=concrete` keeps: things rather than
+# signs, or people in a hundred occupations.
 _CONCRETE_GROUPS = frozenset(
     ["smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"]
 )
@@ -209,6 +213,7 @@ def _icons(
     """Concept id -> icon name in one style."""
     exceptions = {_slug(name): icon for name, icon in EXCEPTIONS.get(style, {}).items()}
     icons: dict[str, str] = {}
+    # Code points are unambiguous: sets that have them need no names.
     if sets[style].code_points:
         for concept_id, entry in entries.items():
             icon = sets[style].by_code_point(entry["hexcode"].lower())
@@ -216,12 +221,16 @@ def _icons(
                 icons[concept_id] = icon
         return icons
     icons = {concept_id: icon for concept_id, icon in exceptions.items() if icon}
+    # Name without hyphens -> icon. Of several drawings "pizza-1" and "pizza-2" the first stands for
+    # "pizza", unless an icon has just that name. In reverse order the first is written last, and
+    # exact names are written after all of them.
     by_name = {}
-    for icon in sorted(sets[style].names, reverse=True):  # "x-1" is the first of several drawings
+    for icon in sorted(sets[style].names, reverse=True):
         by_name[_joined(re.sub(r"-\d$", "", icon))] = icon
     by_name |= {_joined(icon): icon for icon in sets[style].names}
     used_icons = set(icons.values())
-    # Own names of all emoji come first: "dog" is another emoji's alias.
+    # Two passes. In the first every emoji claims the icon of its own name. Only then do other names
+    # count, because "dog" is also an alias of the dog face, which precedes the dog.
     for names_of in (lambda i: [i], lambda i: _other_names(entries[i], sets, other_names)):
         for concept_id in entries:
             if concept_id in icons or concept_id in exceptions:

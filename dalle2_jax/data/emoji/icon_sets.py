@@ -120,13 +120,17 @@ class IconSet:
         icon = self.icons["icons"].get(alias["parent"] if alias else name)
         if icon is None:
             return None
+        # Iconify's defaults: an icon's own size, else the set's, else 16.
         width, height = (icon.get(k, self.icons.get(k, 16)) for k in ("width", "height"))
         left, top = (icon.get(k, self.icons.get(k, 0)) for k in ("left", "top"))
+        # An alias may be the mirror image of its parent ("left", "right"): the body is flipped
+        # about the middle of its own box.
         body = icon["body"]
         if alias and alias.get("hFlip"):
             body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
         if alias and alias.get("vFlip"):
             body = f'<g transform="translate(0 {2 * top + height}) scale(1 -1)">{body}</g>'
+        # Flags and some buttons are wider than tall; the shorter side gets equal margins.
         side = max(width, height)
         box = f"{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}"
         return (

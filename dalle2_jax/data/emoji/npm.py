@@ -68,6 +68,8 @@ def fetch(package: Package, cache: pathlib.Path | None = None) -> pathlib.Path:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # Fetched into a folder of its own and moved when verified, so that two processes do not see
+        # each other's half of a tarball.
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temp:
             tarball = _npm_pack(package, pathlib.Path(temp))
             sha256 = _sha256(tarball)
@@ -110,6 +112,7 @@ def _npm_pack(package: Package, folder: pathlib.Path) -> pathlib.Path:
         )
     try:
         run = subprocess.run(
+            # --ignore-scripts: a package's own scripts must never run here.
             [npm, "pack", package.pin, "--silent", "--ignore-scripts"],
             cwd=folder,
             capture_output=True,

@@ -61,12 +61,13 @@ def make_records(concepts: Sequence[Concept]) -> list[Record]:
     what `validation` shows, out of the held-out ones (see `render.near_duplicates`). In black and
     white, for instance, the large orange diamond is the large blue one.
     """
+    # 1. Look at every drawing, and assign each pair to a split by the hash of its names.
     members, prints = _analyse(concepts)
     rows: dict[str, list[int]] = {split: [] for split in splits.SPLITS}
     for row, member in enumerate(members):
         rows[member.split].append(row)
-    # From each trained pair the held-out backgrounds are taken first: the check below asks which
-    # backgrounds the others still have.
+    # 2. Take the held-out backgrounds away from every trained pair, before step 3 asks which
+    # backgrounds the other trained pairs still have.
     triples: dict[int, list[str]] = {}
     for row in rows[splits.TRAIN]:
         member = members[row]
@@ -74,6 +75,8 @@ def make_records(concepts: Sequence[Concept]) -> list[Record]:
         if colors := splits.held_out_backgrounds(*names, member.backgrounds):
             triples[row] = colors
             member.backgrounds = [c for c in member.backgrounds if c not in colors]
+    # 3. Write the splits in order. `shown` grows to what no later split may show: train is left as
+    # it is, validation must not repeat train, and held-out splits must repeat neither.
     records = []
     shown = rows[splits.TRAIN]
     for split in splits.SPLITS:
@@ -139,6 +142,8 @@ def _triples(
     near = render.near_duplicates(prints[list(triples)], prints[list(train)])
     records = []
     for (row, colors), is_near in zip(triples.items(), near, strict=True):
+        # Another trained pair that looks the same, such as the woman beside the man, gives the
+        # triple away if it is trained on that background.
         twins = [train[i] for i in np.flatnonzero(is_near) if train[i] != row]
         trained_on = {color for twin in twins for color in members[twin].backgrounds}
         records += [_triple(members[row], color) for color in colors if color not in trained_on]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dalle2_jax.data import attributes
 
+# These thresholds were checked by eye on contact sheets of captioned images.
 # An edge pixel stands out where its RGB is this far from the background's (Euclidean, 0 to 441).
 _STANDS_OUT = 90.0
 _MIN_EDGE_SHARE = 0.6
@@ -22,6 +23,7 @@ _SAME_RMS = 8.0
 
 def render(svg: str, size: int) -> np.ndarray:
     """Renders a square SVG document: RGBA uint8 [size, size, 4], alpha not multiplied in."""
+    # No system fonts: text that a set has not converted to paths would differ by machine.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
@@ -32,9 +34,11 @@ def visible_backgrounds(drawing: np.ndarray) -> list[str]:
     At least 15 % of the image must be clear, so that the background is seen at all; and 60 % of the
     drawing's edge must differ from it, or a yellow face on yellow would have no outline.
     """
+    # Pixels more opaque than not are the drawing. Soft shadows around it do not count as its edge.
     solid = drawing[..., 3] >= 128
     if np.mean(~solid) < _MIN_CLEAR_SHARE:
         return []
+    # A pixel is on the edge if one of its four neighbours is clear; so is the image's border.
     padded = np.pad(solid, 1)
     surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     edge = drawing[solid & ~surrounded][:, :3].astype(np.float64)
@@ -51,6 +55,8 @@ def visible_backgrounds(drawing: np.ndarray) -> list[str]:
 def changes_in_mirror(drawing: np.ndarray) -> bool:
     """Whether a drawing [h, w, 4] differs visibly from its mirror image."""
     on_white = attributes.paint(drawing, attributes.WHITE).astype(np.int16)
+    # Highlights make most round things a little asymmetric: a change that is small in value or in
+    # area does not count.
     difference = np.abs(on_white - on_white[:, ::-1]).max(axis=-1)
     solid = (drawing[..., 3] >= 128) | (drawing[:, ::-1, 3] >= 128)
     return bool(np.sum(difference > _CHANGED) >= _MIN_CHANGED_SHARE * max(1, np.sum(solid)))

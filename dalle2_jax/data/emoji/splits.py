@@ -84,6 +84,8 @@ def split_of(concept_id: str, styles: Sequence[str], held_out: bool) -> dict[str
     if held_out:
         return splits | dict.fromkeys(trainable, HELD_OUT_CONCEPTS)
     splits |= dict.fromkeys(trainable, TRAIN)
+    # Held-out pairs choose first, so that adding a validation split did not move them. The order by
+    # hash, not by style, makes the choice independent of which styles there are.
     spare = len(trainable) - _STYLES_LEFT_IN_TRAIN
     for split, share in ((HELD_OUT_PAIRS, _PAIR_SHARE), (VALIDATION, _VALIDATION_SHARE)):
         for u, style in sorted((unit_hash(split, concept_id, s), s) for s in trainable):
@@ -105,5 +107,7 @@ def held_out_backgrounds(concept_id: str, style: str, backgrounds: Sequence[str]
 
 @functools.cache
 def _name_pattern(name: str) -> re.Pattern[str]:
+    # Stripping one s from a name, and allowing s or es after it, finds "shopping bags" in "a
+    # shopping bag" and "box" in "boxes". Irregular plurals are not found.
     singular = re.sub(r"(?<=[^s])s$", "", name)
     return re.compile(rf"(?<![a-z0-9]){re.escape(singular)}(s|es)?(?![a-z0-9])")

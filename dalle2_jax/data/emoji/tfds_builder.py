@@ -59,6 +59,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         for record in self._records:
             if record.split != split:
                 continue
+            # Rendered again, at the size asked for: the small rendering only served to make the
+            # records.
             image = render.render(record.drawing.svg, self._size)
             background = record.features["background"]
             if background != attributes.WHITE:

@@ -38,7 +38,8 @@ STYLES: dict[str, Style] = {
     "fxemoji": Style("a firefox emoji", "firefox"),
     "streamline-emojis": Style("a streamline emoji", "streamline"),
 }
-# Share-alike sets: they serve to evaluate on a style that no training image shows.
+# Share-alike sets, whose licence would pass to what is derived from them. They serve to evaluate on
+# a style that no training image shows.
 EVALUATION_STYLES: dict[str, Style] = {
     "openmoji": Style("an openmoji", "openmoji"),
     "emojione-v1": Style("an old emojione emoji", "old emojione"),
@@ -96,12 +97,14 @@ def with_article(name: str) -> str:
     """`a red apple`, `an owl`, `the sun`, `grapes`: by rules of thumb, good enough for captions."""
     if name in _THE:
         return f"the {name}"
+    # The head noun decides: "glass of milk" is a glass, "people holding hands" are people.
     head = _HEAD_ENDS.split(name, maxsplit=1)[0].split()[-1]
     plural = (
         head.endswith("s") and not head.endswith(("ss", "'s")) and head not in _PLURAL_NOT
     ) or head in _PLURALS
     if plural or head in _NO_ARTICLE or name.startswith(("no ", "mount ", "see ")):
         return name
+    # Sounds, not letters: an hour, a unicorn, an 8 ball.
     first = name.split()[0]
     silent = re.match(r"(hour|honest|heir|x-ray|x ray)", first) is not None
     voiced_u = re.match(r"(uni|use|uti|ewe|euro|one|u-|ufo|ukulele)", first) is not None
@@ -152,9 +155,11 @@ def captions(concept: str, style: str, tags: Sequence[str] = ()) -> list[str]:
     tagged = [i for i in range(NUM_TEMPLATES) if i not in styled]
     name_words = set(re.findall(r"[a-z0-9]+", concept))
     keywords = [tag for tag in tags if not set(re.findall(r"[a-z0-9]+", tag)) & name_words]
+    # Each style of a concept starts elsewhere in the list, so the styles together use more of it.
     keywords.sort(key=lambda tag: unit_hash("tag", concept, style, tag))
     texts = [caption(concept, style, i) for i in styled]
     for k, keyword in enumerate(keywords[:MAX_KEYWORD_CAPTIONS]):
         texts.append(caption(concept, style, tagged[k % len(tagged)], keyword))
     plain = [t.format(c=with_article(concept)) for t in PLAIN_TEMPLATES]
+    # Without repetitions: the pipeline picks captions uniformly.
     return list(dict.fromkeys(texts + plain))

@@ -73,6 +73,7 @@ def build(
     from dalle2_jax.data.sources import tfds_folder
 
     tfds_folder.check_subset(subset, tfds_builder.features(size), "the emoji set")
+    # Everything is written beside `out`, on the same disk, so that one rename can publish it.
     temp = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,8 @@ def build(
         builder.download_and_prepare(file_format="tfrecord")
         splits = builder.info.splits
         counts = {name: int(splits[name].num_examples) for name in splits}
+        # The old data set goes last and leaves with the temporary folder: whatever failed above has
+        # not touched it.
         if out.exists():
             os.replace(out, temp / "replaced")
         os.replace(builder.data_dir, out)

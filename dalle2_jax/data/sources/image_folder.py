@@ -24,6 +24,7 @@ from dalle2_jax.imaging.decode import SUFFIXES
 from dalle2_jax.storage import paths
 
 TABLES = ("metadata.jsonl", "captions.csv")
+# Reads UTF-8 with or without the byte order mark that editors on Windows write.
 _ENCODING = "utf-8-sig"
 
 
@@ -47,6 +48,7 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
         path = paths.local_copy(path)
     if not os.path.isdir(path):  # False, where pathlib's raises, for a name that is too long
         raise UserError(f"{path}: no such folder")
+    # Compared after resolving links, since a folder may also be reached by one from elsewhere.
     held_out_folder = (path / held_out).resolve()
     if os.path.isdir(path / split):
         path = path / split
@@ -92,11 +94,13 @@ def _image_files(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the image files below a folder; each folder once, however many links lead to it."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(path, onerror=_raise_unreadable, followlinks=True):
+        # Links are followed, so a folder may be reached twice, or lead back to one above it.
         real = os.path.realpath(folder)
-        if real in seen:  # by a link, which may lead back to a folder above it
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        # os.walk descends into what is left in this list.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (pathlib.Path(folder, name) for name in files if not name.startswith(".")):
             is_image = file.suffix.lower() in SUFFIXES
@@ -139,6 +143,7 @@ def _from_table(table: pathlib.Path) -> dict[pathlib.Path, list[str]]:
         image = table.parent / name
         if not os.path.isfile(image):  # False, too, for a name that no file can have (a NUL)
             raise UserError(f"{where}: there is no file {str(image)!r}")
+        # By text, not by resolved links: the folder may hold links, but no row may name ../ files.
         if not pathlib.Path(os.path.abspath(image)).is_relative_to(root):
             raise UserError(f"{where}: {name!r} is outside of {table.parent}")
         captions.setdefault(image, []).extend(texts)
@@ -167,6 +172,7 @@ def _jsonl(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv(table: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (file and line, row)."""
     lines = io.StringIO(_read(table, newline=""), newline="")
+    # newline="" leaves line ends inside of quotes to the csv module.
     reader = csv.DictReader(lines, strict=True)  # else a lone quote swallows the lines after it
     try:
         if not {"file_name", "text"} <= set(reader.fieldnames or ()):

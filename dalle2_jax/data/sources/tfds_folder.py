@@ -81,12 +81,15 @@ class Prepared:
             split=tfds.even_splits(self.split, self.parts)[self.part]
             if self.parts > 1
             else self.split,
+            # Encoded images are a tenth as large; the pipeline decodes those that it needs.
             decoders={"image": tfds.decode.SkipDecoding()},
+            # Shards one after the other, and no parallel reads, keep the order of the files.
             shuffle_files=False,
             read_config=tfds.ReadConfig(
                 interleave_cycle_length=1, skip_prefetch=True, try_autocache=False
             ),
         )
+        # Filtered while reading: a large data set needs no copy for a subset.
         for feature, values in parse_subset(self.subset).items():
             dataset = dataset.filter(_keeps(feature, values))
         return dataset.map(self._flatten_captions)
@@ -331,6 +334,7 @@ def _objects(values: list[Any]) -> np.ndarray:
 
 def _is_text(feature: Any) -> bool:
     """Whether a TFDS feature is one text or a row of them, or dicts with such a `text`."""
+    # A FeaturesDict has dicts for shape and dtype; captions of COCO are such dicts.
     shape, dtype = feature.shape, feature.tf_dtype
     if isinstance(shape, Mapping):
         shape, dtype = shape.get("text", ()), dtype.get("text")
