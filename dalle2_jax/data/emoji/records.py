@@ -85,8 +85,8 @@ def make_records(concepts: Sequence[Concept]) -> list[Record]:
             continue
         split_rows = rows[split]
         if split != splits.TRAIN and split_rows:
-            near = render.near_duplicates(prints[split_rows], prints[shown]).any(axis=1)
-            split_rows = [row for row, is_near in zip(split_rows, near, strict=True) if not is_near]
+            near = render.near_duplicates(prints[split_rows], prints[shown])
+            split_rows = [r for r, images in zip(split_rows, near, strict=True) if not images.any()]
         if split == splits.VALIDATION:
             shown = shown + split_rows
         records += [_record(members[row]) for row in split_rows]
@@ -144,7 +144,7 @@ def _triples(
     for (row, colors), is_near in zip(triples.items(), near, strict=True):
         # Another trained pair that looks the same, such as the woman beside the man, gives the
         # triple away if it is trained on that background.
-        twins = [train[i] for i in np.flatnonzero(is_near) if train[i] != row]
+        twins = [train[i] for i in np.flatnonzero(is_near).tolist() if train[i] != row]
         trained_on = {color for twin in twins for color in members[twin].backgrounds}
         records += [_triple(members[row], color) for color in colors if color not in trained_on]
     return records
