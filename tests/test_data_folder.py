@@ -1,4 +1,4 @@
-"""A user's own folder of pictures and captions."""
+"""A user's own folder of images and captions."""
 
 import json
 import logging
@@ -31,10 +31,10 @@ def captioned(folder):
     return folder
 
 
-def test_captions_beside_the_pictures(captioned):
-    found = image_folder.open_folder(captioned)
-    assert [p.name for p in found.pictures] == ["a.png", "b.png", "c.png"]
-    assert found.captions[2] == ["a blue square", "blue"]
+def test_captions_beside_the_images(captioned):
+    examples = image_folder.open_folder(captioned)
+    assert [p.name for p in examples.images] == ["a.png", "b.png", "c.png"]
+    assert examples.captions[2] == ["a blue square", "blue"]
 
 
 def test_metadata_jsonl(folder):
@@ -44,9 +44,9 @@ def test_metadata_jsonl(folder):
         '{"file_name": "a.png", "text": ["x", "y"]}',
     ]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    found = image_folder.open_folder(folder)
-    assert [p.name for p in found.pictures] == ["a.png", "b.png"]
-    assert found.captions == [["x", "y"], ["green"]]
+    examples = image_folder.open_folder(folder)
+    assert [p.name for p in examples.images] == ["a.png", "b.png"]
+    assert examples.captions == [["x", "y"], ["green"]]
 
 
 def test_captions_csv(folder):
@@ -84,7 +84,7 @@ def test_a_byte_order_mark_is_no_text(folder, name, text):
     assert image_folder.open_folder(folder).captions == [["red"]]
 
 
-def test_a_folder_named_like_a_picture_is_none(captioned):
+def test_a_folder_named_like_an_image_is_none(captioned):
     (captioned / "x.png").mkdir()
     assert len(image_folder.open_folder(captioned)) == 3
 
@@ -96,8 +96,8 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(captioned, t
     (captioned / "linked").symlink_to(elsewhere)
     (captioned / "again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(captioned)
-    found = image_folder.open_folder(captioned)
-    assert sorted(p.name for p in found.pictures) == ["a.png", "b.png", "c.png"]
+    examples = image_folder.open_folder(captioned)
+    assert sorted(p.name for p in examples.images) == ["a.png", "b.png", "c.png"]
 
 
 def test_hidden_files_and_folders_are_left_out(captioned):
@@ -129,7 +129,7 @@ def test_a_link_to_nowhere_is_named(captioned, name):
         image_folder.open_folder(captioned)
 
 
-def test_a_link_that_can_be_no_picture_is_let_be(captioned):
+def test_a_link_that_can_be_no_image_is_let_be(captioned):
     (captioned / "README.md").symlink_to(captioned / "gone")
     image_folder.open_folder(captioned)
 
@@ -145,15 +145,15 @@ def test_split_folder(captioned):
         image_folder.open_folder(captioned, "held", held_out="held")
 
 
-def test_what_is_read_is_told(captioned, caplog):
-    """A folder `train` may be one kind of picture among others, not a split."""
+def test_what_is_read_is_logged(captioned, caplog):
+    """A folder `train` may be one kind of image among others, not a split."""
     for name in ("train", "plane"):
         (captioned / name).mkdir()
     for ending in (".png", ".txt"):
         (captioned / f"a{ending}").rename(captioned / "train" / f"a{ending}")
     with caplog.at_level(logging.INFO, "absl"):
         image_folder.open_folder(captioned)
-    assert [r.getMessage() for r in caplog.records] == [f"1 pictures below {captioned / 'train'}"]
+    assert [r.getMessage() for r in caplog.records] == [f"1 images below {captioned / 'train'}"]
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -165,13 +165,13 @@ def test_what_is_held_out_is_not_trained_on(captioned, table):
         rows = "".join(f"{name},x\n" for name in ("b.png", "c.png", "test/a.png"))
         (captioned / "captions.csv").write_text("file_name,text\n" + rows)
     train = image_folder.open_folder(captioned, "train", "test")
-    assert [picture.name for picture in train.pictures] == ["b.png", "c.png"]
+    assert [image.name for image in train.images] == ["b.png", "c.png"]
     held_out = image_folder.open_folder(captioned, "test", "test")
-    assert [picture.name for picture in held_out.pictures] == ["a.png"]
+    assert [image.name for image in held_out.images] == ["a.png"]
     (captioned / "train").mkdir()
     (captioned / "b.png").rename(captioned / "train" / "b.png")
     (captioned / "b.txt").rename(captioned / "train" / "b.txt")
-    assert len(image_folder.open_folder(captioned, "train", "test").pictures) == 1
+    assert len(image_folder.open_folder(captioned, "train", "test").images) == 1
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_is_held_out_is_not_trained_on(captioned, table):
         ("metadata.jsonl", '{"file_name": "a.png"}', "line 1: needs a file_name and a text"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: needs a file_name and a"),
         ("metadata.jsonl", '{"file_name": "d.png", "text": "x"}', "there is no file .*d.png"),
-        ("metadata.jsonl", f'{{"file_name": "{__file__}", "text": "x"}}', "lies outside"),
+        ("metadata.jsonl", f'{{"file_name": "{__file__}", "text": "x"}}', "is outside"),
         (
             "metadata.jsonl",
             r'{"file_name": "\u0000\n.png", "text": "x"}',
@@ -258,7 +258,7 @@ def test_missing_things_are_named(captioned, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         image_folder.open_folder(tmp_path / ("a" * 300))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no images in it"):
         image_folder.open_folder(tmp_path / "empty")
 
 
@@ -267,7 +267,7 @@ def dataset(path, **changes):
     return pipeline.make_dataset(config | changes, batch_size=3)
 
 
-def test_batches_pair_pictures_with_their_captions(captioned):
+def test_batches_pair_images_with_their_captions(captioned):
     batches = dataset(captioned)
     tokenizer = pipeline.Tokenizer(8, 600)
     captions = {
@@ -283,10 +283,10 @@ def test_batches_pair_pictures_with_their_captions(captioned):
             color = captions[tuple(tokens)]
             seen.add(tuple(tokens))
             np.testing.assert_array_equal(image, np.broadcast_to(rgb[color], (4, 4, 3)))
-    assert seen == set(captions)  # every caption of every picture is drawn
+    assert seen == set(captions)  # every caption of every image is picked
 
 
-def test_a_damaged_picture_gives_way_to_the_next_and_is_reported(captioned):
+def test_a_damaged_image_gives_way_to_the_next_and_is_reported(captioned):
     whole = (captioned / "b.png").read_bytes()
     (captioned / "b.png").write_bytes(whole[: len(whole) // 2])
     batches = dataset(captioned, shuffle=False)
@@ -294,42 +294,42 @@ def test_a_damaged_picture_gives_way_to_the_next_and_is_reported(captioned):
         batch = next(batches(0))
         np.testing.assert_array_equal(batch["image"][1], batch["image"][2])
         assert batch["image"][1, 0, 0].tolist() == [0, 0, 255]
-        # the caption comes with the picture, or the two would be learned as a pair
+        # the caption comes with the image, or the two would be learned as a pair
         blue = pipeline.Tokenizer(8, 600)(["a blue square", "blue"])
         assert batch["tokens"][1].tolist() in blue.tolist()
     assert list(batches.damaged) == [str(captioned / "b.png")]
     assert "not a readable picture" in batches.damaged[str(captioned / "b.png")]
 
 
-def test_damaged_pictures_are_counted_and_the_first_ten_named(caplog):
+def test_damaged_images_are_counted_and_the_first_ten_named(caplog):
     damage = Damage()
     for i in range(45):
         for _ in range(2):  # met again in the next epoch
             damage.add(f"{i}.png", ValueError("cut short"))
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[9] == "damaged picture 10: 9.png: cut short; the next one takes its place"
+    assert lines[9] == "damaged image 10: 9.png: cut short; the next one takes its place"
     assert lines[10:] == [
-        "damaged pictures: the 10 named and 10 more",
-        "damaged pictures: the 10 named and 30 more",
+        "damaged images: the 10 named and 10 more",
+        "damaged images: the 10 named and 30 more",
     ]
-    assert len(damage.found) == 45
+    assert len(damage.reasons) == 45
 
 
-def test_nothing_but_damaged_pictures(captioned):
+def test_nothing_but_damaged_images(captioned):
     for name in COLORS:
         (captioned / f"{name}.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="3 pictures in a row are damaged"):
+    with pytest.raises(UserError, match="3 images in a row are damaged"):
         next(dataset(captioned)(0))
 
 
-def test_a_picture_that_goes_away(captioned):
+def test_a_image_that_goes_away(captioned):
     batches = dataset(captioned)
     (captioned / "c.png").unlink()
     with pytest.raises(UserError, match=r"c\.png: cannot be read"):
         next(batches(0))
 
 
-def test_the_share_of_captions_that_are_cut_is_told_once(captioned, caplog):
+def test_the_share_of_captions_that_are_cut_is_logged_once(captioned, caplog):
     """A space and a letter outside of the merges take one token each at this vocabulary."""
     tokenizer = pipeline.Tokenizer(8, 600)
     fits, longer = "x y z x y z", "x y z x y z x"

@@ -1,4 +1,4 @@
-"""Order, resume, hosts and what a batch holds, on the fixture of real pictures."""
+"""Order, resume, hosts and what a batch holds, on a fixture of real images."""
 
 import functools
 import itertools
@@ -61,10 +61,10 @@ EVERY_WAY = [
 
 @pytest.mark.parametrize("way", EVERY_WAY, ids=str)
 def test_resume_is_exact(way):
-    whole = take(shared(**way), 14)  # more than two epochs
+    batches = take(shared(**way), 14)  # more than two epochs
     again = dataset(**way)
     for start in (0, 6, 11):
-        assert_same(whole[start : start + 3], take(again, 3, start))
+        assert_same(batches[start : start + 3], take(again, 3, start))
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def test_resume_is_exact(way):
     ids=str,
 )
 def test_hosts_share_each_batch(way):
-    whole = take(shared(**way), 7)
+    batches = take(shared(**way), 7)
     for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):  # a host's chips need not be neighbours in the batch
         host = take(dataset(rows=np.array(rows), **way), 7)
-        assert_same(host, [{key: value[rows] for key, value in b.items()} for b in whole])
+        assert_same(host, [{key: value[rows] for key, value in b.items()} for b in batches])
 
 
-def test_a_host_reads_its_own_part_of_a_stream_alone():
-    """Two hosts, three epochs: what one has seen the other has not, and together it is all."""
+def test_a_host_reads_only_its_own_part_of_a_stream():
+    """Two hosts, three epochs: no record is read by both, and together they read all."""
     seen = []
     for rows in np.arange(BATCH).reshape(2, -1):
-        own = dataset(rows=rows, **STREAM, stream_parts=2)
-        batches = take(own, 3 * 45 // BATCH)
+        host = dataset(rows=rows, **STREAM, stream_parts=2)
+        batches = take(host, 3 * 45 // BATCH)
         seen.append({image.tobytes() for batch in batches for image in batch["image"]})
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == {
@@ -96,7 +96,7 @@ def test_a_host_reads_its_own_part_of_a_stream_alone():
 
 
 @pytest.mark.parametrize("way", [{}, STREAM, dict(STREAM, stream_parts=3)], ids=str)
-def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
+def test_every_epoch_holds_every_image_once_in_its_own_order(way):
     n = tfds.builder_from_directory(FIXTURE).info.splits["train"].num_examples
     batches = dataset(batch_size=n, **way)
     assert batches.num_examples == n
@@ -111,23 +111,23 @@ def test_every_epoch_holds_every_picture_once_in_its_own_order(way):
 
 
 @pytest.mark.parametrize("way", [{}, STREAM], ids=str)
-def test_pictures_keep_their_captions(way):
+def test_images_keep_their_captions(way):
     source = tfds_folder.load_arrays(FIXTURE, "train")
     tokenizer = Tokenizer(CONTEXT, VOCAB)
     texts = {
         image.tobytes(): {row.tobytes() for row in tokenizer(captions)}
         for image, captions in zip(source["image"], source["captions"], strict=True)
     }
-    drawn = {}
+    seen = {}
     for batch in take(shared(**way), 60):
         assert batch["image"].dtype == np.uint8
         assert batch["tokens"].dtype == np.int32
         for image, tokens in zip(batch["image"], batch["tokens"], strict=True):
-            drawn.setdefault(image.tobytes(), set()).add(tokens.tobytes())
-    assert set(drawn) == set(texts)
-    assert all(drawn[key] <= texts[key] for key in texts)
-    # ten draws of eight captions: nearly every picture is met with several
-    assert np.mean([len(found) for found in drawn.values()]) > 3
+            seen.setdefault(image.tobytes(), set()).add(tokens.tobytes())
+    assert set(seen) == set(texts)
+    assert all(seen[key] <= texts[key] for key in texts)
+    # Ten draws of eight captions: nearly every image is met with several.
+    assert np.mean([len(rows) for rows in seen.values()]) > 3
 
 
 def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeypatch):
@@ -137,12 +137,12 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeyp
     monkeypatch.setattr(pipeline, "_GROUP_SIZE", size)
     assert n % size
     style = dict(zip([i.tobytes() for i in source["image"]], source["style"], strict=True))
-    whole = n - n % size
-    epochs = take(dataset(batch_size=whole, group_by="style"), 3)
+    full = n - n % size
+    epochs = take(dataset(batch_size=full, group_by="style"), 3)
     orders = [[image.tobytes() for image in batch["image"]] for batch in epochs]
     for order in orders:
-        assert len(set(order)) == whole
-        blocks = [[style[image] for image in order[i : i + size]] for i in range(0, whole, size)]
+        assert len(set(order)) == full
+        blocks = [[style[image] for image in order[i : i + size]] for i in range(0, full, size)]
         # Sorted by style and cut into blocks, at most one block a style spans its end.
         assert sum(len(set(block)) > 1 for block in blocks) <= len(set(style.values()))
         assert [block[0] for block in blocks] != sorted(block[0] for block in blocks)
@@ -151,7 +151,7 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("change", "message"),
     [
         (dict(group_by="stile"), "no feature 'stile'; did you mean 'style'?"),
         (dict(group_by="tags"), "feature 'tags' holds several values a record"),
@@ -162,19 +162,19 @@ def test_groups_stay_together_and_every_record_comes_about_once_an_epoch(monkeyp
         (dict(group_by="style", ram_gb=0.0), "needs .* in memory: config.data.ram_gb="),
     ],
 )
-def test_groups_that_cannot_be_made_are_told(given, said):
-    with pytest.raises(UserError, match=said):
-        dataset(**given)
+def test_groups_that_cannot_be_made_are_one_line(change, message):
+    with pytest.raises(UserError, match=message):
+        dataset(**change)
 
 
 def test_the_shuffle_buffer_is_as_large_as_ram_gb(monkeypatch):
-    given = []
-    monkeypatch.setattr(pipeline.stream, "Stream", lambda *args: given.append(args[3]))
+    buffers = []
+    monkeypatch.setattr(pipeline.stream, "Stream", lambda *args: buffers.append(args[3]))
     split = tfds_folder.open_split(FIXTURE, "train")
     for share in (0.0, 0.5):
         ram_gb = share * split.num_bytes / 2**30
         pipeline._open(pipeline.DataConfig(path=str(FIXTURE), ram_gb=ram_gb), "train")
-    assert given == [16, split.num_records // 2]
+    assert buffers == [16, split.num_records // 2]
 
 
 def test_file_order_without_shuffle():
@@ -213,45 +213,45 @@ def test_subset_keeps_what_it_says():
 
 def test_damaged_records_are_replaced_and_reported(monkeypatch):
     source = tfds_folder.load_arrays(FIXTURE, "train")
-    whole = source["image"][:BATCH]
+    images = source["image"][:BATCH]
     theirs = Tokenizer(CONTEXT, VOCAB)(source["captions"][3]).tolist()
     real = tfds_folder.decode.decode
     records = tfds_folder.read_records(tfds_folder.open_split(FIXTURE, "train"))
     bad = records[2]["image"]
 
-    def broken(data, *rest):
+    def broken(data, *rest, **options):
         if data == bad:
             raise tfds_folder.decode.DamagedImage("cut short")
-        return real(data, *rest)
+        return real(data, *rest, **options)
 
     monkeypatch.setattr(tfds_folder.decode, "decode", broken)
     for way in ({}, STREAM):
         batches = dataset(shuffle=False, **way)
         (batch,) = take(batches, 1)
         image = batch["image"]
-        np.testing.assert_array_equal(image[2], whole[3])
-        assert batch["tokens"][2].tolist() in theirs  # the caption comes with the picture
-        np.testing.assert_array_equal(np.delete(image, 2, 0), np.delete(whole, 2, 0))
+        np.testing.assert_array_equal(image[2], images[3])
+        assert batch["tokens"][2].tolist() in theirs  # the caption comes with the image
+        np.testing.assert_array_equal(np.delete(image, 2, 0), np.delete(images, 2, 0))
         assert list(batches.damaged.values()) == ["cut short"]
 
 
 @pytest.mark.parametrize("way", [{}, STREAM], ids=str)
-def test_pictures_smaller_than_asked_for_are_told_once(way, caplog):
+def test_images_smaller_than_image_size_are_logged_once(way, caplog):
     take(dataset(image_size=128, **way), 2)
     (line,) = [r.getMessage() for r in caplog.records if "image_size" in r.getMessage()]
-    assert "fixtures/emoji (train): pictures of 64 px, enlarged to image_size=128" in line
+    assert "fixtures/emoji (train): images of 64 px, enlarged to image_size=128" in line
     caplog.clear()
     dataset(image_size=64, **way)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("way", [{}, STREAM], ids=str)
-def test_a_batch_larger_than_the_split_is_told_once(way, caplog):
+def test_a_batch_larger_than_the_split_is_logged_once(way, caplog):
     n = shared(**way).num_examples
     caplog.clear()
     take(dataset(batch_size=n + 1, **way), 2)
     (line,) = [r.getMessage() for r in caplog.records]
-    assert f"(train): batch_size={n + 1} but only {n} pictures: each batch repeats some" in line
+    assert f"(train): batch_size={n + 1} but only {n} images: each batch repeats some" in line
     caplog.clear()
     dataset(batch_size=n, **way)
     assert not caplog.records

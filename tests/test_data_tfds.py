@@ -22,7 +22,7 @@ Text, Sequence, FeaturesDict = (
 
 
 def prepare(folder, name, feature, values):
-    """A TFDS directory of grey 4 x 4 pictures of level 0, 1, ... with these values of `name`."""
+    """A TFDS directory of grey 4 x 4 images of level 0, 1, ... with these values of `name`."""
     features = FeaturesDict({"image": tfds.features.Image(shape=(4, 4, 3)), name: feature})
 
     class Grey(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -72,11 +72,11 @@ def test_every_kind_of_caption_is_read_in_memory_and_streamed(tmp_path, name, fe
     assert tfds_folder.load_arrays(path)["captions"].tolist() == expected
     rows = [{tuple(row) for row in Tokenizer(CONTEXT, VOCAB)(texts)} for texts in expected]
     for way in (MEMORY, STREAM):
-        drawn = [set(), set()]
+        seen = [set(), set()]
         for batch in itertools.islice(batches(path, **way)(0), 12):
             for image, tokens in zip(batch["image"], batch["tokens"], strict=True):
-                drawn[image[0, 0, 0]].add(tuple(tokens))
-        assert drawn == rows
+                seen[image[0, 0, 0]].add(tuple(tokens))
+        assert seen == rows
 
 
 @pytest.mark.parametrize(

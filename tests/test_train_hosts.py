@@ -261,13 +261,13 @@ def test_a_second_sigterm_ends_a_host_that_hangs_at_once(start, tmp_path):
 
 def test_each_host_reads_its_own_pictures(monkeypatch):
     """Of every batch of 16 each of two hosts reads 8: together those that one host reads."""
-    get, places = examples.PictureCache.get, {}
+    get, places = examples.ImageCache.get, {}
 
     def spy(self, place, *crop):  # of each reader: one that was closed may still end its batch
         places.setdefault(self, []).append(int(place))
         return get(self, place, *crop)
 
-    monkeypatch.setattr(examples.PictureCache, "get", spy)
+    monkeypatch.setattr(examples.ImageCache, "get", spy)
     cfg, read = toy_task.config(data=PICTURES), {}
     for host, count in ((0, 1), (0, 2), (1, 2)):
         rows = np.arange(16).reshape(count, -1)[host]

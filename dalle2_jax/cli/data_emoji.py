@@ -1,7 +1,8 @@
 """Renders the emoji data set: dalle2 data emoji --out data/emoji --size 128
 
-Six styles of some 1,600 concepts, with captions, as a TFDS directory. It takes minutes, some 120 MB
-of downloads and disk, and needs npm and the extra `train`.
+Ten styles of 1,600 concepts, and two more to evaluate on, with captions, as a TFDS directory. It
+takes three minutes at 128 px, 36 MB of downloads and 100 MB of disk, and needs npm and the extra
+`train`.
 Exit status: 0 done, 2 a mistake in the input.
 """
 

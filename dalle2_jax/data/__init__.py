@@ -1,1 +1,1 @@
-"""Captioned pictures: the emoji set, TFDS directories and folders, as batches of numpy arrays."""
+"""Captioned images: the emoji set, TFDS directories and folders, as batches of numpy arrays."""

@@ -1,4 +1,4 @@
-"""What the section `data` of a config says, checked; TensorFlow is not needed for it."""
+"""The section `data` of a config, checked. TensorFlow is not needed for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.tokenizer import FULL_VOCAB_SIZE, Tokenizer
 from dalle2_jax.validation import sections
 
@@ -19,24 +19,33 @@ class DataConfig:
     """The section `data` of a config.
 
     Attributes:
-      source: "emoji" or "tfds" (a prepared TFDS directory), or "folder" (see folder_source).
+      source: "emoji" or "tfds" (a prepared TFDS directory), or "folder" (see
+        `sources.image_folder`).
       path: the directory.
-      split, eval_split: what training and evaluation read; eval_split "" turns evaluation off.
-      subset: which records to keep, e.g. "concrete" or "style=noto|twemoji"; TFDS only.
-      image_size: side of the pictures in a batch.
-      context_length, vocab_size: of the tokenizer.
-      shuffle: a new order every epoch, by shuffle_seed; else file order.
-      group_by: two records with the same value of this feature stay together in that order: a
-        contrastive loss then has to tell apart pictures that differ in little else, such as the
-        styles of one concept. Of a TFDS split held in memory.
-      flip: mirror half of the pictures.
-      crop_scale: (low, high): a random square of this share of the shorter side; (1, 1) the centre.
-      ram_gb: encoded TFDS splits above this are streamed, through a shuffle buffer of this size: of
-        such a split it decides the order too.
-      stream_parts: into how many equal parts a streamed split is cut: each gives its share of every
-        batch, and a host reads only its own parts, so that the number of hosts must divide it. It
-        decides the order too; the number of hosts does not.
-      decoded_gb: how much of the decoded pictures to keep in memory; 1e6 at most.
+      split: what training reads.
+      eval_split: what evaluation reads; "" turns evaluation off.
+      subset: the records to keep, such as "concrete" or "style=noto|twemoji"; TFDS only.
+      image_size: side of the images in a batch, in pixels.
+      context_length: tokens of a caption; longer ones are cut.
+      vocab_size: of the tokenizer.
+      shuffle: whether every epoch has a new order, by shuffle_seed; else file order.
+      shuffle_seed: fixes the order, and every random choice about an example.
+      group_by: a feature; two records with the same value of it stay together in the order. A
+        contrastive loss then has to tell apart images that differ in little else, such as the
+        styles of one concept. Only for a TFDS split held in memory.
+      flip: whether half of the images are mirrored, without a word in their captions. Records whose
+        feature `mirrorable` is False stay as they are.
+      background_share: the share of images put on one of their record's `backgrounds`, which the
+        caption then names; the others stay on white. Needs the emoji set (see `data.attributes`).
+      mirror_share: the share of `mirrorable` images that are mirrored, which the caption then says.
+      crop_scale: (low, high), bounds of a random square's side as a share of the shorter side;
+        (1, 1) is the centre square.
+      ram_gb: encoded TFDS splits above this are streamed, through a shuffle buffer of this size.
+        For a streamed split it also decides the order.
+      stream_parts: the number of equal parts that a streamed split is cut into. Each part gives its
+        share of every batch, and a host reads only its own parts, so the number of hosts must
+        divide it. It decides the order too; the number of hosts does not.
+      decoded_gb: how much of the decoded images to keep in memory; 1e6 at most.
     """
 
     source: str = "emoji"
@@ -51,19 +60,22 @@ class DataConfig:
     shuffle_seed: int = 0
     group_by: str = ""
     flip: bool = False
+    background_share: float = 0.0
+    mirror_share: float = 0.0
     crop_scale: tuple[float, float] = (1.0, 1.0)
     ram_gb: float = 2.0
     stream_parts: int = 1
     decoded_gb: float = 1.0
 
     def __post_init__(self) -> None:
+        # Kinds come from the defaults, so a new setting is checked without a line here.
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if kind in _KINDS and not _is(value, kind):
                 raise UserError(f"config.data.{field.name}={value!r} must be {_KINDS[kind]}")
         if self.source not in SOURCES:
-            near = sections.near_miss(self.source, SOURCES)
-            raise UserError(f"config.data.source={self.source!r} is unknown{near}")
+            hint = near_miss(self.source, SOURCES)
+            raise UserError(f"config.data.source={self.source!r} is unknown{hint}")
         if not self.path.strip():  # else the current folder
             raise UserError("config.data.path is empty: name a folder")
         sections.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
@@ -71,16 +83,32 @@ class DataConfig:
         sections.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
         sections.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
         sections.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
-        Tokenizer(self.context_length, self.vocab_size)  # it knows which there are
+        sections.check_range("config.data", 0, 1, background_share=self.background_share)
+        sections.check_range("config.data", 0, 1, mirror_share=self.mirror_share)
+        Tokenizer(self.context_length, self.vocab_size)  # raises for sizes that it does not have
         if not _is_crop_scale(self.crop_scale):
             raise UserError(
                 f"config.data.crop_scale={self.crop_scale!r} must be two numbers (low, high) with "
                 "0 < low <= high <= 1"
             )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.subset and self.source == "folder":
             raise UserError(
                 f"config.data.subset={self.subset!r} is for TFDS directories: "
                 "--config.data.subset= reads all of a folder"
+            )
+        for name in ("background_share", "mirror_share"):
+            if self.source == "folder" and getattr(self, name):
+                raise UserError(
+                    f"config.data.{name}={getattr(self, name)} is for the emoji set, not for a "
+                    f"folder: --config.data.{name}=0 does without"
+                )
+        if self.flip and self.mirror_share:
+            raise UserError(
+                f"config.data.flip and config.data.mirror_share={self.mirror_share} both mirror "
+                "images: set --config.data.noflip or --config.data.mirror_share=0"
             )
         if self.group_by and (self.source == "folder" or not self.shuffle):
             raise UserError(
@@ -90,14 +118,15 @@ class DataConfig:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether `value` will do for a setting of that kind; a bool, an int to Python, for no number.
+    """Whether `value` suits a setting of that kind.
 
-    A path-like object is a text.
+    A whole number suits where a float does, and a path-like object suits where a text does. A bool
+    is an int to Python, but suits only where a bool does.
     """
     if isinstance(value, bool) or kind is bool:
         return type(value) is kind
-    wider = {float: int, str: os.PathLike}.get(kind, kind)
-    return isinstance(value, (kind, wider))
+    also_accepted = {float: int, str: os.PathLike}.get(kind, kind)
+    return isinstance(value, (kind, also_accepted))
 
 
 def _is_crop_scale(value: Any) -> bool:

@@ -66,5 +66,5 @@ def read_groups(
         drawn = sorted(first, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
         encoded = arrays["image"][[first[pair] for pair in drawn]]
         where = f"{path}: split {split!r}"
-        groups.append(Group(name, drawn, tfds_folder.decode_pictures(encoded, where)))
+        groups.append(Group(name, drawn, tfds_folder.decode_images(encoded, where)))
     return groups, sorted(pool)

@@ -24,9 +24,14 @@ class DamagedImage(ValueError):
 
 
 def decode(
-    data: bytes, size: int | None = None, crop: tuple[float, float, float] = (1.0, 0.5, 0.5)
+    data: bytes,
+    size: int | None = None,
+    crop: tuple[float, float, float] = (1.0, 0.5, 0.5),
+    keep_alpha: bool = False,
 ) -> np.ndarray:
     """The picture as uint8 [h, w, 3], or [size, size, 3] where `size` is given.
+
+    With `keep_alpha` it has four channels, RGBA, in place of RGB over white.
 
     `crop` = (scale, y, x): a square of `scale` times the shorter side, at the fractions y and x of
     the room left, is cut out and resized to `size` (antialiased). The default is the centre square.
@@ -38,8 +43,9 @@ def decode(
         if image.format == "JPEG" and size is not None:
             # Decode at half, a quarter or an eighth, never below twice the wanted size.
             image.draft(None, (int(2 * size / crop[0]), int(2 * size / crop[0])))
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
-    return np.asarray(rgb) if size is None else crop_resize(rgb, size, crop)
+        upright = ImageOps.exif_transpose(image)
+        pixels = _to_rgba(upright) if keep_alpha else _to_rgb(upright)
+    return np.asarray(pixels) if size is None else crop_resize(pixels, size, crop)
 
 
 def transparent(data: bytes) -> np.ndarray:
@@ -81,7 +87,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def crop_resize(
     image: Image.Image | np.ndarray, size: int, crop: tuple[float, float, float]
 ) -> np.ndarray:
-    """The square `crop` of an RGB picture at `size` -> uint8 [size, size, 3]; see `decode`."""
+    """The square `crop` of an RGB or RGBA picture at `size` -> uint8 [size, size, 3 or 4]; see
+    `decode`. Pillow resizes RGBA with its alpha multiplied in, so that no clear pixel's colour
+    bleeds into its neighbours."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     width, height = image.size
@@ -101,8 +109,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         top = 65535.0 if image.mode.startswith("I") else max(1.0, float(wide.max()))
         grey = np.clip(np.round(wide * (255.0 / top)), 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if _has_alpha(image):
         drawing = image.convert("RGBA")
         white = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, drawing).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA") if _has_alpha(image) else _to_rgb(image).convert("RGBA")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info

@@ -1,7 +1,7 @@
-"""Files out of npm packages, pinned by version and sha256 and kept in the user's cache.
+"""Files from npm packages, pinned by version and sha256 and kept in the user's cache.
 
-The packages are fetched with the npm client (`npm pack`), so that a mirror or a proxy set up for
-npm serves here too. A tarball is read in place: nothing of it is unpacked or run.
+The packages are fetched with the npm client (`npm pack`), so a mirror or a proxy that is set up for
+npm is used here too. A tarball is read in place: nothing in it is unpacked or run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from dalle2_jax.errors import UserError
 
 _TIMEOUT_SECONDS = 900
-_ROOM = 32 * 2**20  # bytes: the largest package, twice
+_MIN_FREE_BYTES = 32 * 2**20  # the largest package, twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Package:
 
     @property
     def pin(self) -> str:
+        """`name@version`, as npm takes it."""
         return f"{self.name}@{self.version}"
 
     @property
@@ -43,16 +44,20 @@ class Package:
 
 
 def cache_dir() -> pathlib.Path:
-    """`npm` in `$DALLE2_JAX_CACHE`, or else in `$XDG_CACHE_HOME/dalle2_jax` (`~/.cache/...`)."""
-    own = os.environ.get("DALLE2_JAX_CACHE")
-    if own:
-        return pathlib.Path(own).expanduser() / "npm"
+    """Returns `npm` in `$DALLE2_JAX_CACHE`, or in `$XDG_CACHE_HOME/dalle2_jax` (`~/.cache/...`)."""
+    cache = os.environ.get("DALLE2_JAX_CACHE")
+    if cache:
+        return pathlib.Path(cache).expanduser() / "npm"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(base).expanduser() / "dalle2_jax" / "npm"
 
 
 def fetch(package: Package, cache: pathlib.Path | None = None) -> pathlib.Path:
-    """The path of the package's verified tarball, fetched into `cache` if it is not there.
+    """Returns the path of the package's verified tarball, fetched if the cache does not hold it.
+
+    Args:
+      package: what to fetch.
+      cache: the folder to keep it in; `cache_dir()` if None.
 
     Raises:
       UserError: npm is missing or fails, the sha256 differs, or `cache` cannot be written.
@@ -63,12 +68,14 @@ def fetch(package: Package, cache: pathlib.Path | None = None) -> pathlib.Path:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # Fetched into a folder of its own and moved when verified, so that two processes do not see
+        # each other's half of a tarball.
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temp:
             tarball = _npm_pack(package, pathlib.Path(temp))
-            found = _sha256(tarball)
-            if found != package.sha256:
+            sha256 = _sha256(tarball)
+            if sha256 != package.sha256:
                 raise UserError(
-                    f"{package.pin}: sha256 of the tarball is {found}, expected {package.sha256}: "
+                    f"{package.pin}: sha256 of the tarball is {sha256}, expected {package.sha256}: "
                     "the download is damaged or not the pinned package; try again or check the "
                     "registry npm is set to"
                 )
@@ -79,7 +86,7 @@ def fetch(package: Package, cache: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def read_json(tarball: pathlib.Path, member: str) -> Any:
-    """The JSON value in `package/<member>` of a tarball; KeyError where there is no such file."""
+    """Reads the JSON value in `package/<member>` of a tarball; KeyError if it has no such file."""
     with tarfile.open(tarball, "r:gz") as tar:
         file = tar.extractfile(f"package/{member}")
         if file is None:
@@ -88,7 +95,7 @@ def read_json(tarball: pathlib.Path, member: str) -> Any:
 
 
 def disk_error(e: OSError, path: pathlib.Path) -> str:
-    """One line for a failed write under `path`."""
+    """Returns one line that explains a failed write under `path`, and what to do."""
     if e.errno == errno.ENOSPC:
         return f"{path}: the disk is full; free some space or choose another folder"
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -105,6 +112,7 @@ def _npm_pack(package: Package, folder: pathlib.Path) -> pathlib.Path:
         )
     try:
         run = subprocess.run(
+            # --ignore-scripts: a package's own scripts must never run here.
             [npm, "pack", package.pin, "--silent", "--ignore-scripts"],
             cwd=folder,
             capture_output=True,
@@ -116,12 +124,12 @@ def _npm_pack(package: Package, folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"{package.pin}: npm pack took over {_TIMEOUT_SECONDS} s; try again") from e
     tarball = folder / package.file_name
     if run.returncode != 0 or not tarball.is_file():
-        if shutil.disk_usage(folder).free < _ROOM:  # npm does not say so
+        if shutil.disk_usage(folder).free < _MIN_FREE_BYTES:  # npm does not say so
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        said = " ".join((run.stderr or run.stdout).split())[-300:]
+        output = " ".join((run.stderr or run.stdout).split())[-300:]
         raise UserError(
             f"{package.pin}: npm pack failed (exit {run.returncode}); is the network up? "
-            f"npm said: {said or 'nothing'}"
+            f"npm wrote: {output or 'nothing'}"
         )
     return tarball
 

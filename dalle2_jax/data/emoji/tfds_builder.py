@@ -1,36 +1,44 @@
-"""The TFDS builder of the emoji set, and the rendering of one SVG.
+"""The TFDS builder of the emoji set.
+
+A record is one drawing: concept x style. Its image keeps the alpha, so that the training pipeline
+puts it on any of its `backgrounds` (see `dalle2_jax.data.attributes`); a reader that knows nothing
+of this sees it on white. Only records of `held_out_triples` are composed already: one opaque image
+for each background that training leaves out.
 
 A module of its own: TFDS looks for a builder's package, which a module run with `-m` has not.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import resvg_py
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from dalle2_jax.data.emoji import words
-from dalle2_jax.data.emoji.icon_sets import Concept, Picture
-from dalle2_jax.data.sources import tfds_folder
+from dalle2_jax.data import attributes
+from dalle2_jax.data.emoji import render
+from dalle2_jax.data.emoji.records import Record
+from dalle2_jax.data.emoji.splits import SPLITS
 
-SPLITS = ("train", "held_out_pairs", "held_out_concepts")
+_LICENSES = (
+    "Apache-2.0 (noto, noto-v1, fxemoji), CC-BY-4.0 (twemoji, emojione, emojione-monotone, "
+    "streamline-emojis), MIT (fluent-emoji*), CC-BY-SA-4.0 (openmoji, emojione-v1)"
+)
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Emoji in six styles with eight captions each."""
+    """Emoji in ten styles, and two more to evaluate on, with captions and attributes."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="default")]
-    RELEASE_NOTES: ClassVar = {"1.0.0": "Noto (two generations), Twemoji, Fluent Emoji (three)."}
+    RELEASE_NOTES: ClassVar = {
+        "1.0.0": "Noto (two generations), Twemoji, Fluent Emoji (three).",
+        "2.0.0": "Six more sets, alpha, backgrounds, mirroring, splits validation and triples.",
+    }
 
-    def __init__(self, *, concepts: Sequence[Concept], size: int, subset: str = "", **kwargs: Any):
-        self._concepts, self._size, self._subset = concepts, size, subset
+    def __init__(self, *, records: Sequence[Record], size: int, **kwargs: Any):
+        self._records, self._size = records, size
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -38,41 +46,36 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             description="Emoji by concept and style, each with its source and licence.",
             features=features(self._size),
             homepage="https://iconify.design",
-            license="Apache-2.0 (noto, noto-v1), CC-BY-4.0 (twemoji), MIT (fluent-emoji*)",
+            license=_LICENSES,
             disable_shuffling=False,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
-        del dl_manager  # npm fetches; see data/npm.py
-        trained: set[bytes] = set()  # TFDS writes one split after the other, `train` first
-        there = {split for split, _, _ in records(self._concepts, self._subset)}
-        return {s: self._generate_examples(s, trained) for s in SPLITS if s in there}
+        del dl_manager  # npm fetches; see data/emoji/npm.py
+        present = {record.split for record in self._records}  # TFDS writes no empty split
+        return {split: self._generate_examples(split) for split in SPLITS if split in present}
 
-    def _generate_examples(self, split: str, trained: set[bytes]) -> Iterator[tuple[str, dict]]:
-        """The records of `split`; `trained` holds digests of the pictures of `train`.
-
-        A held-out picture equal to one of these is left out: training has seen it, under another
-        name. (In black and white the large orange diamond is the large blue one.)
-        """
-        for its_split, picture, record in records(self._concepts, self._subset):
-            if its_split != split:
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
+        for record in self._records:
+            if record.split != split:
                 continue
-            image = render(picture.svg, self._size)
-            pixels = hashlib.sha256(image.tobytes()).digest()
-            if split == "train":
-                trained.add(pixels)
-            elif pixels in trained:
-                continue
-            yield f"{record['concept_id']}/{record['style']}", {"image": image, **record}
+            # Rendered again, at the size asked for: the small rendering only served to make the
+            # records.
+            image = render.render(record.drawing.svg, self._size)
+            background = record.features["background"]
+            if background != attributes.WHITE:
+                painted = attributes.paint(image, background)
+                image = np.dstack([painted, np.full(image.shape[:2], 255, np.uint8)])
+            yield record.key, {"image": image, **record.features}
 
 
 def features(size: int) -> tfds.features.FeaturesDict:
-    """Of a record, with pictures of `size` px."""
+    """Returns the features of a record with images of `size` px."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(
-                shape=(size, size, 3), dtype=np.uint8, encoding_format="png"
+                shape=(size, size, 4), dtype=np.uint8, encoding_format="png"
             ),
             "captions": tfds.features.Sequence(text()),
             "concept": text(),
@@ -83,44 +86,8 @@ def features(size: int) -> tfds.features.FeaturesDict:
             "tags": tfds.features.Sequence(text()),
             "license": text(),
             "source": text(),
+            "background": text(),
+            "backgrounds": tfds.features.Sequence(text()),
+            "mirrorable": tfds.features.Scalar(dtype=np.bool_),
         }
     )
-
-
-def records(
-    concepts: Sequence[Concept], subset: str = ""
-) -> Iterator[tuple[str, Picture, dict[str, Any]]]:
-    """Each picture of `subset` (see `tfds_source.open_split`), with its split and its record, in
-    which only `image` lacks."""
-    kept = tfds_folder.parse_subset(subset)
-    for concept in concepts:
-        splits = words.split_of(concept.id, list(concept.pictures))
-        for style, picture in concept.pictures.items():
-            record = {
-                "captions": words.captions(concept.name, style, concept.tags),
-                "concept": concept.name,
-                "concept_id": concept.id,
-                "style": style,
-                "group": concept.group,
-                "concrete": concept.concrete,
-                "tags": list(concept.tags),
-                "license": picture.license,
-                "source": picture.source,
-            }
-            if _keeps(kept, record):
-                yield splits[style], picture, record
-
-
-def _keeps(kept: Mapping[str, tuple[str, ...] | None], record: Mapping[str, Any]) -> bool:
-    return all(
-        record[feature] if values is None else record[feature] in values
-        for feature, values in kept.items()
-    )
-
-
-def render(svg: str, size: int) -> np.ndarray:
-    """The SVG over white -> uint8 [size, size, 3]."""
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    white = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(white, drawing).convert("RGB"))

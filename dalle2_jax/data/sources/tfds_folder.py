@@ -1,7 +1,9 @@
-"""Prepared TFDS directories: opened by path, filtered, read whole into RAM or as a stream.
+"""Prepared TFDS directories: opened by path, filtered, read into memory or as a stream.
 
-Any dataset with an `image` feature and one of CAPTION_FEATURES will do: a text, several, or dicts
-that hold such a `text`. Records are read in file order and their pictures stay encoded.
+Any data set with an `image` feature and one of CAPTION_FEATURES will do: a text, several, or dicts
+that hold such a `text`. Records are read in file order and their images stay encoded. The features
+BACKGROUNDS and MIRRORABLE, which the emoji set has, say what attributes a record may get while
+training (see `dalle2_jax.data.attributes`).
 """
 
 from __future__ import annotations
@@ -16,19 +18,26 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, near_miss
 from dalle2_jax.imaging import decode
 from dalle2_jax.storage import paths
-from dalle2_jax.validation import sections
 
 CAPTION_FEATURES = ("captions", "caption", "text")
+BACKGROUNDS, MIRRORABLE = "backgrounds", "mirrorable"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A split of a TFDS directory, or several, as in "train+validation"; or an equal part of it.
+    """A split of a TFDS directory, opened but not read.
 
-    `caption_feature` is one of CAPTION_FEATURES.
+    Attributes:
+      path: the directory.
+      split: its name; several are joined as in "train+validation".
+      builder: of TFDS.
+      caption_feature: the one of CAPTION_FEATURES that the data set has.
+      subset: the records to keep, see `open_split`.
+      part: which of `parts` equal parts this is.
+      parts: into how many parts the split is cut.
     """
 
     path: pathlib.Path
@@ -41,39 +50,46 @@ class Prepared:
 
     @property
     def num_records(self) -> int:
-        """Records in the split before `subset` is applied."""
+        """Records in the split, before `subset` is applied."""
         return sum(int(s.num_examples) for s in self._splits())
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the encoded records of the split, before `subset` is applied."""
         return sum(int(s.num_bytes) for s in self._splits())
 
     def _splits(self) -> list[Any]:
         return [self.builder.info.splits[name] for name in self.split.split("+")]
 
     def cut(self, parts: int) -> list[Prepared]:
-        """Equal parts, but for a record; reading one leaves the files of the others alone."""
+        """Cuts the split into parts whose sizes differ by one record at most.
+
+        Reading a part does not open files that only other parts need.
+        """
         return [dataclasses.replace(self, part=i, parts=parts) for i in range(parts)]
 
     def part_size(self, part: int) -> int:
-        """Records of that part before `subset` is applied."""
+        """Returns the number of records in a part, before `subset` is applied."""
         return self.num_records // self.parts + (part < self.num_records % self.parts)
 
     def dataset(self) -> tf.data.Dataset:
-        """Records as dicts in a fixed order, `subset` applied.
+        """Returns the records as dicts in file order, `subset` applied.
 
-        The picture is encoded, and the caption feature, of whatever kind, is bytes [captions].
+        The image is encoded, and the caption feature, of whatever kind, is bytes [captions].
         """
         dataset = self.builder.as_dataset(
             split=tfds.even_splits(self.split, self.parts)[self.part]
             if self.parts > 1
             else self.split,
+            # Encoded images are a tenth as large; the pipeline decodes those that it needs.
             decoders={"image": tfds.decode.SkipDecoding()},
+            # Shards one after the other, and no parallel reads, keep the order of the files.
             shuffle_files=False,
             read_config=tfds.ReadConfig(
                 interleave_cycle_length=1, skip_prefetch=True, try_autocache=False
             ),
         )
+        # Filtered while reading: a large data set needs no copy for a subset.
         for feature, values in parse_subset(self.subset).items():
             dataset = dataset.filter(_keeps(feature, values))
         return dataset.map(self._flatten_captions)
@@ -87,29 +103,32 @@ class Prepared:
 
 
 def open_split(path: str | os.PathLike[str], split: str = "train", subset: str = "") -> Prepared:
-    """Opens one split of the TFDS directory `path`.
+    """Opens one split of a TFDS directory.
 
-    `subset` keeps the records where each comma-separated term holds: `concrete` (a boolean feature
-    is true), `style=noto|twemoji` (a text feature is one of these).
+    Args:
+      path: the directory, local or gs://.
+      split: its name, or several joined by "+".
+      subset: keeps the records where each comma-separated term holds: `concrete` (a boolean feature
+        is true), `style=noto|twemoji` (a text feature is one of these).
 
     Raises:
-      UserError: no such folder, no TFDS dataset in it, no such split, no picture or caption
-        feature, captions that are no text, or `subset` names a feature twice, or one that is not
-        there or of another kind.
+      UserError: no such folder, no TFDS data set in it, no such split, no image or caption
+        feature, captions that are no text, or `subset` names a feature twice, or one that is
+        missing or of another kind.
     """
     path = paths.to_path(path)
     with paths.as_user_error("cannot read", path):
-        there, prepared = path.exists(), (path / "dataset_info.json").is_file()
-    if not there:
+        exists, is_prepared = path.exists(), (path / "dataset_info.json").is_file()
+    if not exists:
         raise UserError(f"{path}: no such folder; `make data` writes the emoji set to data/emoji")
-    if not prepared:
+    if not is_prepared:
         raise UserError(
             f"{path}: not a TFDS directory (no dataset_info.json); name the folder that holds it, "
-            "or use source='folder' for pictures with captions"
+            "or use source='folder' for images with captions"
         )
     try:
         builder = tfds.builder_from_directory(str(path))
-    except Exception as e:  # TFDS raises as it pleases on damaged metadata
+    except Exception as e:  # on damaged metadata TFDS raises errors of many kinds
         raise UserError(f"{path}: cannot be opened as TFDS ({_line(e)}); prepare it again") from e
     for name in split.split("+"):
         if name not in builder.info.splits:
@@ -131,18 +150,26 @@ def open_split(path: str | os.PathLike[str], split: str = "train", subset: str =
 
 
 def check_subset(subset: str, features: Any, where: str) -> None:
-    """UserError where `subset` names a feature twice, or one that is not among `features` or of
-    another kind."""
+    """Checks that every term of a subset suits the features of a data set.
+
+    Args:
+      subset: see `open_split`.
+      features: of TFDS.
+      where: opens the message.
+
+    Raises:
+      UserError: a feature stands twice, is missing, or is of another kind.
+    """
     for feature, values in parse_subset(subset).items():
         if feature not in features:
-            hint = sections.near_miss(feature, features)
+            hint = near_miss(feature, features)
             raise UserError(f"{where}: subset {subset!r}: no feature {feature!r}{hint}")
-        if wrong := _mismatch(feature, values, features[feature]):
-            raise UserError(f"{where}: subset {subset!r}: {wrong}")
+        if message := _mismatch(feature, values, features[feature]):
+            raise UserError(f"{where}: subset {subset!r}: {message}")
 
 
 def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:
-    """`"concrete,style=noto|twemoji"` -> {"concrete": None, "style": ("noto", "twemoji")}.
+    """Parses `"concrete,style=noto|twemoji"` to {"concrete": None, "style": ("noto", "twemoji")}.
 
     Raises:
       UserError: a feature stands twice.
@@ -160,7 +187,7 @@ def parse_subset(subset: str) -> dict[str, tuple[str, ...] | None]:
 
 
 def read_records(source: Prepared) -> list[Mapping[str, Any]]:
-    """Every record as numpy (text as bytes), pictures encoded.
+    """Reads every record as numpy arrays; text is bytes, and images stay encoded.
 
     Raises:
       UserError: `subset` keeps nothing, or a shard is damaged.
@@ -179,14 +206,14 @@ def read_records(source: Prepared) -> list[Mapping[str, Any]]:
 def sort_records(
     source: Prepared, records: list[Mapping[str, Any]], feature: str
 ) -> list[Mapping[str, Any]]:
-    """`records` by the value of a scalar `feature`; those of one value keep their order.
+    """Sorts records by the value of a scalar feature; those of one value keep their order.
 
     Raises:
       UserError: no such feature, or it holds several values a record.
     """
     features = source.builder.info.features
     if feature not in features:
-        hint = sections.near_miss(feature, features)
+        hint = near_miss(feature, features)
         raise UserError(f"{source.path}: no feature {feature!r}{hint}")
     if features[feature].shape != ():
         raise UserError(f"{source.path}: feature {feature!r} holds several values a record")
@@ -194,8 +221,36 @@ def sort_records(
 
 
 def captions_of(record: Mapping[str, Any], feature: str) -> list[str]:
-    """The captions of a record of `read_records` as text."""
+    """Returns the captions of a record of `read_records` as text."""
     return [caption.decode("utf-8", "replace") for caption in record[feature]]
+
+
+def check_attributes(source: Prepared, background_share: float, mirror_share: float) -> None:
+    """Raises UserError if a config asks for attributes that the data set says nothing about."""
+    features = source.builder.info.features
+    required = (
+        ("background_share", background_share, BACKGROUNDS),
+        ("mirror_share", mirror_share, MIRRORABLE),
+    )
+    for key, share, feature in required:
+        if share and feature not in features:
+            raise UserError(
+                f"{source.path}: no feature {feature!r}, which config.data.{key}={share} needs: "
+                f"prepare the emoji set again (`make data`), or set --config.data.{key}=0"
+            )
+
+
+def attributes_of(
+    records: Sequence[Mapping[str, Any]],
+) -> tuple[list[list[str]], list[bool]]:
+    """Returns backgrounds and mirrorable of each record; empty lists where they have neither."""
+    backgrounds = [
+        [name.decode() for name in record[BACKGROUNDS]]
+        for record in records
+        if BACKGROUNDS in record
+    ]
+    mirrorable = [bool(record[MIRRORABLE]) for record in records if MIRRORABLE in record]
+    return backgrounds, mirrorable
 
 
 def load_arrays(
@@ -205,42 +260,60 @@ def load_arrays(
     image_size: int | None = None,
     decoded: bool = True,
 ) -> dict[str, np.ndarray]:
-    """A whole split in memory, in file order, for evaluation.
+    """Reads a whole split into memory, in file order, for evaluation.
+
+    Args:
+      path: the TFDS directory.
+      split: its name, or several joined by "+".
+      subset: the records to keep, see `open_split`.
+      image_size: side of the images; None keeps the stored size.
+      decoded: False returns the images encoded, for `decode_images`.
 
     Returns:
-      `image` uint8 [n, h, w, 3] (at the stored size, or `image_size`) or, where it is not
-      `decoded`, bytes for `decode_pictures` as object [n], `captions` object [n] of
-      lists of text, and every other text or scalar feature as an array [n] (`concept`, ...);
-      sequences such as `tags` are object arrays of lists.
+      `image` uint8 [n, h, w, 3], or object [n] of bytes; `captions` object [n] of lists of text;
+      and every other text or scalar feature as an array [n] (`concept`, ...). Sequences such as
+      `tags` are object arrays of lists. Images with an alpha are over white.
 
     Raises:
-      UserError: see `open_split`, or a picture is damaged.
+      UserError: see `open_split`, or an image is damaged.
     """
     source = open_split(path, split, subset)
     records = read_records(source)
     images = _objects([record["image"] for record in records])
     if decoded:
-        images = decode_pictures(images, f"{path}: split {split!r}", image_size)
-    out: dict[str, np.ndarray] = {"image": images}
-    out["captions"] = _objects([captions_of(r, source.caption_feature) for r in records])
+        images = decode_images(images, f"{path}: split {split!r}", image_size)
+    arrays: dict[str, np.ndarray] = {"image": images}
+    arrays["captions"] = _objects([captions_of(r, source.caption_feature) for r in records])
     for name in records[0]:
         if name not in ("image", source.caption_feature):
-            out[name] = _column([r[name] for r in records])
-    return out
+            arrays[name] = _column([r[name] for r in records])
+    return arrays
 
 
-def decode_pictures(
+def decode_images(
     encoded: Sequence[bytes] | np.ndarray, where: str, image_size: int | None = None
 ) -> np.ndarray:
-    """uint8 [n, h, w, 3]. UserError: one is damaged, or they differ in size and none is given."""
+    """Decodes images over white.
+
+    Args:
+      encoded: n images.
+      where: opens the message of an error.
+      image_size: side of the result; None keeps their own size, which must be the same for all.
+
+    Returns:
+      uint8 [n, h, w, 3].
+
+    Raises:
+      UserError: an image is damaged, or their sizes differ and `image_size` is None.
+    """
     images = []
     for i, data in enumerate(encoded):
         try:
             images.append(decode.decode(data, image_size))
         except decode.DamagedImage as e:
-            raise UserError(f"{where}, picture {i}: {e}; prepare it again") from e
+            raise UserError(f"{where}, image {i}: {e}; prepare it again") from e
     if len({image.shape for image in images}) > 1:
-        raise UserError(f"{where}: pictures differ in size; pass image_size")
+        raise UserError(f"{where}: images differ in size; pass image_size")
     return np.stack(images)
 
 
@@ -253,26 +326,28 @@ def _column(values: list[Any]) -> np.ndarray:
 
 
 def _objects(values: list[Any]) -> np.ndarray:
-    out = np.empty(len(values), object)
-    out[:] = values
-    return out
+    """An array [n] of Python objects, also where numpy would make more dimensions of them."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
 
 
 def _is_text(feature: Any) -> bool:
     """Whether a TFDS feature is one text or a row of them, or dicts with such a `text`."""
+    # A FeaturesDict has dicts for shape and dtype; captions of COCO are such dicts.
     shape, dtype = feature.shape, feature.tf_dtype
     if isinstance(shape, Mapping):
         shape, dtype = shape.get("text", ()), dtype.get("text")
-    nested = isinstance(feature, tfds.features.Dataset)  # it gives the shape of one element
-    return dtype == tf.string and len(shape) <= 1 and not nested
+    is_nested = isinstance(feature, tfds.features.Dataset)  # its shape is that of one element
+    return dtype == tf.string and len(shape) <= 1 and not is_nested
 
 
 def _mismatch(name: str, values: tuple[str, ...] | None, feature: Any) -> str:
-    """What is wrong with asking for these `values` of a TFDS feature; empty if nothing is."""
-    scalar = feature.shape == ()
-    if scalar and feature.dtype == tf.bool:
+    """Why a subset cannot ask for these `values` of a TFDS feature; empty if it can."""
+    is_scalar = feature.shape == ()
+    if is_scalar and feature.dtype == tf.bool:
         return f"{name!r} is true or false: write {name} alone" if values else ""
-    if scalar and feature.dtype == tf.string:
+    if is_scalar and feature.dtype == tf.string:
         return "" if values else f"{name!r} is text: write {name}=A or {name}=A|B"
     return f"{name!r} is neither one text nor true or false: choose by another feature"
 
