@@ -214,9 +214,9 @@ def check(config: Config, task: Task) -> None:
     except UserError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # as flax and jax do
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the sizes in config.model, config.task and config.data do not fit together: {told}"
+            f"the sizes in config.model, config.task and config.data do not fit together: {message}"
         ) from error
 
 

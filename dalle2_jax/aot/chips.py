@@ -158,10 +158,10 @@ def open_slice(name: str) -> Slice:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
     except Exception as error:  # the plugin raises what it likes
-        told = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         if "libtpu" in str(error) and "opology" not in str(error):
-            raise UserError(f"--topology={name}: {told[0]}; {INSTALL}") from error
-        raise UserError(f"--topology={name}: there is no such slice ({told[0][:120]})") from error
+            raise UserError(f"--topology={name}: {lines[0]}; {INSTALL}") from error
+        raise UserError(f"--topology={name}: there is no such slice ({lines[0][:120]})") from error
     devices = list(found.devices)
     if len(devices) != math.prod(shape):  # one v4 chip opens as its two cores
         raise UserError(f"--topology={name}: no program for so few {kind} chips can be compiled")

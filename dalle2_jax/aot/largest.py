@@ -32,9 +32,9 @@ def largest(attempt: Callable[[int], Report], least: int, hbm: float) -> Report:
             if times == 1:
                 raise
             tried[times] = error.needed
-        told = f"needs {tried[times] / GIB:.2f} of {hbm / GIB:.2f} GiB"
+        need = f"needs {tried[times] / GIB:.2f} of {hbm / GIB:.2f} GiB"
         taken = time.monotonic() - since
-        logging.info("batch_size=%d %s, as %.0f s of compiling tell", times * least, told, taken)
+        logging.info("batch_size=%d %s, as %.0f s of compiling tell", times * least, need, taken)
         return report
 
     best, most, fails, guess = fits(1), 1, math.inf, 2

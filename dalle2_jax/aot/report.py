@@ -35,14 +35,14 @@ class TooLarge(UserError):
 
     exit_status = 3
 
-    def __init__(self, told: str, error: DoesNotFit):
-        super().__init__(told)
+    def __init__(self, message: str, error: DoesNotFit):
+        super().__init__(message)
         self.needed, self.available = error.needed, error.available
 
     def json(self) -> str:
         """Bytes a chip."""
-        told = {"error": str(self), "needed": self.needed, "available": self.available}
-        return json.dumps({"fits": False, **told})
+        details = {"error": str(self), "needed": self.needed, "available": self.available}
+        return json.dumps({"fits": False, **details})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,34 +127,34 @@ class Report:
         if self.collectives:
             ideal = self.ideal_collective_bytes
             ratio = f", {self.collective_bytes / ideal:.2f} of the ideal" if ideal else ""
-            told = f"{self.collective_bytes / 1e9:.3f} GB{ratio}"
-            told += f", {1000 * self.link_seconds:.1f} ms at the links' peak"
+            text = f"{self.collective_bytes / 1e9:.3f} GB{ratio}"
+            text += f", {1000 * self.link_seconds:.1f} ms at the links' peak"
             if self.async_share is not None:
-                told += f", {100 * self.async_share:.0f} % asynchronous"
-            rows.append(("all collectives", told))
+                text += f", {100 * self.async_share:.0f} % asynchronous"
+            rows.append(("all collectives", text))
         for method in METHODS:
             rows.append((f"{self._what}, {method}", self._speed(method)))
         for stage, seconds in self.stage_seconds.items():
-            told = "not told by the compiler" if seconds is None else f"{1000 * seconds:.1f} ms"
-            rows.append((f"  {stage}", told))
+            text = "not given by the compiler" if seconds is None else f"{1000 * seconds:.1f} ms"
+            rows.append((f"  {stage}", text))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _speed(self, method: str) -> str:
         seconds, mfu = self.seconds[method], self.mfu[method]
         if seconds is None or mfu is None:
-            return "not told by the compiler"
+            return "not given by the compiler"
         rate = self.batch_size / seconds
-        told = f"{1000 * seconds:.1f} ms, {rate:.1f} images/s, MFU {100 * mfu:.1f} %"
+        text = f"{1000 * seconds:.1f} ms, {rate:.1f} images/s, MFU {100 * mfu:.1f} %"
         if self.num_steps:
             days = seconds * self.num_steps / 86400
             hours = 24 * days * self.chips
-            told += f", {self.num_steps:,} steps: {days:.1f} days, {hours:,.0f} chip-hours"
+            text += f", {self.num_steps:,} steps: {days:.1f} days, {hours:,.0f} chip-hours"
         if method == "cycles" and not self.thorough:
-            told += " (far too long without --thorough)"
+            text += " (far too long without --thorough)"
         elif method == "cycles" and self.unknown_cycles:
-            told += f" ({self.unknown_cycles} instructions without)"
-        return told
+            text += f" ({self.unknown_cycles} instructions without)"
+        return text
 
 
 def compile_for(lowered: Any, effort: Mapping[str, float]) -> Any:
@@ -243,9 +243,9 @@ def measure(
     sent = sum(kind["bytes"] for kind in found.values())
     cycles, unknown = as_run.cycles()
     optimal = cost.get("optimal_seconds", -1.0)
-    told = optimal > 0 and not program.calls_kernels
+    is_known = optimal > 0 and not program.calls_kernels
     seconds = {
-        "optimal": optimal + program.loop_seconds(chip.flops, chip.bandwidth) if told else None,
+        "optimal": optimal + program.loop_seconds(chip.flops, chip.bandwidth) if is_known else None,
         "cycles": cycles / chip.clock,
         "roofline": max(flops / chip.flops, traffic / chip.bandwidth, wire),
     }

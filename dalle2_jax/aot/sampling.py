@@ -213,7 +213,7 @@ def _programs(
 
 def _not_compiled() -> NoReturn:
     # Its codes are drawn in one scan, whose body the compiler counts once.
-    raise UserError("--topology: drawing by the autoregressive prior is not told of: set --prior")
+    raise UserError("--topology: sampling by the autoregressive prior is not reported: set --prior")
 
 
 def _stage(
@@ -262,9 +262,9 @@ def _together(
 
     seconds: dict[str, float | None] = {}
     for method in first.seconds:
-        told = [(calls, part.seconds[method]) for _, calls, part, _ in parts]
-        known = [calls * s for calls, s in told if s is not None]
-        seconds[method] = sum(known) if len(known) == len(told) else None
+        timings = [(calls, part.seconds[method]) for _, calls, part, _ in parts]
+        known = [calls * s for calls, s in timings if s is not None]
+        seconds[method] = sum(known) if len(known) == len(timings) else None
     found: dict[str, dict[str, float]] = {}
     for _, calls, part, _ in parts:
         for kind, numbers in part.collectives.items():
@@ -277,9 +277,11 @@ def _together(
     stage_seconds: dict[str, float | None] = {}
     for stage, calls, each, _ in parts:
         best = each.seconds["optimal"] or each.seconds["roofline"]
-        told = best and calls * best
+        part_seconds = best and calls * best
         before = stage_seconds.get(stage, 0.0)
-        stage_seconds[stage] = None if told is None or before is None else before + told
+        stage_seconds[stage] = (
+            None if part_seconds is None or before is None else before + part_seconds
+        )
     name, _, part, beside = max(parts, key=lambda x: x[2].memory["total"] + x[3])
     held = {name: weights[name]} if wait else weights
     memory = {f"weights of {k}": size for k, size in held.items()}

@@ -35,7 +35,7 @@ def report(
     """
     parse(topology)
     prepare()
-    build.check(config, build.task(config))  # told at once: to open a slice takes many seconds
+    build.check(config, build.task(config))  # first, as opening a slice takes many seconds
     where = open_slice(topology)
     mesh = sharding.make_mesh(config.mesh, where.devices)
     tried = config.copy_and_resolve_references()

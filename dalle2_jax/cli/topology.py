@@ -10,7 +10,7 @@ from absl import flags
 
 from dalle2_jax.errors import UserError
 
-if TYPE_CHECKING:  # mistakes in the flags are told before jax is loaded
+if TYPE_CHECKING:  # mistakes in the flags are reported before jax is loaded
     from dalle2_jax.aot.report import Report
 
 TOPOLOGY = flags.DEFINE_string(
@@ -22,9 +22,9 @@ TOPOLOGY = flags.DEFINE_string(
 _GO_WITH_IT: list[flags.FlagHolder[bool]] = []
 
 
-def only_with_topology(name: str, told: str) -> flags.FlagHolder[bool]:
+def only_with_topology(name: str, help_text: str) -> flags.FlagHolder[bool]:
     """A flag that says nothing where something is run."""
-    _GO_WITH_IT.append(flags.DEFINE_bool(name, False, f"With --topology: {told}"))
+    _GO_WITH_IT.append(flags.DEFINE_bool(name, False, f"With --topology: {help_text}"))
     return _GO_WITH_IT[-1]
 
 
@@ -42,7 +42,7 @@ def check() -> None:
 def report(ask: Callable[..., Report], *args: Any, **kwargs: Any) -> int:
     """Prints the report that `ask` gives of its arguments and of the flags; the exit status.
 
-    With --json, what does not fit is told as JSON too.
+    With --json, a program that does not fit is reported as JSON too.
     """
     from dalle2_jax.aot.report import TooLarge  # late: it loads jax
 

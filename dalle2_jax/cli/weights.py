@@ -47,7 +47,7 @@ def main(verb: str, source: str) -> None:
         raise UserError(f"--out={OUT.value}: name a folder of this machine, and copy it from there")
     out, dtype = Path(os.path.expanduser(OUT.value)), cast(Any, DTYPE.value)
     from dalle2_jax.pretrained import convert, export, find
-    from dalle2_jax.storage import (  # late: mistakes in the flags are told at once
+    from dalle2_jax.storage import (  # late: mistakes in the flags are reported at once
         licence,
         model_folder,
     )

@@ -53,8 +53,8 @@ def measure(
     def at(t: Array, key: Array) -> Array:
         times = jnp.full(x_0.shape[:1], t, jnp.int32)
         x_t = q_sample(schedule, x_0, times, jax.random.normal(key, x_0.shape))
-        told = process.prediction, apply(x_t, times), x_t, times, None, process.learned_variance
-        return jnp.mean(jnp.square(to_prediction(schedule, *told).x_0 - x_0))
+        args = process.prediction, apply(x_t, times), x_t, times, None, process.learned_variance
+        return jnp.mean(jnp.square(to_prediction(schedule, *args).x_0 - x_0))
 
     times = jnp.asarray(knots(process.num_timesteps), jnp.int32)
     found = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))

@@ -147,8 +147,8 @@ def make(name: str, num_timesteps: int) -> Schedule:
     if name not in _MAKERS:
         raise UserError(f"unknown noise schedule {name!r}{near_miss(str(name), _MAKERS)}")
     if type(num_timesteps) is not int or not 1 <= num_timesteps <= 100_000:
-        told = "num_timesteps must be a whole number from 1 to 100000"
-        raise UserError(f"{told}, not {num_timesteps!r}")
+        requirement = "num_timesteps must be a whole number from 1 to 100000"
+        raise UserError(f"{requirement}, not {num_timesteps!r}")
     return _MAKERS[name](num_timesteps)
 
 

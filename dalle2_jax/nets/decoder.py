@@ -56,7 +56,7 @@ class Decoder(nn.Module):
     caption" is nothing but them; without, nobody looks past the end, and no caption is the empty
     one's encoding. `text_projection` is a width that CLIP's hidden states are brought to, and
     normed. `z_txt_in_time`: CLIP's z_txt joins the time, not the caption's last token.
-    `unit_length`: z_img comes with it. `inpaints`: the network is told what is known already of the
+    `unit_length`: z_img comes with it. `inpaints`: the network is given what is known already of the
     picture, cond["known"] [b, h, w, 4]: its colours, 0 where they are not known, and 1 where they
     are (GLIDE 2.3). Without that, nothing is.
     """

@@ -47,7 +47,7 @@ RESAMPLE = {"": lambda x: x, "down": halve, "up": double}
 
 
 class ResBlock(nn.Module):
-    """BigGAN's residual block, told the time by a scale and shift of its second norm.
+    """BigGAN's residual block; the time scales and shifts its second norm.
 
     `resample` ("", "down", "up") acts between the first activation and the first convolution,
     and on the skip path.

@@ -18,7 +18,7 @@ class Upsampler(nn.Module):
 
     With `residual` the U-Net gives what `low_res` lacks of x_0 (SRDiff, 2104.14951): a network that
     is narrower than its patches has no room to carry the picture through. With `inpaints` it is
-    told what is `known` [b, h, w, 4] already: see `nets.decoder.Decoder`.
+    given the `known` part [b, h, w, 4] of the image: see `nets.decoder.Decoder`.
     """
 
     unet: Mapping[str, Any]

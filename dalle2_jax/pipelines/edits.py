@@ -204,7 +204,7 @@ def _directions(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inpaints(cascade: Cascade) -> bool:
-    """Returns whether the decoder was trained to be told the known part of an image."""
+    """Returns whether the decoder was trained with the known part of an image as input."""
     return cascade.decoder.network.inpaints
 
 

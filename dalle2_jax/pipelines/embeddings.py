@@ -17,7 +17,7 @@ def normalise(z: np.ndarray) -> np.ndarray:
 
 
 def project(z: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """z [..., dim] as it is told by its mean and orthonormal directions [k, dim] alone: the nearest
+    """z [..., dim] as described by its mean and orthonormal directions [k, dim] alone: the nearest
     point of the plane through `mean`. With k of 0 that is the mean itself."""
     components = np.asarray(components, np.float64)
     return (mean + (z - mean) @ components.T @ components).astype(np.float32)

@@ -55,7 +55,7 @@ def unet_section(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     blocks, left = divmod(len(inputs), levels)
     firsts = [1 + level * blocks for level in range(levels)]
     widths = [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in firsts]
-    told = shapes["input_blocks.1.0.emb_layers.1.weight"][0] // widths[0]
+    channels_of_time = shapes["input_blocks.1.0.emb_layers.1.weight"][0] // widths[0]
     if left or any(width % channels for width in widths):
         raise ValueError(f"{len(inputs)} blocks of {widths} channels in {levels} levels")
     return {
@@ -66,7 +66,7 @@ def unet_section(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
             i for i, n in enumerate(firsts) if f"input_blocks.{n}.1.qkv.weight" in shapes
         ],
         "head_channels": HEAD_CHANNELS,
-        "scale_shift": told == 2,
+        "scale_shift": channels_of_time == 2,
         "groups": GROUPS,
     }
 

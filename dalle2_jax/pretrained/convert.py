@@ -116,11 +116,11 @@ def convert(
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(f"{where}: {name} is of {tensor.dtype}, which no weights are")
         if tensor.shape != expected[name].shape:
-            told = f"{name} is {tensor.shape}, not {expected[name].shape}"
-            raise UserError(f"{where} is another network: {told}")
+            message = f"{name} is {tensor.shape}, not {expected[name].shape}"
+            raise UserError(f"{where} is another network: {message}")
         if not np.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not finite: copy the model again")
-        with np.errstate(over="ignore"):  # it is told, by name, where the stage is written
+        with np.errstate(over="ignore"):  # reported, by name, when the stage is written
             flat[name] = tensor.astype(jnp.dtype(dtype), copy=False) if dtype else tensor
     return traverse_util.unflatten_dict(flat, sep="."), _storage(flat)
 

@@ -55,7 +55,7 @@ UNET = [
 
 
 def text_projection(extra_tokens: int) -> list[Rule]:
-    """UnCLIPTextProjModel: how the decoder is told z_img and the caption. Its extra tokens lie
+    """UnCLIPTextProjModel: the inputs z_img and caption of the decoder. Its extra tokens lie
     feature by feature."""
     return [
         ("learned_classifier_free_guidance_embeddings", "null_z_img", SAME),

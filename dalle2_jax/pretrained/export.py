@@ -61,8 +61,10 @@ def export_model(folder: Path, out: Path) -> None:
         except UserError as error:
             raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise UserError(f"{folder}/config.json is damaged ({told}): copy it again") from error
+            message = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{folder}/config.json is damaged ({message}): copy it again"
+            ) from error
         for stage in stages:
             _write(folder, stage, load.expected_params(entries, stage.name, str(folder)))
         if text := licence.read(folder):
@@ -81,8 +83,8 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]()
         if tensor.shape != shapes[name] or not np.isfinite(tensor).all():
-            told = f"{name} is {tensor.shape}, not {shapes[name]}, or not finite"
-            raise UserError(f"{source} is damaged: {told}")
+            message = f"{name} is {tensor.shape}, not {shapes[name]}, or not finite"
+            raise UserError(f"{source} is damaged: {message}")
         return tensor
 
     ours = tensors.keys() - {"logit_scale"}  # pictures are drawn without
@@ -116,8 +118,8 @@ def _check_same(where: str, ours: Mapping[str, Any], stage: sources.Stage) -> No
             said, read = (_filled(cls, entry[section]) for entry in (ours, stage.entry))
             for key in sorted(said.keys() | read.keys()):
                 if said.get(key) != read.get(key):
-                    told = f"{key} is {said.get(key)!r}, there it can be {read.get(key)!r} alone"
-                    raise UserError(f"{where}: in {section}, {told}")
+                    message = f"{key} is {said.get(key)!r}, there it can be {read.get(key)!r} alone"
+                    raise UserError(f"{where}: in {section}, {message}")
 
 
 def _filled(cls: Any, section: Any) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def _scheduler(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     predictions, prediction = {"eps": "epsilon", "x_0": "sample"}, process.get("prediction", "eps")
     if prediction not in predictions:
         raise UserError(f"prediction is {prediction!r}, but UnCLIPScheduler has eps and x_0 alone")
-    told = {
+    config = {
         "_class_name": "UnCLIPScheduler",
         "num_train_timesteps": process.get("num_timesteps", 1000),
         "variance_type": "learned_range" if process.get("learned_variance") else "fixed_small_log",
@@ -204,7 +206,7 @@ def _scheduler(name: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]
         "clip_sample": clip is not None,
         "clip_sample_range": clip[1] if clip else 1.0,
     }
-    return f"{name}/scheduler_config.json", told
+    return f"{name}/scheduler_config.json", config
 
 
 def _tower(tower: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def _imported(found: Path, name: str) -> Path:
     stages = recognise.stages(found)
     entries = {stage.name: stage.entry for stage in stages}
     if "decoder" not in entries:
-        told = f"{found} holds {' and '.join(entries)} alone, from which nothing is drawn"
-        raise UserError(f"{told}: import it, and train the others on it")
+        message = f"{found} holds {' and '.join(entries)} alone, from which nothing is drawn"
+        raise UserError(f"{message}: import it, and train the others on it")
     files = [
         p for stage in stages for part in stage.parts.values() for p in (part, *part.glob("*"))
     ]
@@ -91,8 +91,8 @@ def _imported(found: Path, name: str) -> Path:
         if path.exists()
     }
     terms = recognise.licence_of(found)
-    told = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
-    mark = hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
+    mark = hashlib.sha256(identity.encode()).hexdigest()[:16]
     out = paths.cache() / "imported" / f"{name}-{mark}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

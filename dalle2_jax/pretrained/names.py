@@ -161,8 +161,8 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
             except (ValueError, IndexError):
                 fits = False
             if not fits:
-                told = f"its shape {given.shape} is not what stands there"
-                raise UserError(f"{name} is of another network: {told}")
+                message = f"its shape {given.shape} is not what stands there"
+                raise UserError(f"{name} is of another network: {message}")
         stacked = _stacked(next(iter(sources[ours].values()))[2])
         if not stacked:
             return np.asarray(pieces[0], order="C")
@@ -208,8 +208,11 @@ def to_theirs(
                 places[place] = _count(before, names) - 1 - places[place]
             stacked = _stacked(rule)
             for layer, tensor in enumerate(whole if stacked else [whole]):
-                told = {**places, stacked: layer} if stacked else places
-                yield _plain(theirs).format(**told), np.asarray(layout.theirs(tensor), order="C")
+                layer_places = {**places, stacked: layer} if stacked else places
+                yield (
+                    _plain(theirs).format(**layer_places),
+                    np.asarray(layout.theirs(tensor), order="C"),
+                )
     if left:
         raise UserError(f"{len(left)} tensors have no place there: {', '.join(sorted(left)[:5])}")
 

@@ -37,14 +37,16 @@ def stages(source: Path) -> list[Stage]:
     if (source / model_folder.CONFIG_NAME).is_file():
         model_folder.read_config(source)
         raise UserError(f"{source} is a model folder already: there is nothing to import")
-    told = "a pickle or a file of another program"
+    reason = "a pickle or a file of another program"
     if source.is_dir():
-        told = f"none of {index.name}, {karlo.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
-    raise UserError(f"{source} is no model that is read here: {told}")
+        reason = (
+            f"none of {index.name}, {karlo.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
+        )
+    raise UserError(f"{source} is no model that is read here: {reason}")
 
 
 def licence_of(source: Path) -> str:
-    """The text of the licence that the source's weights come under; nothing where it is not told.
+    """Returns the text of the licence of the source's weights; nothing if none is named.
 
     A file goes before the model card, and this before the name of who published the model. Beside a
     source that is one file lies what may be of another.
@@ -56,8 +58,8 @@ def licence_of(source: Path) -> str:
     if files:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
     card = folder / "README.md"
-    told = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"---\n(.*?)\n---\n", told, re.DOTALL)
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     named = re.search(r"^license: *[\"']?([^\s\"']+)", header[1], re.MULTILINE) if header else None
     index = folder / "model_index.json"
     origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""

@@ -124,13 +124,13 @@ def _pickled(path: Path) -> Tensors:
         found = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # pickles fail in as many ways as there are
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            told = (
+            message = (
                 f"holds more than weights ({refused[1]}), which is not loaded: save its state_dict"
             )
-            raise UserError(f"{path} {told} alone, where you trust it") from error
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        told = told.partition(". ")[0]
-        raise UserError(f"{path} is damaged or cut short ({told}): copy it again") from error
+            raise UserError(f"{path} {message} alone, where you trust it") from error
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = message.partition(". ")[0]
+        raise UserError(f"{path} is damaged or cut short ({message}): copy it again") from error
     while isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if isinstance(found, list | tuple):
@@ -166,7 +166,7 @@ def sizes_of(path: Path) -> Iterator[None]:
 class Config:
     """Settings of another program's network, each checked as it is asked for.
 
-    `default` is what its program takes where a setting is not told; None: it must be told.
+    `default` is the value of a setting that is missing; None: it must be there.
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
@@ -175,11 +175,11 @@ class Config:
         self.path = path
         self.values = read_json(path) if values is None else values
 
-    def error(self, told: str) -> UserError:
-        return UserError(f"{self.path}: {told}")
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {message}")
 
     def expect(self, **wanted: Any) -> None:
-        """UserError unless each setting is what is `wanted`, one value or several, or not told."""
+        """UserError unless each setting is what is `wanted`, one value or several, or missing."""
         for key, value in wanted.items():
             values = value if isinstance(value, tuple) else (value,)
             if key in self.values and self.values[key] not in values:

@@ -50,8 +50,8 @@ def tensors(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # damaged pickles fail in as many ways as there are
-        told = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{path} is damaged or cut short ({told[0]}): copy it again") from error
+        lines = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"{path} is damaged or cut short ({lines[0]}): copy it again") from error
 
 
 class _Module:
@@ -67,8 +67,8 @@ class _Tensor:
         try:
             flat = np.frombuffer(archive.read(name), dtype)[self.offset :]
         except Exception as error:
-            told = f"{archive.filename} is damaged or cut short ({error}): copy it again"
-            raise UserError(told) from error
+            message = f"{archive.filename} is damaged or cut short ({error}): copy it again"
+            raise UserError(message) from error
         strides = [step * flat.itemsize for step in self.stride]
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if min(self.shape, default=1) < 1 or min(strides, default=0) < 0 or last >= len(flat):
@@ -92,8 +92,8 @@ class _Unpickler(pickle.Unpickler):
             return dict
         if module == "torch.jit._pickle":  # lists of one type
             return lambda value, *_: value
-        told = f"holds more than weights ({module}.{name}), which is not loaded"
-        raise UserError(f"{self.archive.filename} {told}")
+        message = f"holds more than weights ({module}.{name}), which is not loaded"
+        raise UserError(f"{self.archive.filename} {message}")
 
     def persistent_load(self, pid: Any) -> Any:
         _, dtype, key, *_ = pid

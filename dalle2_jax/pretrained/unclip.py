@@ -61,26 +61,26 @@ def clip_stage(folder: Path, processor: str | None) -> Stage:
     return Stage("clip", {"model": model}, _inside(folder, parts), rules)
 
 
-def tower(told: Config) -> dict[str, Any]:
+def tower(settings: Config) -> dict[str, Any]:
     """Returns our settings of either tower of CLIP from those of transformers."""
-    told.expect(hidden_act=("gelu", "quick_gelu"), layer_norm_eps=1e-5)
-    width = told.whole("hidden_size")
+    settings.expect(hidden_act=("gelu", "quick_gelu"), layer_norm_eps=1e-5)
+    width = settings.whole("hidden_size")
     return {
         "width": width,
-        "depth": told.whole("num_hidden_layers"),
-        "heads": told.whole("num_attention_heads"),
-        "mlp_ratio": told.whole("intermediate_size") / width,
+        "depth": settings.whole("num_hidden_layers"),
+        "heads": settings.whole("num_attention_heads"),
+        "mlp_ratio": settings.whole("intermediate_size") / width,
     }
 
 
-def text_tower(told: Config) -> dict[str, Any]:
-    lengths = {"context_length": told.whole("max_position_embeddings", 77)}
-    return {**tower(told), **lengths, "vocab_size": told.whole("vocab_size")}
+def text_tower(settings: Config) -> dict[str, Any]:
+    lengths = {"context_length": settings.whole("max_position_embeddings", 77)}
+    return {**tower(settings), **lengths, "vocab_size": settings.whole("vocab_size")}
 
 
-def image_tower(told: Config, processor: Config) -> dict[str, Any]:
+def image_tower(settings: Config, processor: Config) -> dict[str, Any]:
     """With what CLIPImageProcessor does to a picture."""
-    size = told.whole("image_size")
+    size = settings.whole("image_size")
     crop = processor.values.get("crop_size", size)
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     if crop != size:
@@ -92,9 +92,9 @@ def image_tower(told: Config, processor: Config) -> dict[str, Any]:
         size=(size, {"shortest_edge": size}),
     )
     return {
-        **tower(told),
+        **tower(settings),
         "image_size": size,
-        "patch_size": told.whole("patch_size"),
+        "patch_size": settings.whole("patch_size"),
         "mean": processor.numbers("image_mean"),
         "std": processor.numbers("image_std"),
         "resize": "bicubic",
@@ -104,9 +104,9 @@ def image_tower(told: Config, processor: Config) -> dict[str, Any]:
 def prior_stage(folder: Path, scheduler: str) -> Stage:
     """The prior in a pipeline's folder, drawn as the folder `scheduler` says. UserError: it is
     another network."""
-    told = _config(folder, "prior")
-    heads, channels = told.whole("num_attention_heads"), told.whole("attention_head_dim")
-    told.expect(
+    settings = _config(folder, "prior")
+    heads, channels = settings.whole("num_attention_heads"), settings.whole("attention_head_dim")
+    settings.expect(
         additional_embeddings=4,
         dropout=0.0,
         time_embed_act_fn="silu",
@@ -116,8 +116,8 @@ def prior_stage(folder: Path, scheduler: str) -> Stage:
         added_emb_type="prd",
         time_embed_dim=(None, heads * channels),
     )
-    dim, length = told.whole("embedding_dim"), told.whole("num_embeddings")
-    entry = prior_entry(dim, length, heads * channels, told.whole("num_layers"), heads)
+    dim, length = settings.whole("embedding_dim"), settings.whole("num_embeddings")
+    entry = prior_entry(dim, length, heads * channels, settings.whole("num_layers"), heads)
     entry |= _schedule(folder / scheduler, "x_0", False, steps=25, cfg_scale=4.0)
     return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
 
@@ -138,8 +138,8 @@ def prior_entry(dim: int, length: int, width: int, depth: int, heads: int) -> di
 
 
 def _decoder(folder: Path) -> Stage:
-    told, text = _config(folder, "decoder"), _config(folder, "text_proj")
-    told.expect(
+    settings, text = _config(folder, "decoder"), _config(folder, "text_proj")
+    settings.expect(
         in_channels=3,
         out_channels=6,
         class_embed_type="identity",
@@ -151,10 +151,10 @@ def _decoder(folder: Path) -> Stage:
     entry = decoder_entry(
         text.whole("clip_embeddings_dim"),
         _config(folder, "text_encoder").whole("max_position_embeddings", 77),
-        _unet(told),
+        _unet(settings),
         extra_tokens,
         text.whole("cross_attention_dim"),
-        told.whole("sample_size"),
+        settings.whole("sample_size"),
     )
     entry |= _schedule(folder / "decoder_scheduler", "eps", True, steps=25, cfg_scale=8.0)
     rules = within("decoder/", "", diffusers.UNET)
@@ -208,9 +208,9 @@ def upsampler_entry(unet: Mapping[str, Any], size: int, low_size: int) -> dict[s
     }
 
 
-def _unet(told: Config) -> dict[str, Any]:
+def _unet(settings: Config) -> dict[str, Any]:
     """UNet2DConditionModel's or UNet2DModel's settings -> ours."""
-    told.expect(
+    settings.expect(
         act_fn="silu",
         norm_eps=1e-5,
         flip_sin_to_cos=True,
@@ -226,21 +226,23 @@ def _unet(told: Config) -> dict[str, Any]:
         resnet_time_scale_shift=("default", "scale_shift"),
     )
     simple = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
-    down, widths = told.texts("down_block_types"), told.wholes("block_out_channels")
+    down, widths = settings.texts("down_block_types"), settings.wholes("block_out_channels")
     if unknown := set(down) - set(simple):
-        raise told.error(f"a block {sorted(unknown)[0]!r} is not read here")
-    if down != [name.replace("Up", "Down") for name in reversed(told.texts("up_block_types"))]:
-        raise told.error("up_block_types do not mirror down_block_types")
+        raise settings.error(f"a block {sorted(unknown)[0]!r} is not read here")
+    if down != [name.replace("Up", "Down") for name in reversed(settings.texts("up_block_types"))]:
+        raise settings.error("up_block_types do not mirror down_block_types")
     if len(down) != len(widths) or any(width % widths[0] for width in widths):
-        raise told.error(f"block_out_channels {widths} are no multiples of the first, one a block")
+        raise settings.error(
+            f"block_out_channels {widths} are no multiples of the first, one a block"
+        )
     return {
         "channels": widths[0],
         "channel_mults": [width // widths[0] for width in widths],
-        "num_blocks": told.whole("layers_per_block"),
+        "num_blocks": settings.whole("layers_per_block"),
         "attention_levels": [i for i, name in enumerate(down) if name == simple[1]],
-        "head_channels": told.whole("attention_head_dim", 8),
-        "scale_shift": told.text("resnet_time_scale_shift", "default") == "scale_shift",
-        "groups": told.whole("norm_num_groups", 32),
+        "head_channels": settings.whole("attention_head_dim", 8),
+        "scale_shift": settings.text("resnet_time_scale_shift", "default") == "scale_shift",
+        "groups": settings.whole("norm_num_groups", 32),
     }
 
 
@@ -249,8 +251,8 @@ def _schedule(
 ) -> dict[str, Any]:
     """UnCLIPScheduler's settings as a stage's diffusion and sampling. UserError: they are of a
     network that predicts something else."""
-    told = Config(folder / "scheduler_config.json")
-    told.expect(_class_name="UnCLIPScheduler", beta_schedule="squaredcos_cap_v2")
+    settings = Config(folder / "scheduler_config.json")
+    settings.expect(_class_name="UnCLIPScheduler", beta_schedule="squaredcos_cap_v2")
     wanted = {
         "prediction_type": ("epsilon", {"eps": "epsilon", "x_0": "sample"}[prediction]),
         "variance_type": (
@@ -259,16 +261,18 @@ def _schedule(
         ),
     }
     for key, (default, value) in wanted.items():
-        if (found := told.text(key, default)) != value:
-            raise told.error(f"{key} is {found!r}, but of this network {value!r}: copy it again")
-    bound = told.number("clip_sample_range", 1.0)
+        if (found := settings.text(key, default)) != value:
+            raise settings.error(
+                f"{key} is {found!r}, but of this network {value!r}: copy it again"
+            )
+    bound = settings.number("clip_sample_range", 1.0)
     return schedule(
         prediction,
         learned_variance,
         steps,
         cfg_scale,
-        bound if told.values.get("clip_sample", True) else None,
-        told.whole("num_train_timesteps", 1000),
+        bound if settings.values.get("clip_sample", True) else None,
+        settings.whole("num_train_timesteps", 1000),
     )
 
 

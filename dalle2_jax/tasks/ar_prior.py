@@ -105,11 +105,11 @@ class ARPriorTask:
             high = most if high is None else jnp.maximum(high, most)
             jax.block_until_ready((low, high))
         kept = float(kept)
-        told = f"{n.dims} of {n.dim} directions keep {100 * kept:.2f} %"
-        logging.info("PCA of z_img: %s of the variance", told)
+        kept_share = f"{n.dims} of {n.dim} directions keep {100 * kept:.2f} %"
+        logging.info("PCA of z_img: %s of the variance", kept_share)
         if 1 - kept > MOST_LOST:
             cure = "raise config.model.dims"
-            logging.warning("PCA of z_img: %s, more than 1 %% is lost: %s", told, cure)
+            logging.warning("PCA of z_img: %s, more than 1 %% is lost: %s", kept_share, cure)
         return {**given, "low": low, "high": high}
 
     def _encode(self, clip: Params, batch: Batch) -> tuple[Array, Array]:
@@ -187,8 +187,8 @@ def from_config(config: Any) -> ARPriorTask:
     try:
         settings = construct(Settings, config.task.get("sampling") or {}, where)
     except UserError as error:
-        told = str(error)
-        raise UserError(told if told.startswith(where) else f"{where}: {told}") from error
+        message = str(error)
+        raise UserError(message if message.startswith(where) else f"{where}: {message}") from error
     drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
     task = construct(
         ARPriorTask,

@@ -104,8 +104,8 @@ class DecoderTask:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
         x_0 = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
         if train and self.network.inpaints:
-            told = self.nothing_known, self.most_moved
-            x_0, cond["known"] = known_in_part(key_known, x_0, *told)
+            shares = self.nothing_known, self.most_moved
+            x_0, cond["known"] = known_in_part(key_known, x_0, *shares)
 
         def apply(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}

@@ -78,7 +78,10 @@ class PriorTask:
     def _posed(
         self, params: Params, frozen: Params, batch: Batch, keep: Array
     ) -> tuple[Apply, Array]:
-        """The network, told the captions but where `keep` [b] is False, and x_0 [b, dim]."""
+        """Returns the network as a function of (x_t, t), and x_0 [b, dim].
+
+        Captions are left out where `keep` [b] is False.
+        """
         z_img = self.clip.encode_image(frozen["clip"], arrays.to_float(batch["image"]))
         cond = self.condition(frozen, batch["tokens"], keep)
 

@@ -143,9 +143,9 @@ class UpsamplerTask:
         total, metrics = jnp.float32(0), {}
         keys = (jax.random.split(key, len(self.learns)) for key in (key_loss, key_dropout))
         for part, *own in zip(self.learns, *keys, strict=True):
-            loss, told = loss_of(params[part], own, self.times[part])
+            loss, part_metrics = loss_of(params[part], own, self.times[part])
             total += loss
-            metrics |= {f"{part}_{name}": value for name, value in told.items()}
+            metrics |= {f"{part}_{name}": value for name, value in part_metrics.items()}
         return total, metrics
 
     def corrupted_crops(self, pictures: Array, key: Array) -> tuple[Array, Array]:

@@ -67,8 +67,10 @@ class WorkdirLock:
         try:
             self._file = path.open("a+")  # held until __exit__
         except OSError as error:
-            told = f"cannot write {path} ({error.strerror}): remove it, or choose another --workdir"
-            raise UserError(told) from error
+            message = (
+                f"cannot write {path} ({error.strerror}): remove it, or choose another --workdir"
+            )
+            raise UserError(message) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -249,8 +251,8 @@ class Checkpoints:
         """The newest step (that is `good`) whose files are what was written, or -1."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
-            if told := self._read(folder, read_all=True):
-                self._set_aside(folder, told)
+            if fault := self._read(folder, read_all=True):
+                self._set_aside(folder, fault)
                 continue
             if good and not self._is_good(step):
                 continue
@@ -320,22 +322,22 @@ class Checkpoints:
         with paths.as_user_error("cannot read", self._folder):
             steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
             for path in steps:
-                if not manifest.unfinished(path) and (told := self._read(path, read_all=False)):
-                    self._set_aside(path, told)
+                if not manifest.unfinished(path) and (fault := self._read(path, read_all=False)):
+                    self._set_aside(path, fault)
         return 0
 
-    def _set_aside(self, path: Path, told: str) -> None:
+    def _set_aside(self, path: Path, fault: str) -> None:
         try:
             paths.make_folder(self._broken)
         except OSError as error:
             raise UserError(
-                f"{path} is damaged ({told}), and cannot be moved to {self._broken} "
+                f"{path} is damaged ({fault}), and cannot be moved to {self._broken} "
                 f"({error.strerror}): move that away"
             ) from error
         target = self._broken / f"{path.name}.{time.time_ns()}"
         paths.move(path, target)
-        self._found_broken.append(f"step {path.name}: {told}")
-        logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, told, target)
+        self._found_broken.append(f"step {path.name}: {fault}")
+        logging.error("CHECKPOINT %s IS DAMAGED: %s; moved it to %s", path.name, fault, target)
 
 
 class _Newest:
@@ -356,8 +358,8 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    told = str(error).strip().splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {told[:200]}{'...' if len(told) > 200 else ''}"
+    message = str(error).strip().splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {message[:200]}{'...' if len(message) > 200 else ''}"
 
 
 def _say_failures_once() -> None:

@@ -72,16 +72,16 @@ def check_best_metric(config: Any, names: Iterable[str]) -> None:
     `names` are those that evaluation gives, none where there is no held-out data.
     """
     names, every, save = list(names), config.eval_every, config.checkpoint_every
-    told = f"config.best_metric={config.best_metric!r}"
+    setting = f"config.best_metric={config.best_metric!r}"
     if not names or not every:
-        raise UserError(f"{told} needs evaluation: set config.data.eval_split and eval_every")
+        raise UserError(f"{setting} needs evaluation: set config.data.eval_split and eval_every")
     if config.best_metric not in names:
         raise UserError(
-            f"{told} is nothing that evaluation gives{near_miss(config.best_metric, names)} "
+            f"{setting} is nothing that evaluation gives{near_miss(config.best_metric, names)} "
             f"({', '.join(names)})"
         )
     if config.num_steps % every and not (save and math.lcm(every, save) <= config.num_steps):
         raise UserError(
-            f"{told}: no checkpoint is saved at a step that is evaluated; make "
+            f"{setting}: no checkpoint is saved at a step that is evaluated; make "
             f"config.checkpoint_every={save} a multiple of config.eval_every={every}"
         )

@@ -68,7 +68,7 @@ def connect(
                 process_id,
                 initialization_timeout=int(2 * wait_seconds) + 60,
             )
-        except Exception as error:  # told by the main thread: none may go on alone
+        except Exception as error:  # raised by the main thread: no host may go on alone
             failures.append(error)
 
     # in a thread, since the main one must hear Ctrl-C and SIGTERM meanwhile
@@ -84,18 +84,19 @@ def connect(
     if failures and not isinstance(failures[0], RuntimeError | ValueError):
         raise failures[0]
     if failures:
-        told = str(failures[0]).strip().splitlines()[0]
+        message = str(failures[0]).strip().splitlines()[0]
         raise UserError(
-            f"cannot join the other hosts ({told}): but on a TPU slice, Slurm and Open MPI, give "
+            f"cannot join the other hosts ({message}): except on a TPU slice, Slurm or Open MPI, "
+            "give "
             f"{', '.join(given)}"
         ) from failures[0]
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator_address.rpartition(":")
-    told = f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0"
+    requirement = f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0"
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(told)
+        raise UserError(requirement)
     if num_processes < 1:
         raise UserError(f"--num_processes={num_processes} must be 1 or more")
     if not 0 <= process_id < num_processes:
@@ -106,7 +107,7 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))  # jax.distributed would abort, and late
     except OSError as error:
-        raise UserError(f"{told}: {host}: {error.strerror}") from error
+        raise UserError(f"{requirement}: {host}: {error.strerror}") from error
 
 
 def from_first(work: Callable[[], int]) -> int:
@@ -119,7 +120,7 @@ def from_first(work: Callable[[], int]) -> int:
         return work()
     from jax.experimental import multihost_utils
 
-    told = np.zeros(_MESSAGE_BYTES, np.uint8)
+    buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
     failure: Exception | None = None
     if jax.process_index() == 0:
         try:
@@ -127,8 +128,8 @@ def from_first(work: Callable[[], int]) -> int:
         except (UserError, OSError) as error:
             failure, message = error, {"error": str(error)[: _MESSAGE_BYTES // 8]}
         text = json.dumps(message).encode()
-        told[: len(text)] = np.frombuffer(text, np.uint8)
-    heard = np.asarray(multihost_utils.broadcast_one_to_all(told)).astype(np.uint8)
+        buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8)
     if failure:
         raise failure
     answer = json.loads(heard.tobytes().rstrip(b"\0"))
@@ -145,7 +146,7 @@ def compile_together(step: Any, *args: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    import orbax.checkpoint as ocp  # late: a mistake in the flags is told at once
+    import orbax.checkpoint as ocp  # late: mistakes in the flags are reported at once
 
     step.lower(*args).compile()
     everyone = set(range(jax.process_count()))  # without them Orbax meets in a collective, too

@@ -36,8 +36,8 @@ def write(folder: Path) -> None:
     (folder / NAME).unlink(missing_ok=True)
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=str)
     names = [p.as_posix().removeprefix(folder.as_posix() + "/") for p in files]
-    told = zip(_each(_size, files), _each(_sha256, files), strict=True)
-    (folder / NAME).write_text(json.dumps(dict(zip(names, told, strict=True)), indent=1))
+    entries = zip(_each(_size, files), _each(_sha256, files), strict=True)
+    (folder / NAME).write_text(json.dumps(dict(zip(names, entries, strict=True)), indent=1))
 
 
 def fault(folder: Path, read_all: bool = True) -> str:
@@ -52,10 +52,10 @@ def fault(folder: Path, read_all: bool = True) -> str:
         for (name, (size, _)), found in zip(listed, sizes, strict=True):
             if found != size:
                 return f"{name} has {found} bytes, not {size}"
-        read = [(name, told) for name, (size, told) in listed if read_all or size < _SMALL]
+        read = [(name, expected) for name, (size, expected) in listed if read_all or size < _SMALL]
         hashes = _each(_sha256, [folder / name for name, _ in read])
-        for (name, told), found in zip(read, hashes, strict=True):
-            if found != told:
+        for (name, expected), found in zip(read, hashes, strict=True):
+            if found != expected:
                 return f"{name} is not what was written (its sha256 differs)"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or str(error)).name} is missing"

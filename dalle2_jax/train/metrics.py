@@ -98,7 +98,7 @@ class Reporter:
 
     def __exit__(self, *exc: object) -> None:
         if self._active:
-            with contextlib.suppress(OSError):  # every line was flushed, or told as lost
+            with contextlib.suppress(OSError):  # every line was flushed, or reported as lost
                 self._lines.close()
             self._tensorboard("close")
 
@@ -176,10 +176,10 @@ class Reporter:
         try:
             if self._clu:
                 getattr(self._clu, method)(*arguments)
-        except Exception as error:  # a full disk is told by an error of clu's own
+        except Exception as error:  # clu reports a full disk by an error of its own
             self._clu = None
-            told = " ".join(str(error).split())[:200]
-            logging.warning("TensorBoard's files are no longer written (%s)", told)
+            message = " ".join(str(error).split())[:200]
+            logging.warning("TensorBoard's files are no longer written (%s)", message)
 
 
 def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLines:
@@ -188,9 +188,9 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
     kept = []
     for line in _lines(path):
         try:
-            told = json.loads(line)
-            passed = told.get("skipped_batches", (0, 0))
-            if told["step"] <= start_step and passed[1] <= start_batch:
+            event = json.loads(line)
+            passed = event.get("skipped_batches", (0, 0))
+            if event["step"] <= start_step and passed[1] <= start_batch:
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
@@ -211,5 +211,7 @@ def _lines(path: Path) -> list[bytes]:
     try:
         return path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        told = f"cannot read {path} ({error.strerror}): move it away, or choose another --workdir"
-        raise UserError(told) from error
+        message = (
+            f"cannot read {path} ({error.strerror}): move it away, or choose another --workdir"
+        )
+        raise UserError(message) from error

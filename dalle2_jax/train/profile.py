@@ -68,5 +68,5 @@ class Profile:
 
 
 def _warn(error: Exception) -> None:
-    told = " ".join(str(error).split())[:200]
-    logging.warning("the profile could not be written (%s): training goes on", told)
+    message = " ".join(str(error).split())[:200]
+    logging.warning("the profile could not be written (%s): training goes on", message)

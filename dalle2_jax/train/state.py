@@ -114,8 +114,8 @@ def _in_host_memory(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
-        told = f"{device.device_kind} has no {HOST_MEMORY} memory; leave it out"
-        raise UserError(f"config.offload: {told}")
+        message = f"{device.device_kind} has no {HOST_MEMORY} memory; leave it out"
+        raise UserError(f"config.offload: {message}")
     return jax.tree.map(
         lambda place, x: place.with_memory_kind(HOST_MEMORY) if x.ndim else place, places, shapes
     )

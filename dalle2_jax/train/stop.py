@@ -89,7 +89,7 @@ class Stopper:
 
     def _watch(self, seconds: float) -> None:
         if self._watchdog > 0 and sys.__stderr__:
-            # Process 0 last: without it jax.distributed ends the others before they told anything.
+            # Process 0 last: without it jax.distributed ends the others before they print anything.
             seconds *= 1.0 if jax.process_index() == 0 else 0.9
             # what Python was started with: a notebook's own stderr is no file
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)

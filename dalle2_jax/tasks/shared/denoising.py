@@ -42,8 +42,8 @@ def make_sampler(
     settings = construct(Settings, config.task.get("sampling") or {}, where)
     if settings.variance == "analytic":
         if not measured:
-            told = f'{where}.variance="analytic" is a prior\'s alone, whose training measures it'
-            raise UserError(told)
+            message = f'{where}.variance="analytic" is a prior\'s alone, whose training measures it'
+            raise UserError(message)
         settings = dataclasses.replace(settings, variance="small")
     try:
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
@@ -83,9 +83,9 @@ def known_in_part(
     key: Array, x_0: Array, nothing_known: float, most_moved: float = 0.0
 ) -> tuple[Array, Array]:
     """Pictures [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
-    inpainting is told, by random masks [b, h, w, 4].
+    inpainting is given, by random masks [b, h, w, 4].
 
-    Nothing is told of a share `nothing_known` of them, which are drawn as any. Half of the others
+    A share `nothing_known` of them is given as entirely unknown. Half of the others
     are moved by up to `most_moved` of their sides: a canvas that is extended holds such parts.
     """
     key_mask, key_nothing, key_moved = jax.random.split(key, 3)
