@@ -124,7 +124,7 @@ def test_the_table_and_the_json_tell_the_same():
     ):
         assert part in table, table
     assert "0.5 days" in table and "48 chip-hours" in table
-    assert "not told by the compiler" in table and "(2 instructions without)" in table
+    assert "not given by the compiler" in table and "(2 instructions without)" in table
     quick = made(thorough=False).table()
     assert "asynchronous" not in quick and "too long without --thorough" in quick
 

@@ -1,4 +1,4 @@
-"""The autoregressive prior: a causal transformer over z_img's codes (unCLIP section 2.2)."""
+"""The autoregressive prior: a causal transformer over the codes of z_img (unCLIP section 2.2)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXACT = jax.lax.Precision.HIGHEST  # a TPU would else multiply in bfloat16
 
 
 class Statistics(nn.Module):
-    """z_img <-> codes: PCA, then buckets of one width over a dimension's range.
+    """Conversion of z_img to codes and back: PCA, then buckets of equal width over each range.
 
-    Nothing here is trained: `tasks.ar_prior` fits it once, to the embeddings of training pictures.
-    A fresh one keeps the first `dims` coordinates. Code 0 is of the dot product z_img z_txt, code
-    i of the i-th direction, by falling variance.
+    Nothing here is trained: `tasks.ar_prior` fits it once to the embeddings of training images. A
+    fresh one keeps the first `dims` coordinates. Code 0 is that of the dot product of z_img and
+    z_txt, code i that of the i-th principal direction, by falling variance.
     """
 
     dim: int
@@ -36,7 +36,7 @@ class Statistics(nn.Module):
         self.high = self.param("high", nn.initializers.ones, (1 + self.dims,), f32)
 
     def values(self, z_img: Array, z_txt: Array) -> Array:
-        """z_img, z_txt [b, dim] -> what is quantised, float32 [b, 1 + dims]."""
+        """z_img, z_txt [b, dim] -> the values that are quantised, float32 [b, 1 + dims]."""
         # float32: drawing keeps matrices in bfloat16
         components = self.components.astype(jnp.float32)
         dot = jnp.sum(normalise(z_img) * normalise(z_txt), axis=1, keepdims=True)
@@ -44,14 +44,14 @@ class Statistics(nn.Module):
         return jnp.concatenate([dot, along], axis=1)
 
     def codes(self, z_img: Array, z_txt: Array) -> Array:
-        """Returns the codes of z_img, see `Statistics.codes`."""
+        """z_img, z_txt [b, dim] -> codes int32 [b, 1 + dims]."""
         width = jnp.maximum(self.high - self.low, 1e-6)[None]
         share = (self.values(z_img, z_txt) - self.low[None]) / width
         codes = jnp.floor(share * self.buckets).astype(jnp.int32)
         return jnp.clip(codes, 0, self.buckets - 1)
 
     def z_img(self, codes: Array) -> Array:
-        """int32 [b, 1 + dims] -> z_img float32 [b, dim] of the middles of the buckets."""
+        """Codes int32 [b, 1 + dims] -> z_img float32 [b, dim], from the middles of the buckets."""
         share = (codes[:, 1:].astype(jnp.float32) + 0.5) / self.buckets
         along = self.low[None, 1:] + share * (self.high - self.low)[None, 1:]
         components = self.components.astype(jnp.float32)
@@ -68,11 +68,18 @@ class Past(NamedTuple):
 class ARPrior(nn.Module):
     """The sequence [txt_enc, z_txt, dot, codes]; the output at each place predicts the next code.
 
-    `dims` directions of z_img, each in `buckets`; "dot" is the quantised dot product of z_img and
-    z_txt. All is causal, so that a code is predicted from the caption, z_txt and the codes before
-    it; padding is masked. A caption whose `txt_mask` is empty is "no caption": its z_txt is
-    replaced by a learned vector. All codes share one table of embeddings and one output layer, for
-    a place has an embedding and an output bias of its own.
+    "dot" is the quantised dot product of z_img and z_txt. Everything is causal: a code is predicted
+    from the caption, z_txt and the codes before it. Padding is masked. A caption whose `txt_mask`
+    is empty is "no caption": a learned vector stands for its z_txt. All codes share one table of
+    embeddings and one output layer; each place has an embedding and an output bias of its own.
+
+    Attributes:
+        dim: width of z_img.
+        context_length: tokens of a caption.
+        width, depth, heads: of the transformer.
+        dims: principal directions of z_img that are coded.
+        buckets: values of a code.
+        activation, dtype, remat: see `DiffusionPrior`.
     """
 
     reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
@@ -89,7 +96,7 @@ class ARPrior(nn.Module):
     remat: str | bool = "none"
 
     def init_inputs(self, text_width: int) -> tuple[Array, ...]:
-        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
+        """Returns zeros to call `init` with, for a CLIP whose text tower has `text_width`."""
         z, n = jnp.zeros((1, self.dim)), self.context_length
         return z, z, jnp.zeros((1, n, text_width)), jnp.ones((1, n), bool)
 
@@ -114,13 +121,16 @@ class ARPrior(nn.Module):
     def __call__(
         self, z_img: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
     ) -> tuple[Array, Array]:
-        """z_img, z_txt [b, dim], txt_enc [b, n, w], txt_mask bool [b, n] -> (logits float32
-        [b, 1 + dims, buckets], the codes int32 [b, 1 + dims] that they predict)."""
+        """Returns (logits float32 [b, 1 + dims, buckets], the codes int32 [b, 1 + dims] they
+        predict).
+
+        Args: z_img, z_txt [b, dim], txt_enc [b, n, w], txt_mask bool [b, n].
+        """
         codes = self.codes(z_img, z_txt)
         return self.logits(codes, z_txt, txt_enc, txt_mask), codes
 
     def codes(self, z_img: Array, z_txt: Array) -> Array:
-        """See `Statistics.codes`."""
+        """Returns the codes of z_img, see `Statistics.codes`."""
         return self.statistics.codes(z_img, z_txt)
 
     def to_z_img(self, codes: Array) -> Array:
@@ -138,7 +148,7 @@ class ARPrior(nn.Module):
         return self._out(self.transformer(x, mask)[:, n:]) + self.bias[None]
 
     def prefill(self, z_txt: Array, txt_enc: Array, txt_mask: Array) -> tuple[Array, Past]:
-        """(logits [b, buckets] of code 0, the past with all that stands before it)."""
+        """Returns (logits [b, buckets] of code 0, the past with everything before it)."""
         x, keys = self._prefix(z_txt, txt_enc, txt_mask), self._keys(txt_mask)
         b, n = keys.shape
         mask = causal_mask(n)[:, :, : x.shape[1]] & keys[:, None, None, :]
@@ -147,8 +157,10 @@ class ARPrior(nn.Module):
         return self._out(x[:, -1]) + self.bias[None, 0], Past(cache, keys)
 
     def step(self, code: Array, place: Array, past: Past) -> tuple[Array, Past]:
-        """The code int32 [b] of place 0 .. dims - 1 -> (logits [b, buckets] of the next one, the
-        past with it)."""
+        """Takes the code int32 [b] at `place`, 0 .. dims - 1.
+
+        Returns (logits [b, buckets] of the next code, the past with this one).
+        """
         x, keys = self._embed(code[:, None], place[None]), past.keys
         n = keys.shape[1]
         at = n - self.dims + place

@@ -1,7 +1,8 @@
 """Multi-head attention over any keys, with logits and softmax in float32.
 
-Short sequences take one einsum. From `LONG` queries on no platform holds all logits: a TPU runs
-the flash kernel (nets/flash.py), a CPU goes head by head through chunks of queries (nets/chunked).
+Short sequences take one einsum, which holds all logits [b, heads, n, m]. From `LONG` queries on no
+platform holds them: a TPU runs the flash kernel (nets/flash.py), which keeps a running softmax over
+blocks of keys; a CPU goes head by head through chunks of queries (nets/chunked.py).
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def _tracing(what: str) -> Iterator[None]:
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
-    """Attention that is traced within uses no Pallas kernel, on TPU neither.
+    """Traces attention without Pallas kernels, on TPUs too.
 
-    For estimates: XLA's compiler knows neither the time nor the FLOPs of a Pallas call. To be
-    entered while tracing; what jit has traced before stays as it is.
+    For estimates: XLA's compiler knows neither the time nor the FLOPs of a Pallas call. Enter it
+    while tracing; programs that jit has traced before stay as they are.
     """
     return _tracing("checkpointed einsum")
 
@@ -56,12 +57,16 @@ def only_einsum() -> contextlib.AbstractContextManager[None]:
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention (Vaswani et al., 1706.03762, section 3.2.1).
 
-    q [b, n, heads, d]; k, v [b, m, heads, d]; `mask` bool, [1 or b, 1, 1 or n, m], True where a
-    query may look. Returns [b, n, heads, d] in v's dtype. A query that may look nowhere
-    averages over all keys, but under the kernel, which takes masks of keys [1 or b, 1, 1, m] that
-    leave one to be seen.
+    Args:
+        q: [b, n, heads, d].
+        k, v: [b, m, heads, d].
+        mask: bool [1 or b, 1, 1 or n, m], True where a query may attend. A query that may attend
+            nowhere averages over all keys; the kernel, though, needs masks of keys [1 or b, 1, 1,
+            m] that leave one. With a mask of queries a TPU takes the einsum at any length:
+            sequences that need one are short here.
 
-    With a mask of queries a TPU takes the einsum at any length: what needs one here is short.
+    Returns:
+        [b, n, heads, d] in v's dtype.
     """
     if q.shape[1] < LONG or _traced == "einsum":
         return attention_by_einsum(q, k, v, mask)
@@ -80,6 +85,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 
 def attention_by_einsum(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """`attention` with all logits in memory."""
     q = q / math.sqrt(q.shape[-1])
     # Sums that are kept in float32: of two logits near 100 bfloat16 cannot tell which is larger.
     logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)
@@ -90,11 +96,11 @@ def attention_by_einsum(q: Array, k: Array, v: Array, mask: Array | None = None)
 
 
 def _on_every_device(function: Callable[..., Array], *args: Array) -> Array:
-    """`function` on each device's rows and heads of the `args` of `attention`.
+    """Runs `function` on each device's rows and heads of the `args` of `attention`.
 
     The compiler can split neither a kernel nor a loop over a batch by itself. Rows are split like
-    the batch of the mesh this is traced in, heads over its other axes; what does not divide evenly
-    is computed whole on every device.
+    the batch of the mesh that this is traced in, heads over its other axes; what does not divide
+    evenly is computed as a whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:  # no mesh, or this device's own part of one already
@@ -116,8 +122,10 @@ def _on_every_device(function: Callable[..., Array], *args: Array) -> Array:
 
 
 def split_heads(x: Array, heads: int) -> Array:
+    """[b, n, heads * d] -> [b, n, heads, d]."""
     return x.reshape(*x.shape[:-1], heads, -1)  # b n (k d) -> b n k d
 
 
 def merge_heads(x: Array) -> Array:
+    """[b, n, heads, d] -> [b, n, heads * d]."""
     return x.reshape(*x.shape[:-2], -1)  # b n k d -> b n (k d)

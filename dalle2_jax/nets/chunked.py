@@ -1,4 +1,4 @@
-"""Exact attention that holds few logits at a time: a head's, for a chunk of queries."""
+"""Exact attention that holds few logits at a time: those of one head and a chunk of queries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CHUNK = 256  # queries: their float32 logits over 1,284 keys are 1.3 MB, which c
 
 
 def attention_by_chunks(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """`nets.attention.attention`, in loops over examples, heads and chunks of queries.
+    """`nets.attention.attention` in loops over examples, heads and chunks of queries.
 
-    Two to three times as fast as one einsum on CPUs (benchmarks/attention.py), whose caches hold
-    a chunk's logits. The backward pass computes them again, so none are kept.
+    Two to three times as fast as one einsum on CPUs (benchmarks/attention.py), whose caches hold a
+    chunk's logits. The backward pass computes them again, so none are kept.
     """
     n, d = q.shape[1], q.shape[-1]
     chunk = min(CHUNK, n)

@@ -18,25 +18,29 @@ MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5: the temperature is clipped at 
 
 
 def normalise(z: Array) -> Array:
-    """z [..., d] to unit length, in float32."""
+    """Scales z [..., d] to unit length, in float32."""
     z = z.astype(jnp.float32)
     return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-8)
 
 
 class TextEncoding(NamedTuple):
+    """CLIP's encoding of b captions."""
+
     z_txt: Array  # b d, of unit length where the CLIP says so
     txt_enc: Array  # b n width, hidden states after the last norm
     txt_mask: Array  # b n, True up to and with the end-of-text token
 
 
 def text_mask(tokens: Array, eot_id: int) -> Array:
-    """bool [b, n], True up to and with the first end-of-text token."""
+    """Returns bool [b, n], True up to and including the first end-of-text token."""
     seen = jnp.cumsum((tokens == eot_id).astype(jnp.int32), axis=1)
     return (seen - (tokens == eot_id)) == 0
 
 
 class TextTower(nn.Module):
-    """tokens [b, n] -> projection of the end token [b, dim] and all hidden states."""
+    """tokens [b, n] -> (projection of the end token [b, dim], hidden states [b, n, width],
+    mask).
+    """
 
     dim: int
     context_length: int
@@ -82,8 +86,8 @@ class TextTower(nn.Module):
 class ImageTower(nn.Module):
     """images [b, s, s, 3] in [-1, 1] -> projection of the class token [b, dim] (ViT).
 
-    `mean` and `std`, of channels from 0 to 1, standardise what the tower sees; `resize` ("area" or
-    "bicubic") is how its pictures are made small.
+    `mean` and `std`, of channels from 0 to 1, standardise the input; `resize` ("area" or "bicubic")
+    is the filter that its images are resized with.
     """
 
     dim: int
@@ -134,9 +138,15 @@ class ImageTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers and the temperature.
 
-    `image` and `text` are the towers' own arguments (`ImageTower`, `TextTower`) without `dim`
-    and `activation`, which they share. Models that only draw may have one tower (the other is
-    None) and no `learned_temperature`, and encodings as they leave the towers (not `unit_length`).
+    Attributes:
+        dim: width of the shared embedding space.
+        image, text: arguments of the towers (`ImageTower`, `TextTower`) without `dim` and
+            `activation`, which they share. Models that only generate may lack one tower (None).
+        activation: see `transformer.ACTIVATIONS`.
+        dtype: what the towers compute in.
+        unit_length: encodings are scaled to unit length; otherwise they stay as the towers give
+            them.
+        learned_temperature: whether there is one to train.
     """
 
     dim: int
@@ -159,7 +169,7 @@ class CLIP(nn.Module):
             self.log_scale = self.param("logit_scale", init, (), jnp.float32)
 
     def init_inputs(self) -> tuple[Array | None, ...]:
-        """Zeros that `init` can be called with; None for a tower that is not there."""
+        """Returns zeros to call `init` with; None for a tower that is missing."""
         images = tokens = None
         if self.image is not None:
             size = self.image["image_size"]
@@ -173,6 +183,7 @@ class CLIP(nn.Module):
         return self._length(self.image_tower(images))
 
     def encode_text(self, tokens: Array) -> TextEncoding:
+        """tokens [b, n] -> their encoding."""
         z, txt_enc, txt_mask = self.text_tower(tokens)
         return TextEncoding(self._length(z), txt_enc, txt_mask)
 
@@ -180,6 +191,7 @@ class CLIP(nn.Module):
         return normalise(z) if self.unit_length else z.astype(jnp.float32)
 
     def logit_scale(self) -> Array:
+        """Returns the temperature, a float32 scalar that multiplies dot products; at most 100."""
         if not self.learned_temperature:
             return jnp.float32(math.exp(MAX_LOGIT_SCALE))
         clipped = jnp.minimum(self.log_scale, MAX_LOGIT_SCALE)
@@ -187,7 +199,7 @@ class CLIP(nn.Module):
         return jnp.exp(self.log_scale + jax.lax.stop_gradient(clipped - self.log_scale))
 
     def __call__(self, images: Array | None, tokens: Array | None) -> tuple[Any, Any, Array]:
-        """(z_img, z_txt, both of unit length, the scale of their dot products)."""
+        """Returns (z_img, z_txt, both of unit length, the scale of their dot products)."""
         z_img = None if images is None else normalise(self.image_tower(images))
         z_txt = None if tokens is None else normalise(self.text_tower(tokens)[0])
         return z_img, z_txt, self.logit_scale()

@@ -46,19 +46,31 @@ class TextEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """x_t [b, h, w, 3], t [b] and the condition -> raw output float32 [b, h, w, 3 or 6].
+    """The decoder: x_t [b, h, w, 3], t [b] and a condition -> raw output float32 [b, h, w, 3 or 6].
 
-    z_img enters twice: added to the timestep embedding, and as `extra_tokens` tokens after the
-    caption's. `text` holds `TextEncoder`'s arguments; None means that the caption comes encoded
-    (CLIP's hidden states), which small models share.
+    A GLIDE U-Net that is also conditioned on z_img (unCLIP section 2.1). z_img enters twice:
+    projected and added to the timestep embedding, and projected to `extra_tokens` tokens that
+    follow the caption's in the context of every attention layer.
 
-    Models differ in these: with `learned_null` learned tokens stand past a caption's end, and "no
-    caption" is nothing but them; without, nobody looks past the end, and no caption is the empty
-    one's encoding. `text_projection` is a width that CLIP's hidden states are brought to, and
-    normed. `z_txt_in_time`: CLIP's z_txt joins the time, not the caption's last token.
-    `unit_length`: z_img comes with it. `inpaints`: the network is given what is known already of the
-    picture, cond["known"] [b, h, w, 4]: its colours, 0 where they are not known, and 1 where they
-    are (GLIDE 2.3). Without that, nothing is.
+    Attributes:
+        unet: arguments of `UNet`.
+        dim: width of z_img.
+        context_length: tokens of a caption.
+        text: arguments of `TextEncoder`; None: captions come encoded (CLIP's hidden states), which
+            small models share.
+        extra_tokens: tokens that z_img is projected to.
+        learned_variance: the output has twice the channels.
+        dtype: what the network computes in; norms, softmax and the output are float32.
+        learned_null: learned tokens fill the places past a caption's end, and "no caption" is
+            nothing but these. Otherwise nobody attends past the end, and no caption is the empty
+            one's encoding.
+        text_projection: width that CLIP's hidden states are projected to, and normed; None: as they
+            are.
+        z_txt_in_time: CLIP's z_txt joins the timestep embedding in place of the caption's last
+            token.
+        unit_length: z_img comes with unit length.
+        inpaints: the network is given the known part of the image, cond["known"] [b, h, w, 4]: its
+            colours, 0 where they are unknown, and 1 where they are known (GLIDE section 2.3).
     """
 
     reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
@@ -78,9 +90,9 @@ class Decoder(nn.Module):
     SECTIONS: ClassVar = {"unet": UNet, "text": TextEncoder}
 
     def init_inputs(self, text_width: int, size: int | None = None) -> tuple[Any, ...]:
-        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide.
+        """Returns zeros to call `init` with, for a CLIP whose text tower has `text_width`.
 
-        The pictures are of `size` px, or as small as can be.
+        Images are of `size` px; None: as small as possible.
         """
         size = size or smallest_size(self.unet)
         cond = {
@@ -97,9 +109,16 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Mapping[str, Array], train: bool) -> Array:
-        """`cond`: z_img [b, dim], z_mask bool [b]; txt_mask bool [b, n] with either tokens [b, n]
-        or txt_enc [b, n, w]; z_txt [b, dim] where it joins the time. False in z_mask is the learned
-        null, in txt_mask what `learned_null` says."""
+        """Predicts from x_t, by the condition.
+
+        Args:
+            x_t: [b, h, w, 3].
+            t: int32 [b], of the training schedule.
+            cond: z_img [b, dim], z_mask bool [b]; txt_mask bool [b, n] with either tokens [b, n] or
+                txt_enc [b, n, w]; z_txt [b, dim] if it joins the time. False in z_mask stands for
+                the learned null, in txt_mask for what `learned_null` says.
+            train: whether dropout is on.
+        """
         b, n = cond["txt_mask"].shape
         channels = self.unet["channels"]
         emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)

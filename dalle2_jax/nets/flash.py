@@ -1,8 +1,8 @@
 """Attention by the Pallas TPU kernel that JAX ships (splash attention; FlashAttention 2205.14135).
 
 Of JAX's two kernels this one keeps a single float32 a query for its backward pass, where
-`flash_attention` keeps rows of 128. Layouts have the sequence last: with 64 channels a head
-last, half of a TPU's 128 lanes would hold padding.
+`flash_attention` keeps rows of 128. Layouts have the sequence last: with 64 channels of a head
+last, half of a TPU's 128 lanes would be padding.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ def flash_attention(
 ) -> Array:
     """q [b, n, heads, d], k, v [b, m, heads, d] -> [b, n, heads, d] in v's dtype.
 
-    `mask` bool [1 or b, 1, 1, m] is False at keys that no query looks at, and shows one at least.
-    For this device's arrays alone: the compiler cannot split a kernel. `interpret` runs it
-    anywhere, slowly.
+    Args:
+        mask: bool [1 or b, 1, 1, m], False at keys that no query attends to; one key at least is
+            True.
+        interpret: run it anywhere, slowly.
+
+    For this device's arrays alone: the compiler cannot split a kernel.
     """
     # Late: it takes long, and what draws small pictures needs none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -73,7 +76,7 @@ def flash_attention(
 
 
 def _blocks(n: int, most: int) -> tuple[int, int]:
-    """(length of a block, of all blocks): as few of at most `most` as hold n, and as short."""
+    """Returns (length of a block, of all blocks): as few blocks of at most `most` as hold n."""
     lanes = -(-n // _LANES)
     count = -(-lanes * _LANES // most)
     block = -(-lanes // count) * _LANES

@@ -1,4 +1,4 @@
-"""The small layers that every network shares."""
+"""Small layers that all networks share."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ FEW, WIDE = 256, 2**19
 
 @jax.custom_vjp
 def conv3x3(x: Array, kernel: Array) -> Array:
-    """Same-padded 3x3 convolution: x [b, h, w, c], kernel [3, 3, c, d] -> [b, h, w, d].
+    """Convolves with same padding: x [b, h, w, c], kernel [3, 3, c, d] -> [b, h, w, d].
 
-    Its weight gradient is XLA's weak spot on CPUs; there it is computed as three wide matrix
-    products, twice as fast at 16 px. So are, in drawing, few pixels of many channels, by patches.
-    Accelerators keep XLA's own.
+    On CPUs the weight gradient is slow in XLA; there it is computed as three wide matrix products,
+    twice as fast at 16 px. So is, when sampling, the convolution of few pixels with many channels,
+    by patches. Accelerators keep XLA's own.
     """
     b, h, w, c = x.shape
     if b * h * w > FEW or c * kernel.shape[-1] < WIDE:
@@ -109,7 +109,7 @@ def _kernel_gradient_by_conv(x: Array, g: Array) -> Array:
 
 
 def _kernel_gradient_by_matmuls(x: Array, g: Array) -> Array:
-    """One product a row of the kernel: x shifted by rows, against g shifted by columns."""
+    """Computes one product a row of the kernel: x shifted by rows, times g shifted by columns."""
     _, h, w, c = x.shape
     d = g.shape[-1]
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))

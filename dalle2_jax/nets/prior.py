@@ -14,12 +14,22 @@ from dalle2_jax.types import Array
 
 
 class DiffusionPrior(nn.Module):
-    """The sequence [txt_enc, z_txt, t, x_t, query]; the output at the query predicts z_img.
+    """The diffusion prior: a causal transformer over [txt_enc, z_txt, t, x_t, query].
 
-    Padding is masked from attention. A caption whose `txt_mask` is empty is "no caption": with
-    `learned_null` its z_txt is replaced by a learned vector; without, no caption is the empty one's
-    encoding. With `standardised` x_0 is z_img by the mean and deviation of each coordinate, which
-    lie among the parameters and are not learned: a fresh network has 0 and 1.
+    The output at the query predicts x_0, the un-noised z_img. Padding of captions is masked. A
+    caption whose `txt_mask` is empty is "no caption".
+
+    Attributes:
+        dim: width of z_img.
+        context_length: tokens of a caption.
+        width, depth, heads: of the transformer.
+        learned_null: a learned vector stands for the z_txt of "no caption"; otherwise no caption is
+            the empty one's encoding.
+        activation: see `transformer.ACTIVATIONS`.
+        dtype: what the network computes in.
+        remat: policy of `nets.remat` for the blocks.
+        standardised: x_0 is z_img by the mean and standard deviation of each coordinate. These are
+            parameters that are not trained; a fresh network has 0 and 1.
     """
 
     reads_text: ClassVar[bool] = True  # its shapes depend on the width of CLIP's text tower
@@ -36,7 +46,7 @@ class DiffusionPrior(nn.Module):
     standardised: bool = False
 
     def init_inputs(self, text_width: int) -> tuple[Array, ...]:
-        """Zeros that `init` can be called with, for a CLIP whose text tower is so wide."""
+        """Returns zeros to call `init` with, for a CLIP whose text tower has `text_width`."""
         z, n = jnp.zeros((1, self.dim)), self.context_length
         txt_enc, txt_mask = jnp.zeros((1, n, text_width)), jnp.ones((1, n), bool)
         return z, jnp.zeros((1,), jnp.int32), z, txt_enc, txt_mask
@@ -45,8 +55,15 @@ class DiffusionPrior(nn.Module):
     def __call__(
         self, x_t: Array, t: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
     ) -> Array:
-        """x_t [b, dim] (scaled z_img with noise), t [b], z_txt [b, dim], txt_enc [b, n, w],
-        txt_mask bool [b, n] -> float32 [b, dim]."""
+        """Predicts x_0 float32 [b, dim].
+
+        Args:
+            x_t: [b, dim], noised (scaled) z_img.
+            t: int32 [b], of the training schedule.
+            z_txt: [b, dim].
+            txt_enc: [b, n, w], CLIP's hidden states of the caption.
+            txt_mask: bool [b, n], True up to the caption's end.
+        """
         b, n = txt_mask.shape
 
         def dense(name: str) -> nn.Dense:
@@ -81,20 +98,20 @@ class DiffusionPrior(nn.Module):
         return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)
 
     def to_x_0(self, z_img: Array) -> Array:
-        """z_img float32 [b, dim] -> x_0 [b, dim], what is noised and learned."""
+        """z_img float32 [b, dim] -> x_0 [b, dim], the quantity that is noised and predicted."""
         if not self.standardised:
             return z_img
         mean, std = jax.lax.stop_gradient(self._statistics())
         return (z_img - mean) / std
 
     def to_z_img(self, x_0: Array) -> Array:
-        """x_0 float32 [b, dim] as it is drawn -> z_img [b, dim], but for its length."""
+        """x_0 float32 [b, dim] as it is sampled -> z_img [b, dim], but for its length."""
         if not self.standardised:
             return x_0
         mean, std = self._statistics()
         return x_0 * std + mean
 
     def _statistics(self) -> tuple[Array, Array]:
-        """(mean, deviation) [1, dim]"""
+        """Returns (mean, standard deviation), each [1, dim]."""
         mean, std = (self.get_variable("params", name)[None] for name in ("mean", "std"))
         return mean, std

@@ -1,4 +1,10 @@
-"""Rematerialisation by a policy's name: what a block keeps for its backward pass."""
+"""Rematerialisation by a policy's name: which results a block keeps for its backward pass.
+
+The backward pass needs the results of the forward pass. Keeping all of them costs memory for every
+block; keeping only a block's input costs computing the block again. "dots" is between: it keeps the
+results of products with weights, which are the expensive ones, and computes norms, activations and
+attention's softmax again.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,12 @@ Layer = TypeVar("Layer", bound=type[nn.Module])
 
 
 def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Products with weights: convolutions, and matrix products without batch dimensions, which
-    attention's have. Their results are some n d an example; attention's logits would be n n."""
+    """Returns whether a primitive is a product with weights.
+
+    These are convolutions, and matrix products without batch dimensions, which attention's products
+    have. The results of the former have some n d elements an example, attention's logits would have
+    n n.
+    """
     if primitive is jax.lax.conv_general_dilated_p:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
@@ -29,9 +39,9 @@ POLICIES = {
 
 
 def policy_name(remat: str | bool, setting: str = "remat") -> str:
-    """A known policy's name; False and True, of older model folders, are "none" and "full".
+    """Returns a known policy's name; False and True, of older model folders, are "none" and "full".
 
-    Raises UserError for any other, which names the `setting`.
+    Raises UserError for any other; `setting` names in the message where it stands.
     """
     name = {False: "none", True: "full"}.get(remat, remat) if isinstance(remat, bool) else remat
     if name not in POLICIES:
@@ -42,11 +52,12 @@ def policy_name(remat: str | bool, setting: str = "remat") -> str:
 def rematerialised(
     layer: Layer, remat: str | bool, static_argnums: tuple[int, ...] = (), scanned: bool = False
 ) -> Layer:
-    """The class of `layer`, each call of which keeps what the policy `remat` says.
+    """Returns the class `layer`, each call of which keeps what the policy `remat` says.
 
-    `static_argnums` count self as 0. In the body of a scan (`scanned`) the compiler cannot undo
-    the recomputation by finding it equal to the forward pass, and is spared the barriers against
-    that.
+    Args:
+        static_argnums: arguments that are no arrays, counting self as 0.
+        scanned: the layer is the body of a scan. The compiler cannot undo the recomputation there
+            by finding it equal to the forward pass, so no barriers against that are needed.
     """
     name = policy_name(remat)
     if name == "none":

@@ -20,6 +20,7 @@ def quick_gelu(x: Array) -> Array:
 
 
 def exact_gelu(x: Array) -> Array:
+    """The Gaussian error linear unit, without approximation."""
     return nn.gelu(x, approximate=False)
 
 
@@ -27,18 +28,18 @@ ACTIVATIONS = {"gelu": exact_gelu, "quick_gelu": quick_gelu}
 
 
 def causal_mask(length: int) -> Array:
-    """bool [1, 1, length, length]: a position sees itself and what came before."""
+    """Returns bool [1, 1, length, length]: a position attends to itself and to those before it."""
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
 class Cache(NamedTuple):
-    """Keys and values of the places of a sequence that were seen; of all blocks, or of one."""
+    """Keys and values of the places of a sequence seen so far, of all blocks or of one."""
 
     k: Array  # (depth) b n heads d
     v: Array
 
     def with_places(self, at: Array | int, k: Array, v: Array) -> Cache:
-        """One block's with k, v [b, m, heads, d] at the places from `at` on."""
+        """Returns one block's cache with k, v [b, m, heads, d] at the places from `at` on."""
         write = jax.lax.dynamic_update_slice_in_dim
         return Cache(*(write(old, x, at, 1) for old, x in zip(self, (k, v), strict=True)))
 
@@ -46,7 +47,7 @@ class Cache(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With a `cache` x [b, m, width] stands at its places from `at` on, and looks at all of it.
+    With a `cache`, x [b, m, width] stands at its places from `at` on and attends to all of it.
     """
 
     heads: int
@@ -105,10 +106,14 @@ class Transformer(nn.Module):
         return self.blocks(x.astype(self.dtype), mask, None, None)[0]
 
     def cached(self, x: Array, mask: Array, cache: Cache, at: Array | int) -> tuple[Array, Cache]:
-        """x [b, m, width] at the places from `at` on of a sequence that is decoded bit by bit, and
-        `mask` [.., m, n] of its places -> (the output there, the `cache` with them)."""
+        """Runs on x [b, m, width] at the places from `at` on of a sequence that is decoded bit by
+        bit.
+
+        `mask` [.., m, n] covers its places. Returns (the output there, the `cache` with them).
+        """
         return self.blocks(x.astype(self.dtype), mask, cache, at)
 
     def empty_cache(self, b: int, n: int, width: int) -> Cache:
+        """Returns a cache for b sequences of n places."""
         shape = self.depth, b, n, self.heads, width // self.heads
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

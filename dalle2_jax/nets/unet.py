@@ -1,4 +1,11 @@
-"""The ADM U-Net (2105.05233) with GLIDE's text attention (2112.10741, section 2.1)."""
+"""The ADM U-Net (2105.05233) with GLIDE's text attention (2112.10741, section 2.1).
+
+    conv_in -> [blocks, halve] a level -> middle -> [blocks, double] a level -> conv_out
+
+Every output of the way down is kept and concatenated to the input of a block on the way up, last
+first. The embedding (time, and what joins it) enters every residual block; the context (text
+tokens) is attended to at some levels.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +23,25 @@ from dalle2_jax.types import Array
 
 
 def halve(x: Array) -> Array:
-    """Mean over 2x2: [b, h, w, c] -> [b, h/2, w/2, c]."""
+    """Averages 2 x 2 pixels: [b, h, w, c] -> [b, h/2, w/2, c]."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
 def double(x: Array) -> Array:
-    """Nearest neighbour: [b, h, w, c] -> [b, 2h, 2w, c]."""
+    """Repeats each pixel: [b, h, w, c] -> [b, 2h, 2w, c]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def fold(x: Array, p: int) -> Array:
-    """Patches into channels: [b, h, w, c] -> [b, h/p, w/p, p p c]."""
+    """Moves patches into channels: [b, h, w, c] -> [b, h/p, w/p, p p c]."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // p, w // p, p * p * c)
 
 
 def unfold(x: Array, p: int) -> Array:
-    """The inverse of `fold`: [b, h, w, p p c] -> [b, p h, p w, c]."""
+    """Moves channels into patches, the inverse of `fold`: [b, h, w, p p c] -> [b, p h, p w, c]."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, p, p, c // p**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * p, w * p, c // p**2)
@@ -47,10 +54,10 @@ RESAMPLE = {"": lambda x: x, "down": halve, "up": double}
 
 
 class ResBlock(nn.Module):
-    """BigGAN's residual block; the time scales and shifts its second norm.
+    """BigGAN's residual block; the embedding scales and shifts its second norm.
 
-    `resample` ("", "down", "up") acts between the first activation and the first convolution,
-    and on the skip path.
+    `resample` ("", "down", "up") acts between the first activation and the first convolution, and
+    on the skip path.
     """
 
     features: int
@@ -82,9 +89,9 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every pixel attends to the context's tokens and to all pixels, in one softmax (GLIDE).
+    """Attention of every pixel to the context's tokens and to all pixels, in one softmax (GLIDE).
 
-    `context_mask` is False at tokens that nobody looks at.
+    `context_mask` is False at tokens that are not attended to.
     """
 
     head_channels: int = 64
@@ -116,23 +123,28 @@ class AttentionBlock(nn.Module):
 
 
 def smallest_size(unet: Mapping[str, Any]) -> int:
-    """The fewest pixels a side that `UNet(**unet)` takes; others are multiples of it."""
+    """Returns the smallest side in pixels that `UNet(**unet)` takes; others are its multiples."""
     return unet.get("patch_size", 1) * 2 ** (len(unet["channel_mults"]) - 1)
 
 
 class UNet(nn.Module):
     """x [b, h, w, c], emb [b, e], context [b, n, d] or None -> float32 [b, h, w, out_channels].
 
-    `context_mask` bool [b, n]: False where a token is not to be seen; None shows all. `known`
-    [b, h, w, k] are more channels of the input, whose weights start at zero (GLIDE's for
-    inpainting); to leave them out is to give zeros.
-
-    Level i has channels * channel_mults[i] channels at h / 2**i pixels; attention stands at the
-    levels named in `attention_levels` and in the middle where `attention_levels` is not empty.
-    With `patch_size` p the levels start at h / p pixels: patches of p x p are folded into channels
-    at the entrance and unfolded at the exit, which trades detail for speed (a small model's way
-    to wide channels at few pixels, where convolutions are fastest). `remat` names a policy of
-    `nets.remat` for the blocks.
+    Attributes:
+        out_channels: of the output.
+        channels: level i has channels * channel_mults[i] channels at h / 2**i pixels.
+        channel_mults: one factor a level.
+        num_blocks: residual blocks a level.
+        attention_levels: levels with attention after each block; if any, the middle has it too.
+        head_channels: channels of an attention head.
+        dropout: of the residual blocks.
+        scale_shift: the embedding scales and shifts (ADM); otherwise it is added.
+        groups: of the group norms.
+        patch_size: p x p pixels are folded into channels at the entrance and unfolded at the exit,
+            which trades detail for speed (a small model's way to wide channels at few pixels, where
+            convolutions are fastest).
+        remat: policy of `nets.remat` for the blocks.
+        dtype: what the blocks compute in.
     """
 
     out_channels: int

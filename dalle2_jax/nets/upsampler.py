@@ -1,4 +1,4 @@
-"""The upsampler: an ADM U-Net that sees the low-resolution picture (unCLIP section 2.1)."""
+"""The upsampler: an ADM U-Net that sees the low-resolution image (unCLIP section 2.1)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from dalle2_jax.types import Array
 class Upsampler(nn.Module):
     """x_t [b, h, w, 3], t [b], low_res [b, h, w, 3] (already resized) -> [b, h, w, 3 or 6].
 
-    With `residual` the U-Net gives what `low_res` lacks of x_0 (SRDiff, 2104.14951): a network that
-    is narrower than its patches has no room to carry the picture through. With `inpaints` it is
-    given the `known` part [b, h, w, 4] of the image: see `nets.decoder.Decoder`.
+    Attributes:
+        unet: arguments of `UNet`.
+        learned_variance: the output has twice the channels.
+        residual: the U-Net predicts what `low_res` lacks of x_0 (SRDiff, 2104.14951): a network
+            that is narrower than its patches has no room to carry the image through.
+        dtype: what the network computes in.
+        inpaints: it is given the `known` part [b, h, w, 4] of the image, see
+            `nets.decoder.Decoder`.
     """
 
     unet: Mapping[str, Any]
@@ -29,7 +34,7 @@ class Upsampler(nn.Module):
     SECTIONS: ClassVar = {"unet": UNet}
 
     def init_inputs(self, size: int | None = None) -> tuple[Any, ...]:
-        """Zeros that `init` can be called with: pictures of `size` px, or as small as can be."""
+        """Returns zeros to call `init` with: images of `size` px, or as small as possible."""
         size = size or smallest_size(self.unet)
         x_t = jnp.zeros((1, size, size, 3))
         known = jnp.zeros((1, size, size, 4)) if self.inpaints else None

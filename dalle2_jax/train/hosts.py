@@ -87,8 +87,7 @@ def connect(
         message = str(failures[0]).strip().splitlines()[0]
         raise UserError(
             f"cannot join the other hosts ({message}): except on a TPU slice, Slurm or Open MPI, "
-            "give "
-            f"{', '.join(given)}"
+            f"give {', '.join(given)}"
         ) from failures[0]
 
 
