@@ -11,8 +11,8 @@ paper  batch 4096, 1M steps. For a v5e-256: 1,420 chip-days, 5.5 days (by FLOPs 
        sequence is 77 + 2 + 319 tokens (the last code is not read), where Table 3 has 384.
 tpu    the same with 13 heads of 128 channels, which fill the TPU's lanes, for 26 of 64
 tiny   1.1M parameters; 64 directions keep 99.3 % of the variance (192 there are). 64 buckets, not
-       1,024: 3,000 pictures would leave most of them empty, and a bucket is 0.14 deviations or
-       less, which costs 0.2 % of the variance. Pictures so few are soon known by heart, so z_img
+       1,024: 3,000 images would leave most of them empty, and a bucket is 0.14 deviations or
+       less, which costs 0.2 % of the variance. Images so few are soon known by heart, so z_img
        moves a little every time it is seen (noise) and the run is short. 2 CPU cores, 25 minutes
 """
 
@@ -35,7 +35,7 @@ def paper(heads):
             task=dict(
                 name="ar_prior",
                 drop_caption=0.1,
-                fit_batches=64,  # 262,144 pictures
+                fit_batches=64,  # 262,144 images
                 sampling=dict(dot_share=0.5),
             ),
             model=dict(
@@ -68,7 +68,7 @@ def tiny():
                 name="ar_prior",
                 drop_caption=0.1,
                 noise=0.2,
-                fit_batches=48,  # of 3,105 pictures, once
+                fit_batches=48,  # of 3,105 images, once
                 sampling=dict(dot_share=0.5, temperature=0.8, cfg_scale=1.5),
             ),
             model=dict(

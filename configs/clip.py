@@ -5,9 +5,9 @@ python train.py --config=configs/clip.py:VARIANT --workdir=W
 paper  H/16 at 256 px of the unCLIP paper, with its SAM (which doubles the cost); ~650M pairs. For a
        v6e-256: 1,400 chip-days, six days (a v5e's memory takes 64 of its 128 pairs a chip)
 tpu    the same with heads of 128 channels, which fill the TPU's lanes, for 80 and 64
-tiny   64 px emoji, 3.2M parameters; 2 CPU cores, twenty minutes; then 97 % of 128 pictures find
+tiny   64 px emoji, 3.2M parameters; 2 CPU cores, twenty minutes; then 97 % of 128 images find
        their caption
-judge  tiny's shape, other data: all splits; it scores pictures and never draws
+judge  tiny's shape, other data: all splits; it scores images and never draws
 b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M parameters, 32 epochs of
        400M pairs. For a v5e-64: 83 chip-days, 1.3 days
 b16    its ViT-B/16, 150M. For a v5e-64: 230 chip-days, 3.6 days

@@ -1,4 +1,4 @@
-"""The decoder: CLIP's image embedding and a caption -> a small picture (unCLIP 2.1, Table 3).
+"""The decoder: CLIP's image embedding and a caption -> a small image (unCLIP 2.1, Table 3).
 
 python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_from=CLIP_FOLDER
 
@@ -7,7 +7,7 @@ paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 ch
 tpu    the same: 512 channels and heads of 64 suit the TPU already
 karlo  the decoder of kakaobrain/karlo-v1-alpha, 893M, drawn with as there; its training here is
        fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
-inpaint  `paper` taught to draw parts of pictures, where random regions are erased (GLIDE 2.3); goes
+inpaint  `paper` taught to draw parts of images, where random regions are erased (GLIDE 2.3); goes
        on from a trained one: --config.init_from=MODEL
 tiny   5.6M parameters at 32 px, taught to inpaint too; 2 CPU cores, three and a half hours;
        loss 0.026
@@ -143,7 +143,7 @@ def tiny():
                 schedule="cosine",
                 num_timesteps=1000,
                 prediction="x_0",
-                weighting="min_v_10",  # or it knows a picture with next to no noise to 29 dB alone
+                weighting="min_v_10",  # or it knows an image with next to no noise to 29 dB alone
             ),
             data=tiny_data(flip=True),
             optimizer=dict(

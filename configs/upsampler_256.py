@@ -2,13 +2,13 @@
 
 python train.py --config=configs/upsampler_256.py:VARIANT --workdir=W
 
-paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps. The small picture's blur is
+paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps. The small image's blur is
        drawn from next to none up to the paper's sigma of 0.6. For a v5e-64: 230 chip-days, four
        days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 384 channels for 320: a multiple of the TPU's 128 lanes
 karlo  the upsampler of kakaobrain/karlo-v1-alpha, two networks of 692M, drawn with as there; its
        training here is fine-tuning of the first: --config.init_from=KARLO_FOLDER
-inpaint  `paper` told what is known of the large picture, where random regions of it are erased
+inpaint  `paper` told what is known of the large image, where random regions of it are erased
        (GLIDE 2.3); goes on from a trained one: --config.init_from=MODEL
 tiny   32 -> 128 px, 1.8M parameters, trained on 64 px crops, taught to inpaint too; 2 CPU cores,
        half an hour; loss 0.012
@@ -99,7 +99,7 @@ def tiny():
                 low_size=32,
                 image_size=128,
                 # A quarter, as in the paper, is 8 x 8 patches here, less than the network sees: in
-                # whole pictures, where no border is near, what it learned there came out grey.
+                # whole images, where no border is near, what it learned there came out grey.
                 crop_fraction=0.5,
                 blur_sigma=0.6,
                 noise_std=0.3,  # as blotched as the tiny decoder draws: the upsampler evens it out

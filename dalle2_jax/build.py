@@ -209,7 +209,7 @@ def check(config: Config, task: Task) -> None:
     try:
         params = jax.eval_shape(task.init, key)
         jax.eval_shape(functools.partial(task.loss, train=True), params, frozen, batch, key)
-        # Whole pictures, where the loss may have seen crops.
+        # Whole images, where the loss may have seen crops.
         jax.eval_shape(functools.partial(task.preview, rows=1), params, frozen, batch, key)
     except UserError:
         raise

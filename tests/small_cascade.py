@@ -120,10 +120,10 @@ def randomised(params, seed: int = 0, std: float = 0.2):
 
 
 def batch(size: int = 4, image_size: int = 16) -> dict[str, jax.Array]:
-    """Pictures of noise with captions of several lengths."""
-    pictures = np.random.default_rng(1).integers(0, 256, (size, image_size, image_size, 3))
+    """Images of noise with captions of several lengths."""
+    images = np.random.default_rng(1).integers(0, 256, (size, image_size, image_size, 3))
     tokens = Tokenizer(CONTEXT, VOCAB)([f"{'abcdefg'[i % 7]} " * (i % 4 + 1) for i in range(size)])
-    return {"image": jnp.asarray(pictures, jnp.uint8), "tokens": jnp.asarray(tokens)}
+    return {"image": jnp.asarray(images, jnp.uint8), "tokens": jnp.asarray(tokens)}
 
 
 def write(folder, stages=tuple(CONFIGS)) -> str:

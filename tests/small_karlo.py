@@ -100,7 +100,7 @@ def entries(variations: bool = False) -> dict:
 
 def weights(shapes, seed: int):
     """Every parameter is another number; layers keep the scale of what goes through them, so that
-    pictures depend on all of them, but for what is cut off at the bounds."""
+    images depend on all of them, but for what is cut off at the bounds."""
     rng = np.random.default_rng(seed)
 
     def one(path, leaf):

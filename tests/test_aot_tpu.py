@@ -185,8 +185,8 @@ def test_a_cascade_of_configs_needs_no_weights():
     assert set(found.memory) > {"weights of clip", "weights of prior", "weights of decoder"}
 
 
-def test_the_most_pictures_at_a_time_are_found(monkeypatch):
-    """Of a chip with room for the activations of two pictures and a half."""
+def test_the_most_images_at_a_time_are_found(monkeypatch):
+    """Of a chip with room for the activations of two images and a half."""
     report = functools.partial(fit_sampling.report, "tiny", "v5e:1x1", 1, {"steps": 2})
     one = report().memory
     small = dataclasses.replace(chips.CHIPS["v5e"], hbm=one["total"] + 1.5 * one["activations"])
@@ -196,7 +196,7 @@ def test_the_most_pictures_at_a_time_are_found(monkeypatch):
     assert found.memory["total"] == sum(v for k, v in found.memory.items() if k != "total")
 
 
-def test_pictures_are_drawn_on_their_own_chips():
+def test_images_are_drawn_on_their_own_chips():
     """Also with guidance, which draws every row twice."""
     found = fit_sampling.report("configs/tiny", "v5e:2x2", 4, {"steps": 2, "cfg_scale": 2.0})
     assert found.batch_size == 4 and set(found.collectives) == set()
@@ -209,7 +209,7 @@ def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):
     found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     weights = {k: v for k, v in whole.memory.items() if k.startswith("weights of")}
     assert found.from_host == sum(weights.values())
-    # the last upsampler's pictures are the largest by far
+    # the last upsampler's images are the largest by far
     kinds = {"weights of upsampler_1024", "activations", "program, padding", "total"}
     assert set(found.memory) == kinds and found.memory["total"] < whole.memory["total"]
     assert "from the host" in found.table()

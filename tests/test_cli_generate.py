@@ -29,7 +29,7 @@ def sample(cache: Path, *arguments: str, own_cache: bool = False) -> subprocess.
     )
 
 
-def test_pictures_carry_what_draws_them_again(folder, tmp_path):
+def test_images_carry_what_draws_them_again(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("dog, flat\n\n")
     out = tmp_path / "new" / "out"
     done = sample(
@@ -91,7 +91,7 @@ def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
     assert np.abs(saved - every[first["index"]].astype(int)).max() <= 2
 
 
-def test_pictures_of_another_size(folder, tmp_path):
+def test_images_of_another_size(folder, tmp_path):
     options = (f"--weights={folder}", f"--out={tmp_path}/out", "--size=12", "--n=1")
     done = sample(tmp_path / "cache", "--prompt=a cat", *options)
     assert done.returncode == 0, done.stderr
@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
 
 @pytest.fixture
 def given(tmp_path) -> list[str]:
-    """--image flags of a picture, and of one of another shape in a line of pixels."""
+    """--image flags of an image, and of one of another shape in a line of pixels."""
     rng = np.random.default_rng(0)
     flags = []
     for name, shape in (("a", (20, 30, 3)), ("b", (10_000, 3, 3))):
@@ -176,7 +176,7 @@ def given(tmp_path) -> list[str]:
     return flags
 
 
-def test_a_mode_writes_its_pictures_a_strip_and_an_animation(folder, given, tmp_path):
+def test_a_mode_writes_its_images_a_strip_and_an_animation(folder, given, tmp_path):
     out = tmp_path / "out"
     done = sample(
         tmp_path / "cache",

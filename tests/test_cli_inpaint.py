@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 from test_cli_generate import sample
 
-from dalle2_jax.imaging import files as pictures
+from dalle2_jax.imaging import files as images
 
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
-    """A picture, masks of it, and one with a hole of its own."""
+    """An image, masks of it, and one with a hole of its own."""
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (16, 16, 3), np.uint8)
     right = np.arange(16)[None].repeat(16, 0) >= 8
@@ -29,7 +29,7 @@ def files(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", ["white", "clear", "hole"])
-def test_a_mask_is_white_or_clear_or_the_pictures_own_alpha(way, files, folder, tmp_path):
+def test_a_mask_is_white_or_clear_or_the_images_own_alpha(way, files, folder, tmp_path):
     out = tmp_path / "out"
     flags = [f"--image={files['hole' if way == 'hole' else 'a']}", "--prompt=a cat", "--n=2"]
     flags += [] if way == "hole" else [f"--mask={files[way]}"]
@@ -44,13 +44,13 @@ def test_a_mask_is_white_or_clear_or_the_pictures_own_alpha(way, files, folder, 
     files_of = [f"inpaint-s0-000-0{i}-{name}.png" for i, name in enumerate(names)]
     assert sorted(p.name for p in out.iterdir()) == [*files_of, "inpaint.png"]
     given, mask, *drawn = (np.asarray(Image.open(out / name)) for name in files_of)
-    for picture in drawn:
-        np.testing.assert_array_equal(picture[:, :8], given[:, :8])
-        assert (picture[:, 8:] != given[:, 8:]).any()
+    for image in drawn:
+        np.testing.assert_array_equal(image[:, :8], given[:, :8])
+        assert (image[:, 8:] != given[:, 8:]).any()
     tint = mask[:, 8:] - np.floor(0.4 * given[:, 8:])  # in stripes of red and white
     assert (abs(tint[..., 0] - 153) <= 1).all() and set(tint[0, :, 1] > 100) == {True, False}
     np.testing.assert_array_equal(mask[:, :8], given[:, :8])
-    about = pictures.read_metadata(out / files_of[2])
+    about = images.read_metadata(out / files_of[2])
     assert about["feather"] == 0 and about["settings"]["decoder"]["repeats"] == 5
 
 
@@ -62,7 +62,7 @@ def test_a_preview_draws_nothing(files, tmp_path):
     assert [p.name for p in out.iterdir()] == ["mask.png"]
     shown = np.asarray(Image.open(out / "mask.png"))
     assert shown.shape == (18, 20, 3)
-    np.testing.assert_array_equal(shown[:16, 4:], pictures.read(files["a"]))
+    np.testing.assert_array_equal(shown[:16, 4:], images.read(files["a"]))
 
 
 def test_what_takes_long_and_what_is_not_read_is_said(files, folder, tmp_path):
@@ -74,7 +74,7 @@ def test_what_takes_long_and_what_is_not_read_is_said(files, folder, tmp_path):
     assert "note: a prompt is too long, only" in done.stderr
 
 
-def test_a_picture_is_continued(files, folder, tmp_path):
+def test_an_image_is_continued(files, folder, tmp_path):
     out = tmp_path / "out"
     flags = ["--mode=outpaint", f"--image={files['a']}", "--left=4", "--down=9", "--n=1"]
     done = sample(tmp_path / "cache", *flags, "--steps=2", f"--weights={folder}", f"--out={out}")
@@ -82,7 +82,7 @@ def test_a_picture_is_continued(files, folder, tmp_path):
     assert "note: a prompt" not in done.stderr and "frames" not in done.stderr
     drawn = np.asarray(Image.open(out / "outpaint-s0-000-00-edit-0.png"))
     assert drawn.shape == (25, 20, 3)
-    np.testing.assert_array_equal(drawn[:16, 4:], pictures.read(files["a"]))
+    np.testing.assert_array_equal(drawn[:16, 4:], images.read(files["a"]))
 
 
 @pytest.mark.parametrize(

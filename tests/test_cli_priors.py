@@ -34,7 +34,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("prior", "stage"), [("ar", "ar_prior"), ("none", "no_prior")])
-def test_the_prior_is_told_in_the_picture(both, tmp_path, prior, stage):
+def test_the_prior_is_told_in_the_image(both, tmp_path, prior, stage):
     done = run(
         *("sample.py", "--prompt=a cat", "--n=2", "--seed=3", f"--prior={prior}"),
         *(f"--weights={both}", f"--out={tmp_path}"),
@@ -47,12 +47,12 @@ def test_the_prior_is_told_in_the_picture(both, tmp_path, prior, stage):
     assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
 
 
-def test_probing_writes_its_pictures_a_strip_and_an_animation(both, tmp_path):
-    picture = tmp_path / "given.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(picture)
+def test_probing_writes_its_images_a_strip_and_an_animation(both, tmp_path):
+    image = tmp_path / "given.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(image)
     out = tmp_path / "out"
     done = run(
-        *("sample.py", "--mode=probe", f"--image={picture}", "--steps=2"),
+        *("sample.py", "--mode=probe", f"--image={image}", "--steps=2"),
         *(f"--weights={both}", f"--out={out}"),
     )
     assert done.returncode == 0, done.stderr
@@ -90,17 +90,17 @@ def test_the_ablation_is_a_line_a_group_and_prior(both, tmp_path):
     head, _, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert head.startswith("|  | n | cosine to the true z_img | concept first, %")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    names = ("diffusion prior", "AR prior", "no prior (z_txt)", "the true z_img", "true pictures")
+    names = ("diffusion prior", "AR prior", "no prior (z_txt)", "the true z_img", "true images")
     groups = ("seen pairs", "held-out pairs", "held-out concepts")
     assert [row[0] for row in cells] == [f"{group}: {name}" for group in groups for name in names]
     for row in cells:
-        known = {"the true z_img": "1.000", "true pictures": ""}
+        known = {"the true z_img": "1.000", "true images": ""}
         if (name := row[0].partition(": ")[2]) in known:
             assert row[2] == known[name]
         else:
             assert -1 <= float(row[2]) < 1
         assert float(row[6]) >= 0
-    assert all(float(row[6]) < 1e-3 for row in cells if row[0].endswith("true pictures"))
+    assert all(float(row[6]) < 1e-3 for row in cells if row[0].endswith("true images"))
 
 
 def test_a_judge_that_is_missing_is_one_line(both, tmp_path):

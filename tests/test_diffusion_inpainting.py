@@ -21,7 +21,7 @@ def keys(count: int):
 
 
 def gaussian_denoiser(covariance: np.ndarray):
-    """The exact one for pictures of one pixel whose three channels are N(0, covariance)."""
+    """The exact one for images of one pixel whose three channels are N(0, covariance)."""
     abar = jnp.asarray(SCHEDULE.alpha_bar, jnp.float32)
     values, vectors = np.linalg.eigh(covariance)
 

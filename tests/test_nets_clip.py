@@ -18,9 +18,9 @@ EOT = VOCAB - 1
 @pytest.fixture(scope="module")
 def clip():
     network = CLIP(**MODEL)
-    pictures, tokens = arrays.to_float(batch()["image"]), batch()["tokens"]
-    params = jax.jit(network.init)(jax.random.key(0), pictures, tokens)["params"]
-    return network, randomised(params), pictures, tokens
+    images, tokens = arrays.to_float(batch()["image"]), batch()["tokens"]
+    params = jax.jit(network.init)(jax.random.key(0), images, tokens)["params"]
+    return network, randomised(params), images, tokens
 
 
 def test_text_mask_ends_with_the_first_end_token():
@@ -32,8 +32,8 @@ def test_text_mask_ends_with_the_first_end_token():
 
 
 def test_embeddings_have_unit_length(clip):
-    network, params, pictures, tokens = clip
-    z_img, z_txt, scale = jax.jit(network.apply)({"params": params}, pictures, tokens)
+    network, params, images, tokens = clip
+    z_img, z_txt, scale = jax.jit(network.apply)({"params": params}, images, tokens)
     for z in (z_img, z_txt):
         assert z.shape == (4, DIM) and z.dtype == jnp.float32
         np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
@@ -54,32 +54,32 @@ def test_text_after_the_end_token_is_ignored(clip):
 
 
 def test_logit_scale_starts_at_the_papers_and_is_clipped_at_100(clip):
-    network, params, pictures, tokens = clip
+    network, params, images, tokens = clip
 
     def scale(log_scale):
         values = {"params": {**params, "logit_scale": jnp.float32(log_scale)}}
         return network.apply(values, method="logit_scale")
 
-    fresh = jax.jit(network.init)(jax.random.key(0), pictures, tokens)["params"]["logit_scale"]
+    fresh = jax.jit(network.init)(jax.random.key(0), images, tokens)["params"]["logit_scale"]
     assert float(scale(fresh)) == pytest.approx(1 / 0.07, rel=1e-5)
     assert float(scale(math.log(50.0))) == pytest.approx(50.0, rel=1e-5)
     assert float(scale(9.0)) == pytest.approx(100.0, rel=1e-5)
     assert float(jax.grad(scale)(9.0)) == pytest.approx(100.0, rel=1e-5)  # so it can come down
 
 
-def test_wrong_picture_size_is_refused(clip):
+def test_wrong_image_size_is_refused(clip):
     network, params, _, tokens = clip
     with pytest.raises(ValueError, match="CLIP sees 16 px"):
         network.apply({"params": params}, jnp.zeros((4, 32, 32, 3)), tokens)
 
 
 def test_every_parameter_has_a_gradient(clip):
-    network, params, pictures, tokens = clip
+    network, params, images, tokens = clip
 
     @jax.jit
     def gradient(params):
         def loss(params):
-            z_img, z_txt, scale = network.apply({"params": params}, pictures, tokens)
+            z_img, z_txt, scale = network.apply({"params": params}, images, tokens)
             return jnp.square(scale * z_img @ z_txt.T - jnp.eye(4)).mean()
 
         return jax.grad(loss)(params)
@@ -92,11 +92,11 @@ def test_every_parameter_has_a_gradient(clip):
 
 
 def test_bfloat16_computes_and_gives_float32(clip):
-    _, params, pictures, tokens = clip
+    _, params, images, tokens = clip
     network = CLIP(**MODEL, dtype=jnp.bfloat16)
-    z_img, z_txt, _ = jax.jit(network.apply)({"params": params}, pictures, tokens)
+    z_img, z_txt, _ = jax.jit(network.apply)({"params": params}, images, tokens)
     assert z_img.dtype == z_txt.dtype == jnp.float32
-    exact, _, _ = jax.jit(CLIP(**MODEL).apply)({"params": params}, pictures, tokens)
+    exact, _, _ = jax.jit(CLIP(**MODEL).apply)({"params": params}, images, tokens)
     np.testing.assert_allclose(z_img, exact, atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""The U-Nets: what of their condition reaches the picture, gradients, sizes, precision."""
+"""The U-Nets: what of their condition reaches the image, gradients, sizes, precision."""
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def upsampler():
     return network, randomised(params), low
 
 
-def test_a_residual_upsampler_starts_at_the_small_picture():
+def test_a_residual_upsampler_starts_at_the_small_image():
     small = dict(channels=8, channel_mults=(1, 2), num_blocks=1, groups=4)
     x_t, low_res, t = normal(0, 2, 8, 8, 3), normal(1, 2, 8, 8, 3), jnp.array([3, 5])
     for learned_variance in (False, True):
@@ -152,7 +152,7 @@ def test_a_residual_upsampler_starts_at_the_small_picture():
         np.testing.assert_array_equal(added[..., 3:], 0)
 
 
-def test_upsampler_sees_the_small_picture_and_the_time(upsampler):
+def test_upsampler_sees_the_small_image_and_the_time(upsampler):
     network, params, low = upsampler
     run = jax.jit(network.apply)
     out = run(params, X_T, T, low)

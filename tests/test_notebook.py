@@ -84,7 +84,7 @@ def test_every_cell_runs(tmp_path):
     assert len(shown) == len(cells("code"))
     text = "\n".join(shown)
     assert "at step 3, stopped by the end" in text and "at step 5, stopped by the end" in text
-    for cell in ("cell 3:", "cell 4:"):  # tiny's and Karlo's pictures
+    for cell in ("cell 3:", "cell 4:"):  # tiny's and Karlo's images
         drawn = next(line for line in shown if line.startswith(cell))
-        assert "(" in drawn and drawn.endswith("False")  # a picture's size, without TensorFlow
+        assert "(" in drawn and drawn.endswith("False")  # an image's size, without TensorFlow
     assert (tmp_path / "work" / "model" / "decoder.safetensors").exists()

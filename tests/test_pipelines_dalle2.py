@@ -1,4 +1,4 @@
-"""DALLE2: pictures from sentences, the same alone, in any batch and on any number of devices."""
+"""DALLE2: images from sentences, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ def model(folder) -> DALLE2:
 
 
 @pytest.fixture(scope="module")
-def pictures(model) -> np.ndarray:
+def images(model) -> np.ndarray:
     return model.generate(PROMPTS, n=3, seed=7)
 
 
@@ -46,20 +46,20 @@ def size_of(arrays) -> int:
     return sum(x.nbytes for x in arrays)
 
 
-def test_pictures_have_the_last_upsamplers_size(model, pictures):
-    assert pictures.shape == (6, 16, 16, 3) and pictures.dtype == np.uint8
+def test_images_have_the_last_upsamplers_size(model, images):
+    assert images.shape == (6, 16, 16, 3) and images.dtype == np.uint8
     assert model.image_size == 16 and jax.device_count() == 8
-    assert pictures.std() > 5  # not blank
+    assert images.std() > 5  # not blank
 
 
-def test_the_same_seed_draws_the_same_and_all_pictures_differ(model, pictures):
-    np.testing.assert_array_equal(model.generate(PROMPTS, n=3, seed=7), pictures)
-    others = [*pictures, *model.generate(PROMPTS, n=3, seed=8)]
+def test_the_same_seed_draws_the_same_and_all_images_differ(model, images):
+    np.testing.assert_array_equal(model.generate(PROMPTS, n=3, seed=7), images)
+    others = [*images, *model.generate(PROMPTS, n=3, seed=8)]
     for i, a in enumerate(others):
         assert not any(close(a, b) for b in others[:i])
 
 
-def test_weights_that_wait_on_the_host_draw_the_same(folder, pictures):
+def test_weights_that_wait_on_the_host_draw_the_same(folder, images):
     """And of all stages only the running one's lie on the devices."""
     model = DALLE2.from_pretrained(folder, offload=True)
     sizes = {name: size_of(jax.tree.leaves(tree)) for name, tree in model.cascade.params.items()}
@@ -70,7 +70,7 @@ def test_weights_that_wait_on_the_host_draw_the_same(folder, pictures):
         seen[stage] = max(seen.get(stage, 0), size_of(jax.live_arrays()) - before)
 
     drawn = model.generate(PROMPTS, n=3, seed=7, progress=progress)
-    np.testing.assert_array_equal(drawn, pictures)
+    np.testing.assert_array_equal(drawn, images)
     batch = 8 * 16 * 16 * 3 * 4  # bytes of the largest images: x_t, x_0, what conditions, noise
     for stage, size in seen.items():
         assert sizes[stage] <= size < sizes[stage] + 5 * batch
@@ -84,12 +84,12 @@ def test_weights_wait_beyond_half_of_a_devices_memory():
     )
 
 
-def test_a_picture_is_the_same_alone_and_in_any_batch(model, pictures):
+def test_an_image_is_the_same_alone_and_in_any_batch(model, images):
     for size in (1, 4, 5, 16):
-        assert close(model.generate(PROMPTS, n=3, seed=7, batch_size=size), pictures)
-    assert close(model.generate(PROMPTS[1], n=3, seed=7), pictures[3:])
-    assert close(model.generate(PROMPTS[1], seed=7), pictures[3:4])
-    assert close(model.generate([*PROMPTS, *PROMPTS], n=3, seed=7)[6:], pictures)
+        assert close(model.generate(PROMPTS, n=3, seed=7, batch_size=size), images)
+    assert close(model.generate(PROMPTS[1], n=3, seed=7), images[3:])
+    assert close(model.generate(PROMPTS[1], seed=7), images[3:4])
+    assert close(model.generate([*PROMPTS, *PROMPTS], n=3, seed=7)[6:], images)
 
 
 ALONE = """
@@ -106,7 +106,7 @@ print(*{"tensorflow", "torch", "orbax", "tensorflow_datasets"}.intersection(sys.
 
 def test_one_device_draws_what_eight_draw_without_the_trainers_libraries(
     folder,
-    pictures,
+    images,
     tmp_path,
 ):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -114,7 +114,7 @@ def test_one_device_draws_what_eight_draw_without_the_trainers_libraries(
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
-    assert close(np.load(tmp_path / "x.npy"), pictures)
+    assert close(np.load(tmp_path / "x.npy"), images)
 
 
 def test_progress_counts_the_steps_of_all_batches(model):
@@ -131,7 +131,7 @@ def test_progress_counts_the_steps_of_all_batches(model):
         assert seen[stage] == sorted(seen[stage])
 
 
-def test_settings_are_the_folders_until_changed(model, pictures):
+def test_settings_are_the_folders_until_changed(model, images):
     before = model.settings()
     assert before["decoder"] == {
         "steps": 4,
@@ -160,7 +160,7 @@ def test_settings_are_the_folders_until_changed(model, pictures):
     assert guided["prior"]["cfg_interval"] is None and guided["prior"]["cfg_rescale"] == 0.5
     assert [s["variance"] for s in guided.values()] == ["small", "large", "small"]
     assert model.settings() == before and model.with_settings().settings() == before
-    assert not close(model.with_settings(steps=3).generate(PROMPTS, n=3, seed=7), pictures)
+    assert not close(model.with_settings(steps=3).generate(PROMPTS, n=3, seed=7), images)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
 def test_numpys_numbers_are_numbers(model):
     one = model.with_settings(np.int64(3), np.float32(2.5), np.str_("dpm++")).settings()
     assert one == model.with_settings(3, 2.5, "dpm++").settings()
-    json.dumps(one)  # as a picture's metadata is
+    json.dumps(one)  # as an image's metadata is
     sections = {"decoder": [np.int32(2), 1]}
     assert model.with_settings(sections).settings()["decoder"]["steps"] == (2, 1)
 
@@ -237,12 +237,12 @@ def test_the_largest_seed_and_a_long_prompt_are_drawn(model):
     assert model.generate(long, seed=2**32 - 1).shape == (1, 16, 16, 3)
 
 
-def test_z_img_takes_the_priors_place(model, pictures):
-    z_img = model.encode_image(pictures)
+def test_z_img_takes_the_priors_place(model, images):
+    z_img = model.encode_image(images)
     assert z_img.shape == (6, 16)
     np.testing.assert_allclose(np.linalg.norm(z_img, axis=1), 1, atol=1e-5)
     drawn = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
-    assert not close(drawn, pictures)
+    assert not close(drawn, images)
     longer = z_img * np.linspace(0.5, 1e30, 6)[:, None]  # a direction is all that is read
     assert close(model.generate(PROMPTS, n=3, seed=7, z_img=longer, batch_size=4), drawn)
     for i in (1, 5):  # whose row it is
@@ -252,31 +252,31 @@ def test_z_img_takes_the_priors_place(model, pictures):
         model.generate(PROMPTS, n=3, z_img=z_img[:1])
 
 
-def test_every_prompt_may_have_a_seed_of_its_own(model, pictures):
+def test_every_prompt_may_have_a_seed_of_its_own(model, images):
     drawn = model.generate(PROMPTS, n=3, seed=np.array([8, 7]))
-    assert close(model.generate(PROMPTS, n=3, seed=np.array(7)), pictures)
-    assert close(drawn[3:], pictures[3:]) and not close(drawn[:3], pictures[:3])
+    assert close(model.generate(PROMPTS, n=3, seed=np.array(7)), images)
+    assert close(drawn[3:], images[3:]) and not close(drawn[:3], images[:3])
     assert close(drawn[:3], model.generate(PROMPTS[0], n=3, seed=8))
 
 
-def test_the_middle_of_a_picture_is_encoded(model, pictures):
-    wide = np.concatenate([255 - pictures[:, :, :5], pictures, pictures[:, :, :5]], axis=2)
-    np.testing.assert_allclose(model.encode_image(wide), model.encode_image(pictures), atol=1e-6)
-    for wrong in (pictures / 127.5 - 1, pictures[0], pictures[..., :1]):
+def test_the_middle_of_an_image_is_encoded(model, images):
+    wide = np.concatenate([255 - images[:, :, :5], images, images[:, :, :5]], axis=2)
+    np.testing.assert_allclose(model.encode_image(wide), model.encode_image(images), atol=1e-6)
+    for wrong in (images / 127.5 - 1, images[0], images[..., :1]):
         with pytest.raises(UserError, match=r"images must be uint8 \[b, h, w, 3\], not .* \["):
             model.encode_image(wrong)
     with pytest.raises(UserError, match=r"images: there is none in uint8 \[0, 16, 16, 3\]"):
-        model.encode_image(pictures[:0])
+        model.encode_image(images[:0])
     with pytest.raises(UserError, match="all of its rows of one length"):
-        model.encode_image([pictures[0], pictures[0, :8]])
+        model.encode_image([images[0], images[0, :8]])
 
 
-def test_batches_come_as_they_are_drawn(model, pictures):
+def test_batches_come_as_they_are_drawn(model, images):
     batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
-    np.testing.assert_array_equal(next(batches), pictures)
+    np.testing.assert_array_equal(next(batches), images)
     assert next(batches, None) is None
     without_end = model.stream(PROMPTS[0], n=10**9, seed=7)  # nothing is made for all of them
-    assert close(next(without_end)[:3], pictures[:3])
+    assert close(next(without_end)[:3], images[:3])
 
 
 def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model, tmp_path, capsys):
@@ -309,7 +309,7 @@ def test_stages_take_different_noise():
     assert len(set(data)) == 8
 
 
-def test_without_upsamplers_the_decoders_pictures_come_out(model):
+def test_without_upsamplers_the_decoders_images_come_out(model):
     small = model.at_size(8)
     assert small.generate("a cat").shape == (1, 8, 8, 3)
     assert set(small.settings()) == {"prior", "decoder"}

@@ -1,4 +1,4 @@
-"""What DALLE2 does with given pictures: invert, vary, blend, and turn by a text."""
+"""What DALLE2 does with given images: invert, vary, blend, and turn by a text."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def apart(a, b) -> int:
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
 
 
-def test_with_more_steps_a_picture_is_kept_better():
+def test_with_more_steps_an_image_is_kept_better():
     """On the packaged weights: those at random draw what lies at the bounds, where much is cut."""
     tiny = DALLE2.from_pretrained(size=32)
     given = tiny.generate(["a flat emoji of a red apple", "a glossy 3d emoji of a whale"], seed=1)
@@ -43,13 +43,13 @@ def test_with_more_steps_a_picture_is_kept_better():
 
 def test_inverted_alone_and_in_any_batch_it_is_the_same(small):
     whole = small.invert(PICTURES, steps=STEPS)
-    for i, picture in enumerate(PICTURES):
-        alone = small.invert(picture[None], steps=STEPS, batch_size=1)
+    for i, image in enumerate(PICTURES):
+        alone = small.invert(image[None], steps=STEPS, batch_size=1)
         for a, b in zip(alone, whole, strict=True):
             np.testing.assert_allclose(a[0], b[i], rtol=1e-3, atol=1e-3)
 
 
-def test_the_middle_of_a_picture_is_what_is_inverted(small):
+def test_the_middle_of_an_image_is_what_is_inverted(small):
     np.testing.assert_array_equal(
         small.invert(PICTURES, steps=2).x_T, small.invert(PICTURES[:, 4:20], steps=2).x_T
     )
@@ -59,7 +59,7 @@ def test_variations_without_noise_are_the_reconstruction(model):
     again = model.reconstruct(PICTURES, steps=STEPS)
     assert again.shape == (3, 16, 16, 3)
     same = model.variations(PICTURES, 2, steps=STEPS, eta=0.0, cfg_scale=1.0)
-    # The upsampler's noise is that of the seed and the place among a picture's n.
+    # The upsampler's noise is that of the seed and the place among an image's n.
     assert apart(same[::2][0], again[0]) <= 2
     others = model.variations(PICTURES, 2, steps=STEPS, eta=1.0)
     assert others.shape == (6, 16, 16, 3)
@@ -98,7 +98,7 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
     frames = small.text_diff(PICTURES[0], "a cat", "dog, flat", 4, theta=0.9, steps=STEPS)
     assert apart(frames[0], small.reconstruct(PICTURES[:1], steps=STEPS)[0]) <= 1
     assert all(apart(frames[i], frames[0]) > 2 for i in range(1, 4))
-    # At theta 1 z_img is the difference itself, whatever the picture shows.
+    # At theta 1 z_img is the difference itself, whatever the image shows.
     last = small.text_diff(PICTURES[0], "a cat", "dog, flat", 2, theta=1, steps=STEPS)[-1]
     z_new, z_old = small.encode_text(["a cat", "dog, flat"])
     x_T = small.invert(PICTURES[:1], steps=STEPS).x_T
@@ -157,7 +157,7 @@ def test_numbers_of_numpy_serve_as_pythons(small):
     assert apart(frames, small.text_diff(PICTURES[0], "a cat", "dog", 2, steps=2)) == 0
 
 
-def test_one_picture_of_a_single_pixel_is_a_plain_one(model):
+def test_one_image_of_a_single_pixel_is_a_plain_one(model):
     assert model.reconstruct(np.full((1, 1, 1, 3), 200, np.uint8), steps=2).shape == (1, 16, 16, 3)
 
 

@@ -1,4 +1,4 @@
-"""Parts of pictures drawn anew, and pictures continued beyond their sides."""
+"""Parts of images drawn anew, and images continued beyond their sides."""
 
 import dataclasses
 
@@ -85,18 +85,18 @@ def test_with_everything_marked_it_is_generate(model, untaught):
 
 
 def test_a_network_told_nothing_is_the_one_that_was_never_taught(model, untaught):
-    """So that weights fine-tuned to inpaint draw whole pictures at no further cost."""
+    """So that weights fine-tuned to inpaint draw whole images at no further cost."""
     a, b = (m.generate("a cat", n=2, seed=3) for m in (model, untaught))
     assert apart(a, b) == 0
 
 
-def test_without_a_prompt_it_shows_what_the_picture_shows(model):
+def test_without_a_prompt_it_shows_what_the_image_shows(model):
     drawn = model.inpaint(PICTURE, RIGHT, seed=1, **SHARP)
     other = model.inpaint(255 - PICTURE, RIGHT, seed=1, **SHARP)
     assert drawn.shape == (1, 16, 16, 3) and apart(drawn[:, :, 8:], other[:, :, 8:]) > 8
 
 
-def test_a_picture_of_another_shape_is_cut_to_its_middle(model):
+def test_an_image_of_another_shape_is_cut_to_its_middle(model):
     wide = np.pad(PICTURE, ((0, 0), (4, 4), (0, 0)))
     mask = np.pad(RIGHT, ((0, 0), (4, 4)))
     a = model.inpaint(wide, mask, "a cat", seed=1)
@@ -104,7 +104,7 @@ def test_a_picture_of_another_shape_is_cut_to_its_middle(model):
 
 
 @pytest.mark.parametrize("sides", [{"right": 10}, {"left": 3, "up": 20}, dict(left=9, down=9)])
-def test_a_picture_is_continued_and_kept(model, sides):
+def test_an_image_is_continued_and_kept(model, sides):
     full = {side: sides.get(side, 0) for side in ("left", "right", "up", "down")}
     drawn = model.outpaint(PICTURE, "a cat", n=2, seed=1, **sides, **SHARP)
     height, width = 16 + full["up"] + full["down"], 16 + full["left"] + full["right"]
@@ -117,7 +117,7 @@ def test_a_picture_is_continued_and_kept(model, sides):
     assert (drawn[:, outer] != 255).any(axis=-1).mean() > 0.9  # the paper is drawn over
 
 
-def test_small_pictures_are_continued_too(model):
+def test_small_images_are_continued_too(model):
     drawn = model.outpaint(PICTURE[:1, :1], "a cat", seed=1, right=3)
     assert drawn.shape == (1, 1, 4, 3)
     assert model.outpaint(PICTURE[:, :3], None, seed=1, right=30).shape == (1, 16, 33, 3)
@@ -176,7 +176,7 @@ def test_upsamplers_draw_both_sides_of_an_edge(model, monkeypatch):
         cascade.masks, "known_at", lambda k, *of: told.append(of) or known_at(k, *of)
     )
     model.inpaint(PICTURE, RIGHT, "a cat")
-    assert told == [(8, 0), (16, 2)]  # of the ring one pixel of the small picture
+    assert told == [(8, 0), (16, 2)]  # of the ring one pixel of the small image
 
 
 def test_all_frames_show_what_is_drawn_once(model, monkeypatch):
@@ -200,12 +200,12 @@ def test_resampling_goes_with_the_sampler_it_is_made_for(untaught):
 
 
 def test_the_packaged_weights_fit_the_drawn_part_to_the_kept_one():
-    """Halves of one thing meet better than those of two pictures of it."""
+    """Halves of one thing meet better than those of two images of it."""
     tiny = DALLE2.from_pretrained()
     prompt = "a flat emoji of a red apple"
-    picture, other = tiny.generate(prompt, n=2, seed=1)
+    image, other = tiny.generate(prompt, n=2, seed=1)
     mask = np.arange(128)[None].repeat(128, 0) >= 64
     tiny = tiny.with_settings(steps=10)
-    drawn = tiny.inpaint(picture, mask, prompt, seed=2, feather=0)
-    halves = np.where(mask[..., None], other, picture)[None]
+    drawn = tiny.inpaint(image, mask, prompt, seed=2, feather=0)
+    halves = np.where(mask[..., None], other, image)[None]
     assert seams.across(drawn, mask)[0] < 0.7 * seams.across(halves, mask)[0]

@@ -55,8 +55,8 @@ def test_a_prior_is_chosen_by_name(model):
     for name, drawn in z.items():
         assert drawn.shape == (4, model.cascade.clip.dim)
         np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, rtol=1e-5)
-        pictures = model.with_prior(name).generate(PROMPTS, 2, 3)
-        assert apart(pictures, model.generate(PROMPTS, 2, 3, z_img=drawn)) <= 1
+        images = model.with_prior(name).generate(PROMPTS, 2, 3)
+        assert apart(images, model.generate(PROMPTS, 2, 3, z_img=drawn)) <= 1
     assert np.abs(z["ar"] - z["diffusion"]).max() > 0.01
     np.testing.assert_array_equal(z["diffusion"], model.sample_prior(PROMPTS, 2, 3))  # the default
 

@@ -30,7 +30,7 @@ def test_the_best_of_many_are_those_nearest_to_the_prompt_in_falling_order(model
         np.testing.assert_allclose([one.score for one in row], scores[best], atol=2e-3)
         for one in row:
             gap = np.abs(one.image.astype(int) - every[prompt, one.index])
-            assert gap.max() <= 2  # picture i of a seed, whatever is drawn beside it
+            assert gap.max() <= 2  # image i of a seed, whatever is drawn beside it
     again = model.generate(PROMPTS, n=2, seed=3, best_of=6, batch_size=5)
     np.testing.assert_array_equal(again, np.stack([o.image for row in rows for o in row]))
 
@@ -41,7 +41,7 @@ def test_of_as_many_as_are_kept_none_is_lost(model):
     assert sorted(p.tobytes() for p in kept) == sorted(p.tobytes() for p in every)
 
 
-def test_no_more_pictures_are_read_at_once_than_are_drawn(model, monkeypatch):
+def test_no_more_images_are_read_at_once_than_are_drawn(model, monkeypatch):
     seen = []
 
     def encode_image(self, images):

@@ -1,4 +1,4 @@
-"""Pictures of other sizes than the last stage's: which stages draw them, and what comes out."""
+"""Images of other sizes than the last stage's: which stages draw them, and what comes out."""
 
 import json
 import shutil
@@ -31,11 +31,11 @@ def largest(chain):
     return DALLE2.from_pretrained(chain)
 
 
-def area(pictures, size):
+def area(images, size):
     """The mean of whole blocks, in numpy."""
-    n, side = pictures.shape[:2]
+    n, side = images.shape[:2]
     f = side // size
-    blocks = pictures.astype(float).reshape(n, size, f, size, f, 3)
+    blocks = images.astype(float).reshape(n, size, f, size, f, 3)
     return blocks.mean(axis=(2, 4))
 
 
@@ -101,7 +101,7 @@ def test_a_wrong_size_is_one_line(size, chain, largest):
         assert "\n" not in str(error.value)
 
 
-def test_pictures_are_inverted_and_varied_at_any_size(largest):
+def test_images_are_inverted_and_varied_at_any_size(largest):
     given = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     for size in (8, 12, 32):
         model = largest.at_size(size)

@@ -100,14 +100,14 @@ def test_its_256_px_go_on_to_a_larger_upsampler_of_ours(karlo, tmp_path):
     assert drawn.shape == (1, 32, 32, 3)
 
 
-def test_a_picture_depends_on_every_stage_and_on_the_caption(karlo, tmp_path):
-    """Else the tests of whole pictures would show nothing."""
+def test_an_image_depends_on_every_stage_and_on_the_caption(karlo, tmp_path):
+    """Else the tests of whole images would show nothing."""
     model = DALLE2.from_pretrained(str(karlo))
     other = DALLE2.from_pretrained(str(small_karlo.write(tmp_path / "other", seed=1)))
     drawn = model.generate("a red apple", steps=STEPS)
 
-    def changed(pictures) -> float:
-        return (np.abs(pictures.astype(int) - drawn) > 2).mean()
+    def changed(images) -> float:
+        return (np.abs(images.astype(int) - drawn) > 2).mean()
 
     assert changed(model.generate("dog, flat", steps=STEPS)) > 0.1
     for stage in model.cascade.params:

@@ -332,7 +332,7 @@ def test_null_conditions_hide_the_condition_and_nothing_else():
     assert not PriorSampler(Nothing(), PROCESS, Settings(steps=4)).null(text)["txt_mask"].any()
 
 
-def test_the_upsampler_is_told_the_small_picture_at_the_large_size():
+def test_the_upsampler_is_told_the_small_image_at_the_large_size():
     class Copy(UpsamplerSampler):
         def apply(self, params, x_t, t, cond):
             return cond["low_res"]

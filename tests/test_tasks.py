@@ -89,8 +89,8 @@ def test_clip_pairs_are_worth_log_b_at_chance_and_zero_when_told_apart(clip_fold
     class Knows(CLIP):
         """Each pair of a batch lies along an axis of its own."""
 
-        def __call__(self, pictures, tokens):
-            z = jnp.eye(pictures.shape[0], self.dim)
+        def __call__(self, images, tokens):
+            z = jnp.eye(images.shape[0], self.dim)
             return z, z, jnp.float32(100)
 
     knows = Knows(**{n: getattr(task.network, n) for n in ("dim", "image", "text")})
@@ -155,8 +155,8 @@ def test_the_upsampler_learns_from_the_same_window_twice_the_smaller_corrupted(d
     task = make("upsampler", "", task__degradation=degradation, task__noise_std=0.0, **sizes)
     y, x = np.mgrid[:64, :64]
     ramps = np.stack([y, x, (y // 4 + x // 4) % 2 * 64], axis=-1) / 40 - 0.8
-    pictures = arrays.to_uint8(jnp.asarray([ramps] * 6))
-    low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
+    images = arrays.to_uint8(jnp.asarray([ramps] * 6))
+    low, x_0 = jax.jit(task.corrupted_crops)(images, jax.random.key(0))
     assert (low.shape, x_0.shape) == ((6, 8, 8, 3), (6, 32, 32, 3))
     places = x_0.mean((1, 2))  # of a ramp the mean tells the place
     assert (places.std(axis=0)[:2] > 0.05).all()
@@ -165,13 +165,13 @@ def test_the_upsampler_learns_from_the_same_window_twice_the_smaller_corrupted(d
 
 
 def test_bsr_sees_what_is_eight_times_larger_at_four_times(monkeypatch):
-    """Its blurs and its halving are for factors up to 4; and it costs 120 n^3 a picture."""
+    """Its blurs and its halving are for factors up to 4; and it costs 120 n^3 an image."""
     seen = []
     bsr = degradation.bsr
 
-    def spy(key, pictures, low_size, strength):
-        seen.append((pictures.shape[1], low_size))
-        return bsr(key, pictures, low_size, strength)
+    def spy(key, batch_rows, low_size, strength):
+        seen.append((batch_rows.shape[1], low_size))
+        return bsr(key, batch_rows, low_size, strength)
 
     monkeypatch.setattr(degradation, "bsr", spy)
     for low_size in (8, 16, 32):
@@ -183,13 +183,13 @@ def test_bsr_sees_what_is_eight_times_larger_at_four_times(monkeypatch):
     assert seen == [(16, 4), (32, 8), (32, 16)]  # of crops of 32 px
 
 
-def test_a_share_of_the_small_pictures_stays_true():
+def test_a_share_of_the_small_images_stays_true():
     sizes = dict(data__image_size=64, task__image_size=64, task__low_size=16)
     told = dict(task__degradation="bsr_light", task__noise_std=0.0, **sizes)
-    pictures = batch(size=32, image_size=64)["image"]
+    images = batch(size=32, image_size=64)["image"]
     for share, low_count, high_count in ((0.0, 32, 32), (0.5, 8, 24), (1.0, 0, 0)):
         task = make("upsampler", "", task__degraded_share=share, **told)
-        low, x_0 = jax.jit(task.corrupted_crops)(pictures, jax.random.key(0))
+        low, x_0 = jax.jit(task.corrupted_crops)(images, jax.random.key(0))
         error = jnp.abs(low - arrays.resize(x_0, 8, "area")).max((1, 2, 3))
         assert low_count <= (error < 1e-5).sum() <= high_count
 
@@ -225,40 +225,40 @@ def test_what_is_known_has_a_key_of_its_own(stage, clip_folder, monkeypatch):
 def test_random_shift_moves_and_keeps_the_rest():
     from dalle2_jax.tasks.clip import random_shift
 
-    pictures = jnp.arange(3 * 6 * 6.0).reshape(3, 6, 6, 1)
-    moved = np.asarray(random_shift(jax.random.key(0), pictures, 2))
-    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    for picture, source in zip(moved, padded, strict=True):
+    images = jnp.arange(3 * 6 * 6.0).reshape(3, 6, 6, 1)
+    moved = np.asarray(random_shift(jax.random.key(0), images, 2))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    for image, source in zip(moved, padded, strict=True):
         places = [(i, j) for i in range(5) for j in range(5)]
-        assert any((picture == source[i : i + 6, j : j + 6]).all() for i, j in places)
+        assert any((image == source[i : i + 6, j : j + 6]).all() for i, j in places)
 
 
 @pytest.mark.parametrize(
     ("stage", "size", "columns"),
     [("clip", 16, 5), ("prior", 16, 5), ("decoder", 8, 2), ("upsampler", 16, 3)],
 )
-def test_previews_are_pictures_beside_the_true_ones(stage, size, columns, clip_folder):
+def test_previews_are_images_beside_the_true_ones(stage, size, columns, clip_folder):
     task = make(stage, clip_folder)
     params = randomised(jax.jit(task.init)(jax.random.key(0)), std=0.05)
     for rows, shown in ((3, 3), (9, 4)):  # of a batch of 4
-        (name, picture), *rest = task.preview(
+        (name, image), *rest = task.preview(
             params, task.frozen(), batch(), jax.random.key(1), rows
         ).items()
         assert (name, rest) == (task.stage, [])
-        assert picture.shape == (shown, columns, size, size, 3) and picture.dtype == jnp.uint8
-    # the upsampler's true picture stands last, the others' first
+        assert image.shape == (shown, columns, size, size, 3) and image.dtype == jnp.uint8
+    # the upsampler's true image stands last, the others' first
     place = -1 if stage == "upsampler" else 0
     true = arrays.resize(arrays.to_float(batch()["image"]), size, "area")
-    np.testing.assert_array_equal(picture[0, place], arrays.to_uint8(true)[0])
+    np.testing.assert_array_equal(image[0, place], arrays.to_uint8(true)[0])
 
 
-def test_the_nearest_pictures_come_in_order():
+def test_the_nearest_images_come_in_order():
     from dalle2_jax.tasks.shared import previews
 
     angles = np.deg2rad([0, 50, 100, 20, 170])
     z = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    pictures = jnp.arange(5.0)[:, None, None, None] / 4 * jnp.ones((5, 1, 1, 3)) * 2 - 1
-    shown = previews.nearest(pictures, z, np.asarray([z[3], z[4]]))
+    images = jnp.arange(5.0)[:, None, None, None] / 4 * jnp.ones((5, 1, 1, 3)) * 2 - 1
+    shown = previews.nearest(images, z, np.asarray([z[3], z[4]]))
     grey = [round(value / 63.75) for value in shown[..., 0].ravel()]
     assert grey == [0, 3, 0, 1, 2, 1, 4, 2, 1, 3]
 
@@ -378,7 +378,7 @@ def test_what_cannot_be_trained_is_refused(stage, change, told, clip_folder):
         make(stage, clip_folder, **change)
 
 
-# Its crops of 6 px suit the network, its whole pictures do not.
+# Its crops of 6 px suit the network, its whole images do not.
 UNDRAWABLE = {"task__low_size": 5, "task__image_size": 15, "task__crop_fraction": 0.4}
 
 

@@ -37,7 +37,7 @@ def make(clip_folder, **changes):
     return build.task(small_cascade.config("ar_prior", clip_folder, **changes))
 
 
-def pictures(count, size=8):
+def images(count, size=8):
     rng = np.random.default_rng(0)
     for _ in range(count):
         made = batch(size)
@@ -67,12 +67,12 @@ def test_the_statistics_are_the_svds(clip_folder, devices):
     frozen = place_frozen(task.frozen(), mesh)
 
     def endless():
-        return (global_batch(x, mesh) for x in itertools.cycle(pictures(5)))
+        return (global_batch(x, mesh) for x in itertools.cycle(images(5)))
 
     with gathering_layers(mesh, rules, params, frozen):
         found = jax.tree.map(np.asarray, task.fit(params, frozen, endless))
 
-    z, z_txt = embeddings(task, pictures(5))
+    z, z_txt = embeddings(task, images(5))
     k = task.network.dims
     mean = z.mean(axis=0)
     _, scale, vectors = np.linalg.svd(z - mean, full_matrices=False)
@@ -242,7 +242,7 @@ def test_the_preview_is_the_same_on_any_mesh(task):
     ("change", "told"),
     [
         ({"task__drop_caption": 1.5}, "config.task.drop_caption=1.5 must be within 0 and 1"),
-        ({"task__fit_batches": 1}, "config.task.fit_batches=1 are 4 pictures, which have no 6"),
+        ({"task__fit_batches": 1}, "config.task.fit_batches=1 are 4 images, which have no 6"),
         ({"task__fit_batches": 0}, "config.task.fit_batches must be a whole number from 1, not 0"),
         ({"task__fit_batches": "x"}, "config.task.fit_batches must be a whole .*, not 'x'"),
         ({"task__fit_batches": 2.5}, "config.task.fit_batches must be a whole .*, not 2.5"),

@@ -37,7 +37,7 @@ def over(sizes):
 
 
 def embeddings(b=64, d=4, seed=0, near=0.5):
-    """Unit vectors; captions near their pictures."""
+    """Unit vectors; captions near their images."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(2, b, d))
     z[1] = z[0] + near * z[1]
@@ -81,11 +81,11 @@ def test_one_scale_gets_the_sum_of_its_gradients():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)])
 def test_of_equal_logits_the_first_is_the_highest(sizes):
-    """Captions 5 and 40 are one and lie on two shards, so do pictures 9 and 33: of each two, only
+    """Captions 5 and 40 are one and lie on two shards, so do images 9 and 33: of each two, only
     the first is found. On a ring the shard of 40 meets its own before it meets 5."""
     z = jnp.eye(64)
     z_img, z_txt = z.at[33].set(z[9]), z.at[40].set(z[5])
-    # what is equal must be found by its pictures and captions alike
+    # what is equal must be found by its images and captions alike
     z_img, z_txt = z_img.at[40].set(z[5]), z_txt.at[33].set(z[9])
     jit, traced = over(sizes)
     got = jit(traced(contrast))(z_img, z_txt, jnp.full(64, 20.0))

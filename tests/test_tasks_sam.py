@@ -33,15 +33,15 @@ def params():
 
 
 def toy_encode(params, inputs):
-    """Two towers of two layers and a temperature: pictures [b, 6], texts [b, 5] -> unit [b, 4]."""
+    """Two towers of two layers and a temperature: images [b, 6], texts [b, 5] -> unit [b, 4]."""
 
     def tower(p, x):
         z = jnp.tanh(x @ p["in"]["kernel"] + p["in"]["bias"][None]) @ p["out"]["kernel"]
         return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
-    pictures, texts = inputs
-    scale = jnp.broadcast_to(jnp.exp(params["log_scale"]), pictures.shape[:1])
-    return tower(params["image"], pictures), tower(params["text"], texts), scale
+    images, texts = inputs
+    scale = jnp.broadcast_to(jnp.exp(params["log_scale"]), images.shape[:1])
+    return tower(params["image"], images), tower(params["text"], texts), scale
 
 
 def toy():
@@ -154,13 +154,13 @@ def test_the_replicas_matter(wanted):
 def test_clip_at_moved_weights(sizes, params):
     task = make(task__sam_rho=RHO, task__sam_replica_batch=REPLICA)
     batch = small_cascade.batch(BATCH)
-    pictures = batch["image"].astype(jnp.float32) / 127.5 - 1
+    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1
 
     def encode(p, part):
         images, texts, scale = forward(task.network, p, *part)
         return images, texts, jnp.broadcast_to(scale, len(images))
 
-    want = by_hand(encode, params, (pictures, batch["tokens"]), RHO, REPLICA)
+    want = by_hand(encode, params, (pixels, batch["tokens"]), RHO, REPLICA)
     key = jax.random.key(0)
     got = on_mesh(sizes, lambda p, x: task.loss(p, {}, x, key, True)[0], params, batch)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)

@@ -201,12 +201,12 @@ def test_the_others_end_when_a_host_is_killed_and_all_go_on(start, tmp_path):
     ("stage", "changes"),
     [
         ("clip", ("model.image.depth=1", "model.text.depth=1")),
-        # what is fitted before the first step is fitted to the pictures of both
+        # what is fitted before the first step is fitted to the images of both
         ("ar_prior", ("model.depth=1", "model.dims=8", "clip_from=tiny", "task.fit_batches=8")),
     ],
 )
 def test_the_command_trains_on_two_hosts_as_on_one(tmp_path, stage, changes):
-    """train.py itself, with pictures: each host reads its share of every batch, in the order of
+    """train.py itself, with images: each host reads its share of every batch, in the order of
     one host alone."""
     script = pathlib.Path(__file__).parent.parent / "train.py"
     settings = ("source=tfds", f"path={FIXTURE}", "split=train", "subset=", "eval_split=")
@@ -259,7 +259,7 @@ def test_a_second_sigterm_ends_a_host_that_hangs_at_once(start, tmp_path):
     assert finish(processes, timeout=10) == [-signal.SIGTERM] * 2
 
 
-def test_each_host_reads_its_own_pictures(monkeypatch):
+def test_each_host_reads_its_own_images(monkeypatch):
     """Of every batch of 16 each of two hosts reads 8: together those that one host reads."""
     get, places = examples.ImageCache.get, {}
 

@@ -1,4 +1,4 @@
-"""Karlo from its files through fine-tuning to pictures, at a small size and without torch."""
+"""Karlo from its files through fine-tuning to images, at a small size and without torch."""
 
 import pathlib
 import shutil
@@ -25,9 +25,9 @@ FIXTURE = str(pathlib.Path(__file__).parent / "fixtures" / "emoji")
 def imported(tmp_path_factory):
     """The two pipelines of diffusers as model folders: with a prior, and with an image tower."""
     folder, found = tmp_path_factory.mktemp("karlo"), []
-    for name in ("text", "pictures"):
+    for name in ("text", "images"):
         ours, theirs = folder / name, folder / f"{name} of diffusers"
-        export_model(small_karlo.write(ours, variations=name == "pictures"), theirs)
+        export_model(small_karlo.write(ours, variations=name == "images"), theirs)
         import_model(theirs, folder / f"{name} again")
         found.append(folder / f"{name} again")
     return found
@@ -50,17 +50,17 @@ def flat(folder, stage):
 
 @pytest.mark.slow
 def test_karlo_is_imported_fine_tuned_and_draws(imported, tmp_path):
-    text, pictures = imported
+    text, images = imported
     out = tmp_path / "model"
-    shutil.copytree(pictures, out)  # its CLIP and what is not trained
-    shared = dict(clip_from=str(pictures), export_to=str(out))
+    shutil.copytree(images, out)  # its CLIP and what is not trained
+    shared = dict(clip_from=str(images), export_to=str(out))
     entries = small_karlo.entries() | small_karlo.entries(variations=True)
     decay = dict(optimizer=dict(learning_rate=1e-3, weight_decay=0.1))
     first = dict(optimizer=dict(learning_rate=1e-3), task__learns=("first",))
     for stage, source, name, more in (
         ("prior", text, "prior", decay | dict(task__embedding_scale=1.0, task__candidates=1)),
-        ("decoder", pictures, "decoder", decay | dict(task__drop_z_img=0.5)),
-        ("upsampler", pictures, "upsampler_16", first | dict(task__separate_last_step=True)),
+        ("decoder", images, "decoder", decay | dict(task__drop_z_img=0.5)),
+        ("upsampler", images, "upsampler_16", first | dict(task__separate_last_step=True)),
     ):
         told = shared | more | dict(init_from=str(source))
         fine_tune(stage, entries[name], tmp_path / stage, **told)

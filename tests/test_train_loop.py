@@ -321,15 +321,15 @@ def test_previews_stand_under_their_captions(tmp_path, one_device, monkeypatch):
         for batch in dataset()(start):
             yield {**batch, "tokens": Tokenizer(16, 600)(captions)}
 
-    def spy(pictures, columns, **options):
-        given.append((pictures, columns, options["row_labels"]))
-        return grid(pictures, columns, **options)
+    def spy(images, columns, **options):
+        given.append((images, columns, options["row_labels"]))
+        return grid(images, columns, **options)
 
     monkeypatch.setattr(outputs.grids, "labelled_grid", spy)
     cfg = config(num_steps=1, preview_every=1, preview_size=3, data=dict(vocab_size=600))
     loop.train(cfg, ToyTask(), captioned, tmp_path)
-    ((pictures, columns, labels),) = given
-    np.testing.assert_array_equal(pictures, next(dataset()(0))["image"][:3])
+    ((images, columns, labels),) = given
+    np.testing.assert_array_equal(images, next(dataset()(0))["image"][:3])
     assert columns == 1 and labels == ["a red apple", "two dogs", ""]
 
 

@@ -1,4 +1,4 @@
-"""The window of metrics, metrics.jsonl and the pictures."""
+"""The window of metrics, metrics.jsonl and the images."""
 
 import json
 
@@ -95,12 +95,12 @@ def test_log_tells_speed_and_time_left(tmp_path, capsys):
     assert "step 4/40 (10.0 %)" in told and "loss 0.50000" in told and "0m18s left" in told
 
 
-def test_pictures_are_png_files(tmp_path):
-    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+def test_images_are_png_files(tmp_path):
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     with Reporter(tmp_path, 0, 0, tensorboard=False) as report:
-        report.images(12, {"decoder/grid": picture})
+        report.images(12, {"decoder/grid": image})
     file = tmp_path / "previews" / "step_000012_decoder_grid.png"
-    np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):
@@ -134,7 +134,7 @@ def test_the_parameters_are_a_table_and_their_number(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_tensorboard_files_hold_scalars_and_pictures(tmp_path):
+def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     with Reporter(tmp_path, 0, 0, tensorboard=True) as report:
         report.parameters({"w": jnp.zeros((2, 3))})
         report.scalars(3, {"loss": 0.25})

@@ -1,4 +1,4 @@
-"""Every stage from pictures on disk to a model folder: data, task, loop, checkpoint, export."""
+"""Every stage from images on disk to a model folder: data, task, loop, checkpoint, export."""
 
 import pathlib
 import shutil

@@ -17,7 +17,7 @@ SIZE = 4
 
 
 class ToyTask:
-    """An MLP that finds the mean colour of a picture; noise is drawn from the step's key."""
+    """An MLP that finds the mean colour of an image; noise is drawn from the step's key."""
 
     stage = "toy"
     optional_layer = ""

@@ -120,7 +120,7 @@ def _report(
         except DoesNotFit as error:
             fewer = "a smaller --batch_size, or " if batch_size > where.chips else ""
             raise TooLarge(
-                f"{name}, {batch_size} pictures at a time, does not fit {where.name}: {error}, "
+                f"{name}, {batch_size} images at a time, does not fit {where.name}: {error}, "
                 f"{'its' if wait else 'all'} weights ({there / GIB:.2f} GiB) "
                 f"included. It would help: {fewer}a chip with more",
                 error,

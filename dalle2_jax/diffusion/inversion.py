@@ -1,4 +1,4 @@
-"""DDIM run backwards: the x_T from which it draws a given picture (2010.02502, section 4.3).
+"""DDIM run backwards: the x_T from which it draws a given image (2010.02502, section 4.3).
 
 Deterministic DDIM goes x_t -> x_{t-1} by equations (2) and (3) of `solvers` with eta = 0. Put
 x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar) into (3) and solve for x_t:

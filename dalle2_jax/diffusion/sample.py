@@ -1,7 +1,7 @@
 """The one loop that every solver shares.
 
 Noise belongs to an example, not to a batch: that of step t of example i is a function of
-fold_in(keys[i], t) alone, so that a picture is the same drawn alone, in any batch, and on any
+fold_in(keys[i], t) alone, so that an image is the same drawn alone, in any batch, and on any
 number of devices.
 """
 

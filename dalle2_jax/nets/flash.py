@@ -32,7 +32,7 @@ def flash_attention(
 
     For this device's arrays alone: the compiler cannot split a kernel.
     """
-    # Late: it takes long, and what draws small pictures needs none of it.
+    # Late: it takes long, and what draws small images needs none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     b, n, heads, d = q.shape

@@ -49,7 +49,7 @@ def unet_section(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     has is missing; ValueError, IndexError: another network's are there."""
     channels = shapes["input_blocks.0.0.weight"][0]
     inputs = {name.split(".")[1] for name in shapes if name.startswith("input_blocks.")}
-    # below the last of a level stands what doubles the picture, but for the largest
+    # below the last of a level stands what doubles the image, but for the largest
     doubles = [f"output_blocks.{n}.{m}.in_layers.0.weight" for n in inputs for m in (1, 2)]
     levels = 1 + sum(name in shapes for name in doubles)
     blocks, left = divmod(len(inputs), levels)

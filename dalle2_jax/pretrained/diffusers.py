@@ -36,7 +36,7 @@ ATTENTION = [
     *module("add_v_proj", "context_v", DENSE),
     *module("to_out.0", "out", DENSE),
 ]
-# UNet2DConditionModel and UNet2DModel; their up_blocks begin where the picture is smallest
+# UNet2DConditionModel and UNet2DModel; their up_blocks begin where the image is smallest
 UNET = [
     *module("time_embedding.linear_1", "time.fc1", DENSE),
     *module("time_embedding.linear_2", "time.fc2", DENSE),

@@ -87,7 +87,7 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
             raise UserError(f"{source} is damaged: {message}")
         return tensor
 
-    ours = tensors.keys() - {"logit_scale"}  # pictures are drawn without
+    ours = tensors.keys() - {"logit_scale"}  # images are drawn without
     if stage.name == "clip" and _image_tower(stage) is None:
         ours = {name for name in ours if not name.startswith("image_tower.")}
     found = names.to_theirs(stage.rules, ours, read)

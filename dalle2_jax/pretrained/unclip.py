@@ -22,8 +22,8 @@ def stages(folder: Path) -> Iterator[Stage]:
     networks.
     """
     kind = read_json(folder / "model_index.json")["_class_name"]
-    pictures = kind == "UnCLIPImageVariationPipeline"
-    yield clip_stage(folder, "feature_extractor" if pictures else None)
+    images = kind == "UnCLIPImageVariationPipeline"
+    yield clip_stage(folder, "feature_extractor" if images else None)
     if kind == "UnCLIPPipeline":
         yield prior_stage(folder, "prior_scheduler")
     yield _decoder(folder)
@@ -40,7 +40,7 @@ def _inside(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def clip_stage(folder: Path, processor: str | None) -> Stage:
     """CLIP's text tower in a pipeline's folder; its image tower too, where `processor` names the
-    folder that says how its pictures are prepared. UserError: it is another network."""
+    folder that says how its images are prepared. UserError: it is another network."""
     text = _config(folder, "text_encoder")
     model = {
         "dim": text.whole("projection_dim"),
@@ -79,12 +79,12 @@ def text_tower(settings: Config) -> dict[str, Any]:
 
 
 def image_tower(settings: Config, processor: Config) -> dict[str, Any]:
-    """With what CLIPImageProcessor does to a picture."""
+    """With what CLIPImageProcessor does to an image."""
     size = settings.whole("image_size")
     crop = processor.values.get("crop_size", size)
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     if crop != size:
-        raise processor.error(f"pictures of {crop} px for a tower of {size} px")
+        raise processor.error(f"images of {crop} px for a tower of {size} px")
     processor.expect(
         resample=3,
         do_center_crop=True,

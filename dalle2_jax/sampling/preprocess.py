@@ -1,4 +1,4 @@
-"""Pictures of any size -> what a CLIP's image tower sees."""
+"""Images of any size -> what a CLIP's image tower sees."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from dalle2_jax.imaging.files import middle_square
 from dalle2_jax.types import Array
 
 
-def preprocess(pictures: np.ndarray, tower: Mapping[str, Any]) -> Array:
+def preprocess(images: np.ndarray, tower: Mapping[str, Any]) -> Array:
     """uint8 [b, h, w, 3] -> float32 [b, s, s, 3] in [-1, 1]: the middle square, at the size and by
     the filter of `tower` (the arguments of `nets.clip.ImageTower`)."""
     size = tower["image_size"]
     if tower.get("resize", "area") == "bicubic":
-        pictures = np.stack([middle_square(picture, size) for picture in pictures])
-    return shrunk(middle(pictures), size)
+        images = np.stack([middle_square(image, size) for image in images])
+    return shrunk(middle(images), size)
 
 
-def middle(pictures: np.ndarray) -> np.ndarray:
-    """The middle square of pictures [b, h, w, 3]."""
-    h, w = pictures.shape[1:3]
+def middle(images: np.ndarray) -> np.ndarray:
+    """The middle square of images [b, h, w, 3]."""
+    h, w = images.shape[1:3]
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
-    return pictures[:, top : top + side, left : left + side]
+    return images[:, top : top + side, left : left + side]
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def shrunk(pictures: Array | np.ndarray, size: int) -> Array:
+def shrunk(images: Array | np.ndarray, size: int) -> Array:
     """uint8 [b, h, w, 3] -> float32 [b, size, size, 3] in [-1, 1], as training shrinks them."""
-    return arrays.resize(arrays.to_float(jnp.asarray(pictures)), size, "area")
+    return arrays.resize(arrays.to_float(jnp.asarray(images)), size, "area")

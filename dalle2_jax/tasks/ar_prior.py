@@ -34,7 +34,7 @@ MOST_LOST = 0.01  # of z_img's variance: so many directions the paper keeps
 class ARPriorTask:
     """`fit_batches` of training data say what the codes are, once, before the first step.
 
-    With few pictures `noise` keeps the network from learning them by heart: z_img moves by up to
+    With few images `noise` keeps the network from learning them by heart: z_img moves by up to
     so much of its length (`tasks.decoder.disturb`), so that its codes change a little every time.
     """
 
@@ -44,7 +44,7 @@ class ARPriorTask:
     entry: Mapping[str, Any]
     drop_caption: float = 0.1
     noise: float = 0.0
-    candidates: int = ARPriorSampler.candidates  # drawn for a picture
+    candidates: int = ARPriorSampler.candidates  # drawn for an image
     fit_batches: int = 64
     stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
@@ -142,13 +142,13 @@ class ARPriorTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
-        pictures = arrays.to_float(batch["image"])
-        z_img = self.clip.encode_image(frozen["clip"], pictures)
+        """Each caption's own image, then those of the batch nearest to the z_img drawn for it."""
+        images = arrays.to_float(batch["image"])
+        z_img = self.clip.encode_image(frozen["clip"], images)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])
         keys = jax.random.split(key, len(text.z_txt))
         z = finish(self.sampler(params, text._asdict(), keys))
-        return {self.stage: previews.nearest(pictures, z_img, z)}
+        return {self.stage: previews.nearest(images, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
@@ -202,7 +202,7 @@ def from_config(config: Any) -> ARPriorTask:
     count = task.fit_batches * config.batch_size
     if count <= network.dims:
         raise UserError(
-            f"config.task.fit_batches={task.fit_batches} are {count} pictures, which have no "
+            f"config.task.fit_batches={task.fit_batches} are {count} images, which have no "
             f"{network.dims} directions (config.model.dims): raise it"
         )
     sampling = plain(dataclasses.asdict(settings))

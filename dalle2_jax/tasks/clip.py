@@ -15,7 +15,7 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.tasks.shared import previews, sam
 from dalle2_jax.tasks.shared.contrastive import contrast
-from dalle2_jax.tasks.shared.frozen_clip import check_captions, check_pictures, check_transformer
+from dalle2_jax.tasks.shared.frozen_clip import check_captions, check_images, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
 from dalle2_jax.validation.sections import check_range, construct, plain
 
@@ -24,7 +24,7 @@ from dalle2_jax.validation.sections import check_range, construct, plain
 class CLIPTask:
     network: CLIP
     model: Mapping[str, Any]
-    max_shift: int = 0  # pictures are moved at random by up to so many pixels, edges repeated
+    max_shift: int = 0  # images are moved at random by up to so many pixels, edges repeated
     sam_rho: float = 0.0  # how far SAM moves the weights before a gradient is taken; 0: off
     sam_replica_batch: int = 64  # pairs that it moves them for together, those of one chip
     sam_recompute: bool = False  # it keeps no moved weights: tasks/sam.py
@@ -51,11 +51,11 @@ class CLIPTask:
 
         With SAM it is the loss at the moved weights, and the scale the mean over replicas.
         """
-        pictures = arrays.to_float(batch["image"])
+        images = arrays.to_float(batch["image"])
         if train and self.max_shift:
-            pictures = random_shift(key, pictures, self.max_shift)
-        pictures = arrays.resize(pictures, self.network.image["image_size"], "area")
-        inputs = pictures, batch["tokens"]
+            images = random_shift(key, images, self.max_shift)
+        images = arrays.resize(images, self.network.image["image_size"], "area")
+        inputs = images, batch["tokens"]
         if train and self.sam_rho:
             z_img, z_txt, scale = sam.encode_perturbed(
                 self._encode,
@@ -74,28 +74,28 @@ class CLIPTask:
         return loss, {**metrics, "logit_scale": scale.mean()}
 
     def _encode(self, params: Params, inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        """(pictures, tokens) -> (z_img [b, d], z_txt [b, d], scale [b])."""
+        """(images, tokens) -> (z_img [b, d], z_txt [b, d], scale [b])."""
         z_img, z_txt, scale = forward(self.network, params, *inputs)
         return z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1])
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own picture, then those of the batch that CLIP finds nearest to it."""
-        pictures = arrays.to_float(batch["image"])
-        small = arrays.resize(pictures, self.network.image["image_size"], "area")
+        """Each caption's own image, then those of the batch that CLIP finds nearest to it."""
+        images = arrays.to_float(batch["image"])
+        small = arrays.resize(images, self.network.image["image_size"], "area")
         z_img, z_txt, _ = forward(self.network, params, small, batch["tokens"])
-        return {"clip": previews.nearest(pictures, z_img, z_txt[:rows])}
+        return {"clip": previews.nearest(images, z_img, z_txt[:rows])}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return {"model": self.model}, params
 
 
-def random_shift(key: Array, pictures: Array, most: int) -> Array:
-    """Moves each picture [b, h, w, c] by up to `most` pixels either way, edges repeated."""
-    padded = jnp.pad(pictures, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    corners = jax.random.randint(key, (pictures.shape[0], 2), 0, 2 * most + 1)
-    return arrays.crop(padded, corners, pictures.shape[1])
+def random_shift(key: Array, images: Array, most: int) -> Array:
+    """Moves each image [b, h, w, c] by up to `most` pixels either way, edges repeated."""
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
+    return arrays.crop(padded, corners, images.shape[1])
 
 
 SECTIONS = {"task": CLIPTask, "model": CLIP}
@@ -109,7 +109,7 @@ def from_config(config: Any) -> CLIPTask:
     options = {key: value for key, value in config.task.items() if key != "name"}
     network = construct(CLIP, config.model, "config.model")
     check_captions(config, network.text, "config.model.text")
-    check_pictures(config, network.image["image_size"], "config.model.image")
+    check_images(config, network.image["image_size"], "config.model.image")
     for name in ("image", "text"):
         check_transformer(f"config.model.{name}", config.model[name], network.activation)
     task = construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))

@@ -1,4 +1,4 @@
-"""The decoder: un-noising small pictures given z_img and the caption (unCLIP section 2.1)."""
+"""The decoder: un-noising small images given z_img and the caption (unCLIP section 2.1)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dalle2_jax.tasks.shared.denoising import (
 from dalle2_jax.tasks.shared.frozen_clip import (
     FrozenCLIP,
     check_captions,
-    check_pictures,
+    check_images,
     check_transformer,
 )
 from dalle2_jax.types import Array, Batch, Metrics, Params
@@ -48,8 +48,8 @@ class DecoderTask:
     drop_z_img: float = 0.1
     drop_caption: float = 0.5
     noise_z_img: float = 0.0  # most that z_img is disturbed in training, see `disturb`
-    nothing_known: float = 0.5  # of the pictures, where model.inpaints: see `known_in_part`
-    most_moved: float = 0.0  # of these, over white: for pictures of single things on white paper
+    nothing_known: float = 0.5  # of the images, where model.inpaints: see `known_in_part`
+    most_moved: float = 0.0  # of these, over white: for images of single things on white paper
     stage: str = dataclasses.field(default="decoder", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
@@ -116,7 +116,7 @@ class DecoderTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each true picture beside the one drawn from its z_img and caption."""
+        """Each true image beside the one drawn from its z_img and caption."""
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         cond = self.condition(frozen, batch, guided=True)
@@ -173,6 +173,6 @@ def from_config(config: Any) -> DecoderTask:
         sampler=make_sampler(DecoderSampler, config, network, process, **size),
         entry={},
     )
-    check_pictures(config, task.image_size, "config.task")
+    check_images(config, task.image_size, "config.task")
     entry = stage_entry(config, image_size=task.image_size, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)

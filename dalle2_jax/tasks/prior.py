@@ -41,7 +41,7 @@ class PriorTask:
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
-    candidates: int = PriorSampler.candidates  # drawn for a picture
+    candidates: int = PriorSampler.candidates  # drawn for an image
     stage: str = dataclasses.field(default="prior", init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
@@ -111,9 +111,9 @@ class PriorTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own picture, then those of the batch nearest to the z_img drawn for it."""
-        pictures = arrays.to_float(batch["image"])
-        z_img = self.clip.encode_image(frozen["clip"], pictures)
+        """Each caption's own image, then those of the batch nearest to the z_img drawn for it."""
+        images = arrays.to_float(batch["image"])
+        z_img = self.clip.encode_image(frozen["clip"], images)
         tokens = batch["tokens"][:rows]
         text = self.clip.encode_text(frozen["clip"], tokens)
         empty = None
@@ -121,7 +121,7 @@ class PriorTask:
             empty = self.clip.encode_text(frozen["clip"], tokens, jnp.zeros(len(tokens), bool))
         keys = jax.random.split(key, len(tokens))
         z = finish(self.sampler(params, prior_condition(self.network, text, empty), keys))
-        return {"prior": previews.nearest(pictures, z_img, z)}
+        return {"prior": previews.nearest(images, z_img, z)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params

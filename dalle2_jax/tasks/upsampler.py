@@ -1,4 +1,4 @@
-"""An upsampler: un-noising crops of large pictures given the small one (unCLIP section 2.1)."""
+"""An upsampler: un-noising crops of large images given the small one (unCLIP section 2.1)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dalle2_jax.tasks.shared.denoising import (
     make_sampler,
     stage_entry,
 )
-from dalle2_jax.tasks.shared.frozen_clip import check_pictures
+from dalle2_jax.tasks.shared.frozen_clip import check_images
 from dalle2_jax.types import Array, Batch, Metrics, Params
 from dalle2_jax.validation.sections import check_range, construct
 
@@ -35,7 +35,7 @@ DEGRADATIONS = ("blur", *degradation.STRENGTHS)
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
-    """The small picture is corrupted in training, so that the decoder's faults do not matter:
+    """The small image is corrupted in training, so that the decoder's faults do not matter:
     by a gaussian blur or by BSR degradation and, in this project's tiny cascade, by noise as well.
 
     With `separate_last_step` there are two networks, {"first", "last"}: each learns from every
@@ -51,9 +51,9 @@ class UpsamplerTask:
     image_size: int
     crop_fraction: float = 0.25
     degradation: str = "blur"  # or "bsr" or "bsr_light", as in `degradation.STRENGTHS`
-    degraded_share: float = 1.0  # of the pictures that BSR spoils; the others stay true
-    blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small picture; 0: none
-    noise_std: float = 0.0  # of gaussian noise on the small picture: up to so much
+    degraded_share: float = 1.0  # of the images that BSR spoils; the others stay true
+    blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small image; 0: none
+    noise_std: float = 0.0  # of gaussian noise on the small image: up to so much
     nothing_known: float = 0.5  # of the crops, where model.inpaints: see `known_in_part`
     separate_last_step: bool = False
     learns: tuple[str, ...] = PARTS
@@ -78,7 +78,7 @@ class UpsamplerTask:
             raise UserError(
                 f"config.task.crop_fraction={self.crop_fraction} of image_size={self.image_size} "
                 f"makes crops of {self.crop_size} px: they must be a multiple of {factor}, "
-                "which is one pixel of the small picture"
+                "which is one pixel of the small image"
             )
         if tuple(self.learns) not in (PARTS, *((part,) for part in PARTS)):
             raise UserError(f"config.task.learns={self.learns} must be {PARTS} or one of them")
@@ -148,16 +148,16 @@ class UpsamplerTask:
             metrics |= {f"{part}_{name}": value for name, value in part_metrics.items()}
         return total, metrics
 
-    def corrupted_crops(self, pictures: Array, key: Array) -> tuple[Array, Array]:
-        """uint8 [b, h, w, 3] -> the same window of the corrupted small pictures and the large.
+    def corrupted_crops(self, images: Array, key: Array) -> tuple[Array, Array]:
+        """uint8 [b, h, w, 3] -> the same window of the corrupted small images and the large.
 
         float [b, crop_size / factor, crop_size / factor, 3] and [b, crop_size, crop_size, 3].
         """
         key_crop, key_blur, key_noise = jax.random.split(key, 3)
-        high = arrays.resize(arrays.to_float(pictures), self.image_size, "area")
+        high = arrays.resize(arrays.to_float(images), self.image_size, "area")
         low = arrays.resize(high, self.low_size, "area")
         if self.degradation == "blur" and self.blur_sigma:
-            # From next to none up to the full blur: the true small picture is then a case of it.
+            # From next to none up to the full blur: the true small image is then a case of it.
             sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
             low = arrays.gaussian_blur(low, 3, sigma * self.blur_sigma)
         low, x_0 = arrays.random_crop_pair(key_crop, low, high, self.crop_size)
@@ -184,9 +184,9 @@ class UpsamplerTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """The small picture, the one drawn from it, the true one: a row an example."""
-        pictures = arrays.to_float(previews.first(batch, rows)["image"])
-        true = arrays.resize(pictures, self.image_size, "area")
+        """The small image, the one drawn from it, the true one: a row an example."""
+        images = arrays.to_float(previews.first(batch, rows)["image"])
+        true = arrays.resize(images, self.image_size, "area")
         low = arrays.resize(true, self.low_size, "area")
         drawn = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
         shown = arrays.resize(low, self.image_size, "nearest")
@@ -206,7 +206,7 @@ def from_config(config: Any) -> UpsamplerTask:
     if network.residual and process.prediction != "x_0":
         raise UserError(
             "config.model.residual=True goes with config.diffusion.prediction='x_0', not "
-            f"{process.prediction!r}: the small picture is added to what is predicted"
+            f"{process.prediction!r}: the small image is added to what is predicted"
         )
     drawn = {
         "image_size": config.task.get("image_size", 1),  # `construct` tells where it lacks
@@ -221,7 +221,7 @@ def from_config(config: Any) -> UpsamplerTask:
         sampler=make_sampler(UpsamplerSampler, config, network, process, **drawn),
         entry={},
     )
-    check_pictures(config, task.image_size, "config.task")
+    check_images(config, task.image_size, "config.task")
     sizes = {"image_size": task.image_size, "low_size": task.low_size}
     entry = stage_entry(config, **sizes, separate_last_step=task.separate_last_step)
     return dataclasses.replace(task, entry=entry)

@@ -149,7 +149,7 @@ def train(
                         outputs.export(state.ema_params)
                     report.pause(time.perf_counter() - since)
                     stopper.alive()
-            except (UserError, OSError) as error:  # a picture is gone, the disk is full
+            except (UserError, OSError) as error:  # an image is gone, the disk is full
                 stopper.busy()
                 raise UserError(f"{error}{keep(checkpoints, state, scores, start)}") from error
             stopper.busy()

@@ -161,15 +161,15 @@ class Reporter:
             self._last_saved = step
             self._line({"step": step, "checkpoint": step})
 
-    def images(self, step: int, pictures: Mapping[str, Any]) -> None:
+    def images(self, step: int, images: Mapping[str, Any]) -> None:
         """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
         if not self._active:
             return
-        for name, picture in pictures.items():
-            picture = np.asarray(picture)
+        for name, image in images.items():
+            image = np.asarray(image)
             file = f"step_{step:06d}_{name.replace('/', '_')}.png"
-            save_png(self._folder / "previews" / file, picture)
-            self._tensorboard("write_images", step, {name: picture[None]})
+            save_png(self._folder / "previews" / file, image)
+            self._tensorboard("write_images", step, {name: image[None]})
 
     def _tensorboard(self, method: str, *arguments: Any) -> None:
         """Calls clu's writer; where it fails training goes on without, as metrics.jsonl has all."""

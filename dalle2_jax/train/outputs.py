@@ -80,7 +80,7 @@ class Outputs:
     def preview(self, params: Params) -> dict[str, np.ndarray]:
         """name -> uint8 [h, w, 3]: a row an example, under its caption.
 
-        The examples are the first of the data and the noise is the same every time: the pictures
+        The examples are the first of the data and the noise is the same every time: the images
         can be compared over a run.
         """
         batch = global_batch(self._batches[0], self._mesh)
@@ -90,7 +90,7 @@ class Outputs:
         return {name: self._grid(rows, tokens) for name, rows in shown.items()}
 
     def _grid(self, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
-        """[rows, columns, h, w, 3] and int32 [rows, n] -> one picture."""
+        """[rows, columns, h, w, 3] and int32 [rows, n] -> one image."""
         captions = []
         if tokens is not None:
             vocab_size = self._config.data.get("vocab_size", DataConfig.vocab_size)

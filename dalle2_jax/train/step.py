@@ -222,7 +222,7 @@ def make_eval_step(
 def make_preview(
     task: Task, rules: sharding.Rules, mesh: Mesh, rows: int
 ) -> Callable[[Params, Params, Batch, Array], tuple[dict[str, Array], Array | None]]:
-    """(params, frozen, batch, key) -> the task's pictures of the first `rows` of a batch, and
+    """(params, frozen, batch, key) -> the task's images of the first `rows` of a batch, and
     those rows' tokens, which another host may have read."""
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:

@@ -31,7 +31,7 @@ STAGES = {
     "upsampler": ["super_res_first", "super_res_last"],
 }
 PIPELINES = {"clip": "UnCLIPImageVariationPipeline"}  # the other one has no image encoder
-BATCHES = {"upsampler": 1}  # as a picture is drawn; the others are guided by a second row
+BATCHES = {"upsampler": 1}  # as an image is drawn; the others are guided by a second row
 CLASSES = {
     "text_encoder": transformers.CLIPTextModelWithProjection,
     "image_encoder": transformers.CLIPVisionModelWithProjection,

@@ -115,7 +115,7 @@ def tokens_and_images():
 
 
 def seen(images):
-    """What CLIP's processor makes of pictures from -1 to 1."""
+    """What CLIP's processor makes of images from -1 to 1."""
     x = (images / 2 + 0.5 - np.array(MEAN)) / np.array(STD)
     return torch.tensor(np.moveaxis(x, -1, 1).astype(np.float32))
 

@@ -32,14 +32,14 @@ def both(request, tmp_path_factory):
     """(their pipeline, our model's folder)"""
     folder = tmp_path_factory.mktemp("kandinsky")
     torch.manual_seed(3)
-    pictures = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    images = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     theirs = getattr(diffusers, request.param)(
         prior=small_unclip.prior(),
         text_encoder=small_unclip.text_encoder(hidden_act="gelu"),
         image_encoder=small_unclip.image_encoder(hidden_act="gelu"),
         tokenizer=small_unclip.tokenizer(folder / "tokenizer"),
         scheduler=diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0),
-        image_processor=transformers.CLIPImageProcessor(**pictures),
+        image_processor=transformers.CLIPImageProcessor(**images),
     )
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(folder / "theirs")

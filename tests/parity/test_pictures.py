@@ -1,4 +1,4 @@
-"""Picture files of odd sizes and modes: what CLIP is shown, against transformers' processor."""
+"""Image files of odd sizes and modes: what CLIP is shown, against transformers' processor."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ DRAWINGS = sorted(Path(__file__).parent.parent.parent.joinpath("docs", "images")
 
 
 def original(h: int, w: int) -> np.ndarray:
-    """A smooth picture with noise and edges, of no two alike channels."""
+    """A smooth image with noise and edges, of no two alike channels."""
     y, x = np.mgrid[:h, :w]
     waves = [127 + 120 * np.sin(x / (7 + i) + y / (11 - i)) for i in range(3)]
     noise = np.random.default_rng(h * w).normal(0, 20, (h, w, 3))
@@ -54,14 +54,14 @@ def test_drawings_of_the_documents(path):
 )
 def test_sizes_and_modes(tmp_path, size, kind):
     mode, suffix = kind.split(".")
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     Image.fromarray(original(*size)).convert(mode).save(path)
     assert_same(path, Image.open(path))
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_turned_photograph_is_upright(tmp_path, turn):
-    """Their processor leaves EXIF to who opened the file: to it an upright picture is given."""
+    """Their processor leaves EXIF to who opened the file: to it an upright image is given."""
     exif = Image.Exif()
     exif[0x0112] = turn
     path = tmp_path / "photo.jpg"

@@ -109,15 +109,15 @@ def test_image_of_any_size(both):
     if ours.clip.image is None:
         pytest.skip("it has no image tower")
     for h, w in ((32, 32), (100, 57), (33, 640), (20, 24)):
-        picture = np.random.default_rng(h).integers(0, 256, (h, w, 3), dtype=np.uint8)
-        picture[: h // 2] //= 3
-        pixels = theirs.feature_extractor(images=picture, return_tensors="pt").pixel_values
+        image = np.random.default_rng(h).integers(0, 256, (h, w, 3), dtype=np.uint8)
+        image[: h // 2] //= 3
+        pixels = theirs.feature_extractor(images=image, return_tensors="pt").pixel_values
         section = ours.clip.image
         mean, std = np.array(section["mean"]), np.array(section["std"])
-        seen = (middle_square(picture, 32) / 255 - mean) / std
+        seen = (middle_square(image, 32) / 255 - mean) / std
         np.testing.assert_allclose(seen, np.moveaxis(pixels[0].numpy(), 0, -1), atol=1e-4)
         expected = theirs.image_encoder(pixels).image_embeds
-        assert_close(ours.encode_image(picture[None]), expected)
+        assert_close(ours.encode_image(image[None]), expected)
 
 
 def test_prior(both):
@@ -175,8 +175,8 @@ def test_upsampler(both, part):
     assert_close(found, expected.sample)
 
 
-def test_pictures_of_one_noise(both, monkeypatch):
-    """Whole pictures within 2/255, guidance, masks, nulls and the two upsamplers included."""
+def test_images_of_one_noise(both, monkeypatch):
+    """Whole images within 2/255, guidance, masks, nulls and the two upsamplers included."""
     theirs, ours = both
     shapes = {"prior": (32,), "decoder": (16, 16, 3), "upsampler_32": (32, 32, 3)}
     stages = [stage for stage in shapes if stage in ours.cascade.samplers()]

@@ -1,6 +1,6 @@
 """CLIP's loss over all pairs of a batch, with all its logits on no chip (2103.00020, section 2.3).
 
-With b pairs over n shards, m = b / n: each chip keeps its pictures; the captions go round a ring
+With b pairs over n shards, m = b / n: each chip keeps its images; the captions go round a ring
 and come home after n turns, with what their columns of the logits have come to. One chip never
 holds more than m x min(m, COLUMNS) logits, the backward pass goes round once more, and what lives
 between the passes is of size b. The log-sum-exp is summed up on the way under a running maximum
@@ -24,7 +24,7 @@ COLUMNS = 1024  # of the logits at a time
 
 class Contrast(NamedTuple):
     loss: Array  # scalar: mean cross-entropy over both directions
-    image_to_text: Array  # scalar in [0, 1]: how often a picture's own caption scores highest
+    image_to_text: Array  # scalar in [0, 1]: how often an image's own caption scores highest
     text_to_image: Array
 
 
@@ -42,7 +42,7 @@ def contrast(z_img: Array, z_txt: Array, scale: Array) -> Contrast:
 
 @jax.custom_vjp
 def _pairs(z_img: Array, z_txt: Array, scale: Array) -> tuple[Array, Array, Array]:
-    """(each pair's loss [b], its caption is found [b] 0 or 1, its picture is found [b])."""
+    """(each pair's loss [b], its caption is found [b] 0 or 1, its image is found [b])."""
     return _pairs_fwd(z_img, z_txt, scale)[0]
 
 

@@ -82,7 +82,7 @@ def denoising_loss(
 def known_in_part(
     key: Array, x_0: Array, nothing_known: float, most_moved: float = 0.0
 ) -> tuple[Array, Array]:
-    """Pictures [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
+    """Images [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
     inpainting is given, by random masks [b, h, w, 4].
 
     A share `nothing_known` of them is given as entirely unknown. Half of the others

@@ -35,8 +35,8 @@ def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
     _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
 
 
-def check_pictures(config: Any, least: int, whose: str) -> None:
-    """Raises UserError if the pictures of `config.data` are smaller than those learned from."""
+def check_images(config: Any, least: int, whose: str) -> None:
+    """Raises UserError if the images of `config.data` are smaller than those learned from."""
     size = config.data.get("image_size", DataConfig.image_size)
     if size < least:
         raise UserError(
@@ -103,10 +103,10 @@ class FrozenCLIP:
         if network.image is None:
             raise UserError(
                 f"config.clip_from={config.clip_from} has no image tower, which tells z_img of the "
-                "pictures to learn from: name a model that has one (Karlo's image variations)"
+                "images to learn from: name a model that has one (Karlo's image variations)"
             )
         _check_equal("config.model", config.model, {"dim": network.dim}, whose)
-        check_pictures(config, network.image["image_size"], whose)
+        check_images(config, network.image["image_size"], whose)
         if reads_captions:
             check_captions(config, text, whose)
             length = {"context_length": text["context_length"]}
@@ -125,11 +125,11 @@ class FrozenCLIP:
             return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
         return load.params(Path(self.folder), "clip")
 
-    def encode_image(self, params: Params, pictures: Array) -> Array:
-        """pictures [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
+    def encode_image(self, params: Params, images: Array) -> Array:
+        """images [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
         method = self.network.image.get("resize", "area")
-        pictures = jnp.clip(arrays.resize(pictures, self.image_size, method), -1, 1)
-        return forward(self.network, params, pictures, method="encode_image")
+        images = jnp.clip(arrays.resize(images, self.image_size, method), -1, 1)
+        return forward(self.network, params, images, method="encode_image")
 
     def encode_text(self, params: Params, tokens: Array, keep: Array | None = None) -> TextEncoding:
         """The encodings of tokens [b, n]; of the empty caption where `keep` [b] is False, which is

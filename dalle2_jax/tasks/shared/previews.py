@@ -18,15 +18,15 @@ def first(batch: Batch, rows: int) -> Batch:
 
 
 def side_by_side(*columns: Array) -> Array:
-    """Pictures [b, h, w, 3] in [-1, 1] of one size -> uint8 [b, columns, h, w, 3]."""
+    """Images [b, h, w, 3] in [-1, 1] of one size -> uint8 [b, columns, h, w, 3]."""
     return arrays.to_uint8(jnp.stack(columns, axis=1))
 
 
-def nearest(pictures: Array, z_img: Array, z: Array) -> Array:
-    """For each row what was asked and what was found: the true picture, then the nearest ones.
+def nearest(images: Array, z_img: Array, z: Array) -> Array:
+    """For each row what was asked and what was found: the true image, then the nearest ones.
 
-    pictures [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
+    images [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
     them. Only directions count. Where the second column equals the first, z says what it should.
     """
     order = jnp.argsort(-z @ normalise(z_img).T, axis=1)[:, :_NEAREST]  # r k
-    return side_by_side(pictures[: len(z)], *(pictures[column] for column in order.T))
+    return side_by_side(images[: len(z)], *(images[column] for column in order.T))
