@@ -1,4 +1,7 @@
-"""Long attention on the CPU: the time of one einsum over that of chunks, both in this run.
+"""Measures long attention on the CPU: by one einsum, and by chunks of queries.
+
+The two are timed in turn within one run. Their ratio is printed, for the forward pass and for the
+gradient.
 
 python benchmarks/attention.py [--queries=1024] [--keys=1284] [--heads=16] [--batch=1]
 """
@@ -14,11 +17,11 @@ from dalle2_jax.nets.attention import attention_by_einsum
 from dalle2_jax.nets.chunked import attention_by_chunks
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("queries", 1024, "the paper's decoder has 32 x 32 at most")
-flags.DEFINE_integer("keys", 1284, "those and its 260 tokens")
-flags.DEFINE_integer("heads", 16, "of 64 channels")
-flags.DEFINE_integer("batch", 1, "examples")
-flags.DEFINE_integer("rounds", 7, "the fastest of so many counts, each way in turn")
+flags.DEFINE_integer("queries", 1024, "Number of queries; the paper's decoder has at most 32 x 32.")
+flags.DEFINE_integer("keys", 1284, "Number of keys; the decoder has those queries and 260 tokens.")
+flags.DEFINE_integer("heads", 16, "Heads, of 64 channels each.")
+flags.DEFINE_integer("batch", 1, "Examples.")
+flags.DEFINE_integer("rounds", 7, "Rounds; the fastest one counts.")
 
 
 def main(argv: list[str]) -> None:
@@ -31,23 +34,26 @@ def main(argv: list[str]) -> None:
         for key, n in zip(keys, lengths, strict=True)
     ]
     functions = {"einsum": attention_by_einsum, "chunks": attention_by_chunks}
-    for what in ("forward", "gradient"):
-        ways = {
-            name: jax.jit(f if what == "forward" else _gradient(f)) for name, f in functions.items()
+    for direction in ("forward", "gradient"):
+        compiled = {
+            name: jax.jit(function if direction == "forward" else _gradient(function))
+            for name, function in functions.items()
         }
-        for way in ways.values():
-            jax.block_until_ready(way(*qkv))
-        best = dict.fromkeys(ways, float("inf"))
+        for function in compiled.values():
+            jax.block_until_ready(function(*qkv))
+        best = dict.fromkeys(compiled, float("inf"))
         for _ in range(FLAGS.rounds):
-            for name, way in ways.items():
+            for name, function in compiled.items():
                 start = time.perf_counter()
-                jax.block_until_ready(way(*qkv))
+                jax.block_until_ready(function(*qkv))
                 best[name] = min(best[name], time.perf_counter() - start)
-        shown = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in best.items())
-        print(f"{what}: {shown}: {best['einsum'] / best['chunks']:.2f} times as fast")
+        times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in best.items())
+        ratio = best["einsum"] / best["chunks"]
+        print(f"{direction}: {times}: chunks are {ratio:.2f} times as fast")
 
 
 def _gradient(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns the gradient of the sum of squares with respect to queries, keys and values."""
     return jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))
 
 

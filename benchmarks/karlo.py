@@ -1,13 +1,17 @@
-"""Karlo on this CPU beside diffusers: the same weights, float32, each library in turn.
+"""Measures Karlo on this CPU beside diffusers: the same weights, float32, each library in turn.
 
 python benchmarks/karlo.py [--size=real] [--rows=decoder --rows=prior ...] [--compile]
 
 Needs Linux and the extra parity (make test-parity installs it), and at real size 14 GB of memory
 and 6 GB of disk. Weights are random, saved by the originals and imported. Ratios are the median of
-rounds, ours over theirs: below 1 ours is faster. `pipeline` is always the small one, a caption to a
-picture with the default numbers of steps. torch has its U-Nets in channels_last; --compile adds
+rounds, ours over theirs: below 1 ours is faster. `pipeline` is always the small one, from a caption
+to an image with the default numbers of steps. torch has its U-Nets in channels_last; --compile adds
 torch.compile, which needs a C++ compiler. The peak is that of a process while it computes, its
 weights included.
+
+Each library runs in a process of its own, which waits for the name of an implementation ("ours",
+"diffusers", "compiled"), runs it once and sends what it measured. So the implementations take
+turns, and what disturbs the machine disturbs all alike.
 """
 
 import contextlib
@@ -29,16 +33,17 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 ROWS = ["decoder", "upsampler", "prior", "pipeline"]
-flags.DEFINE_multi_enum("rows", ROWS, ROWS, "what to measure; may be given several times")
-flags.DEFINE_enum("size", "real", ["real", "small"], "of the single networks")
-flags.DEFINE_integer("rounds", 5, "measurements of each way, in turn")
-flags.DEFINE_integer("threads", 2, "cores for each library")
-flags.DEFINE_bool("compile", False, "torch.compile as a third way")
-flags.DEFINE_string("out", None, "a JSON file for all that was measured")
+flags.DEFINE_multi_enum("rows", ROWS, ROWS, "What to measure; may be repeated.")
+flags.DEFINE_enum("size", "real", ["real", "small"], "Size of the single networks.")
+flags.DEFINE_integer("rounds", 5, "Measurements of each implementation, in turn.")
+flags.DEFINE_integer("threads", 2, "Cores for each library.")
+flags.DEFINE_bool("compile", False, "Also measure torch.compile.")
+flags.DEFINE_string("out", None, "A JSON file for all measurements.")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red apple on a table"
-Ways = dict[str, Callable[[], Any]]
+Implementations = dict[str, Callable[[], Any]]
+"""Name -> a function that runs the network or pipeline once."""
 
 
 def main(argv: list[str]) -> None:
@@ -47,82 +52,95 @@ def main(argv: list[str]) -> None:
     titles += ["peak MB: ours", "diffusers", "compiled"]
     show(titles)
     show(["-"] * len(titles))
-    measured = {name: metadata.version(name) for name in ("jax", "torch", "diffusers")}
-    measured |= {"machine": platform.machine(), "cores": os.cpu_count(), "threads": FLAGS.threads}
-    measured |= {"size": FLAGS.size, "rows": {}}
+    results: dict[str, Any] = {
+        **{name: metadata.version(name) for name in ("jax", "torch", "diffusers")},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": FLAGS.threads,
+        "size": FLAGS.size,
+        "rows": {},
+    }
     for row in FLAGS.rows:
-        measured["rows"][row] = found = measure_row(row)
-        show(told(row, found))
-        print(f"{row}: load before and after {found['load']}", file=sys.stderr)
+        result = measure_row(row)
+        results["rows"][row] = result
+        show(cells_of(row, result))
+        print(f"{row}: load before and after {result['load']}", file=sys.stderr)
         if FLAGS.out:
-            Path(FLAGS.out).write_text(json.dumps(measured, indent=1))
+            Path(FLAGS.out).write_text(json.dumps(results, indent=1))
 
 
 def show(cells: list[str]) -> None:
+    """Prints a line of a Markdown table."""
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def measure_row(row: str) -> dict[str, Any]:
-    """{"load", "samples": {way: [{"cpu", "wall" seconds, "peak" MB}]}, "ratios": {way: {...}}}"""
-    with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
-        folder = Path(made) / "theirs"
+    """Measures one row of the table.
+
+    Returns:
+        {"load": [before, after], "samples": {name: [{"cpu": s, "wall": s, "peak": MB}, ...]},
+        "ratios": {name: {"cpu", "wall"}}}; a ratio is the median of ours over the other's.
+    """
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = Path(temporary) / "theirs"
         small = FLAGS.size == "small" or row == "pipeline"
         with _process(save, folder, row, small) as connection:
             connection.recv()
         sides = [
             stack.enter_context(_process(measure, side, folder, row, FLAGS.threads, FLAGS.compile))
-            for side in (our_ways, their_ways)
+            for side in (ours, theirs)
         ]
-        ways = {way: side for side in sides for way in side.recv()}
-        samples: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        connections = {name: side for side in sides for name in side.recv()}
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in connections}
         before = os.getloadavg()
         for _ in range(FLAGS.rounds):
-            for way, side in ways.items():
-                side.send(way)
-                samples[way].append(side.recv())
+            for name, connection in connections.items():
+                connection.send(name)
+                samples[name].append(connection.recv())
     ratios = {
-        way: {
+        name: {
             kind: statistics.median(
                 a[kind] / b[kind] for a, b in zip(samples["ours"], others, strict=True)
             )
             for kind in ("cpu", "wall")
         }
-        for way, others in samples.items()
+        for name, others in samples.items()
     }
     return {"load": [before, os.getloadavg()], "samples": samples, "ratios": ratios}
 
 
-def told(row: str, found: dict[str, Any]) -> list[str]:
-    samples, ratios = found["samples"], found["ratios"]
+def cells_of(row: str, result: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row of the table."""
+    samples, ratios = result["samples"], result["ratios"]
     cells = [row]
-    for way in ("ours", "diffusers"):
-        cells.append(f"{statistics.median(x['wall'] for x in samples[way]):.2f}")
-    for way in ("diffusers", "compiled"):
+    for name in ("ours", "diffusers"):
+        cells.append(f"{statistics.median(x['wall'] for x in samples[name]):.2f}")
+    for name in ("diffusers", "compiled"):
         for kind in ("cpu", "wall"):
-            cells.append(f"{ratios[way][kind]:.2f}" if way in ratios else "-")
-    for way in ("ours", "diffusers", "compiled"):
-        peaks = [x["peak"] for x in samples.get(way, [])]
+            cells.append(f"{ratios[name][kind]:.2f}" if name in ratios else "-")
+    for name in ("ours", "diffusers", "compiled"):
+        peaks = [x["peak"] for x in samples.get(name, [])]
         cells.append(f"{max(peaks):.0f}" if peaks else "-")
     return cells
 
 
 @contextlib.contextmanager
 def _process(function: Callable, *args: Any) -> Iterator[Any]:
-    """A connection to a new process that runs function(connection, *args)."""
+    """Yields a connection to a new process that runs function(connection, *args)."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=function, args=(there, *args))
+    connection, other_end = context.Pipe()
+    process = context.Process(target=function, args=(other_end, *args))
     process.start()
-    there.close()  # so that the end of the process is the end of what it says
+    other_end.close()  # so that reading ends when the process ends
     try:
-        yield here
+        yield connection
     finally:
-        here.close()
+        connection.close()
         process.join()
 
 
 def save(connection: Any, folder: Path, row: str, small: bool) -> None:
-    """Writes what is compared."""
+    """Saves the originals' random weights, their settings and the inputs of the network."""
     sys.path.insert(0, str(ROOT / "tests" / "parity"))
     import numpy as np
     import originals
@@ -140,42 +158,48 @@ def save(connection: Any, folder: Path, row: str, small: bool) -> None:
             settings[part] = module.config
     if row != "pipeline":
         parts = {part: settings[part] for part in originals.STAGES[row]}
-        given = originals.inputs(row, parts, originals.BATCHES.get(row, 2))
-        np.savez(folder / "inputs.npz", **given)
+        inputs = originals.inputs(row, parts, originals.BATCHES.get(row, 2))
+        np.savez(folder / "inputs.npz", **inputs)
     connection.send("done")
 
 
 def measure(
-    connection: Any, side: Callable[..., Ways], folder: Path, row: str, threads: int, compiled: bool
+    connection: Any,
+    side: Callable[..., Implementations],
+    folder: Path,
+    row: str,
+    threads: int,
+    compiled: bool,
 ) -> None:
-    """Says which ways there are; then measures the one that is asked for, until nobody asks."""
+    """Sends the names of the implementations of `side`, then measures each one that it is sent."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA counts these
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
-    ways = side(folder, row, threads, compiled)
-    for name, way in list(ways.items()):
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is no part of the peak
+    implementations = side(folder, row, threads, compiled)
+    for name, run in list(implementations.items()):
+        ctypes.CDLL(None).malloc_trim(0)  # memory left over from loading is not part of the peak
         try:
-            way()
+            run()
         except Exception as error:
             if name != "compiled":
                 raise
-            del ways[name]
+            del implementations[name]
             print(f"{row}: torch.compile does not work here: {error}", file=sys.stderr)
-    connection.send(list(ways))
+    connection.send(list(implementations))
     with contextlib.suppress(EOFError):
         while True:
-            way = ways[connection.recv()]
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            run = implementations[connection.recv()]
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             wall, cpu = time.perf_counter(), time.process_time()
-            way()
-            found = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+            run()
+            seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
             status = Path("/proc/self/status").read_text()
             peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-            connection.send(found | {"peak": int(peak.split()[1]) / 1024})
+            connection.send(seconds | {"peak": int(peak.split()[1]) / 1024})
 
 
-def our_ways(folder: Path, row: str, threads: int, compiled: bool) -> Ways:
+def ours(folder: Path, row: str, threads: int, compiled: bool) -> Implementations:
+    """Returns this project's network, or its pipeline, with the imported weights."""
     del threads, compiled
     import imported
     import jax
@@ -191,12 +215,13 @@ def our_ways(folder: Path, row: str, threads: int, compiled: bool) -> Ways:
     network, params, _ = imported.load(folder, row)
     if row == "upsampler":
         params = {"first": params["first"]}
-    given = dict(np.load(folder / "inputs.npz"))
+    inputs = dict(np.load(folder / "inputs.npz"))
     run = imported.jitted(row, network)
-    return {"ours": lambda: jax.block_until_ready(run(params, given))}
+    return {"ours": lambda: jax.block_until_ready(run(params, inputs))}
 
 
-def their_ways(folder: Path, row: str, threads: int, compiled: bool) -> Ways:
+def theirs(folder: Path, row: str, threads: int, compiled: bool) -> Implementations:
+    """Returns diffusers' network or pipeline and, with `compiled`, torch.compile of it."""
     import diffusers
     import numpy as np
     import originals
@@ -220,19 +245,19 @@ def their_ways(folder: Path, row: str, threads: int, compiled: bool) -> Ways:
     if row == "pipeline":
         others = originals.other_parts(folder)
     else:
-        given = {k: torch.tensor(x) for k, x in np.load(folder / "inputs.npz").items()}
+        inputs = {k: torch.tensor(x) for k, x in np.load(folder / "inputs.npz").items()}
 
     def run(parts: Any) -> Any:
         if row != "pipeline":
-            return originals.run(row, parts, given)
-        whole = originals.PIPELINE(**parts, **others)
-        whole.set_progress_bar_config(disable=True)
-        return whole(PROMPT)
+            return originals.run(row, parts, inputs)
+        pipeline = originals.PIPELINE(**parts, **others)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(PROMPT)
 
-    ways = {"diffusers": networks}
+    variants = {"diffusers": networks}
     if compiled:
-        ways["compiled"] = {name: torch.compile(module) for name, module in networks.items()}
-    return {name: torch.inference_mode()(lambda x=x: run(x)) for name, x in ways.items()}
+        variants["compiled"] = {name: torch.compile(module) for name, module in networks.items()}
+    return {name: torch.inference_mode()(lambda x=x: run(x)) for name, x in variants.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A random CLIP that can stand as a judge, as a model folder, for tests."""
+"""A model folder with a small random CLIP, which serves tests as a judge."""
 
 import jax
 import numpy as np

@@ -72,17 +72,17 @@ def test_kernel_distance_has_no_bias():
     rng = np.random.default_rng(7)
     same = [kernel_distance(*rng.standard_normal((2, 10, 4))) for _ in range(400)]
     assert abs(np.mean(same)) < 4 * np.std(same) / 20
-    # Rows that depend on each other, as pictures of one caption do.
-    tied = []
+    # Rows that depend on each other, as a generated and a true image of one caption do.
+    paired = []
     for _ in range(400):
         x, noise = rng.standard_normal((2, 10, 4))
-        tied.append(kernel_distance(x, 0.8 * x + 0.6 * noise))
-    assert abs(np.mean(tied)) < 4 * np.std(tied) / 20
-    other = [kernel_distance(x, y + 1.0) for x, y in rng.standard_normal((50, 2, 10, 4))]
-    assert np.mean(other) > 10 * np.std(other) / 50**0.5
+        paired.append(kernel_distance(x, 0.8 * x + 0.6 * noise))
+    assert abs(np.mean(paired)) < 4 * np.std(paired) / 20
+    shifted = [kernel_distance(x, y + 1.0) for x, y in rng.standard_normal((50, 2, 10, 4))]
+    assert np.mean(shifted) > 10 * np.std(shifted) / 50**0.5
 
 
-def test_wrong_shapes_are_told():
+def test_wrong_shapes_raise():
     x = np.zeros((3, 4))
     for a, b in ((x, np.zeros((3, 5))), (x[:1], x), (x[0], x)):
         with pytest.raises(ValueError, match="features must be"):

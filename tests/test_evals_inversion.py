@@ -1,4 +1,4 @@
-"""dalle2 evals inversion: a table, a line a case."""
+"""dalle2 evals inversion: a table with one line for each case."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
 
 
-def test_a_line_a_case(folder):
+def test_one_line_for_each_case(folder):
     done = run(
         *(f"--weights={folder}", f"--data={FIXTURE}", "--subset=", "--num=2", "--batch_size=2"),
         *("--steps=2", "--steps=4", "--iterations=1"),
@@ -30,13 +30,13 @@ def test_a_line_a_case(folder):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--num=0"], "--num=0: 0 is not "),
         (["--data=nowhere"], "nowhere"),
         ([f"--data={FIXTURE}", "--subset=", "--steps=99"], "steps must be at most 20"),
     ],
 )
-def test_a_mistake_is_one_line(flags, told, folder):
+def test_a_mistake_is_one_line(flags, message, folder):
     done = run(f"--weights={folder}", *flags)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

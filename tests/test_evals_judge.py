@@ -19,46 +19,48 @@ def judge(tmp_path_factory):
     return Judge.load(small_judge.write(tmp_path_factory.mktemp("judge")), batch_size=4)
 
 
-def pictures(n, side=16):
+def random_images(n, side=16):
     return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
 
 
 def test_embeddings_are_the_networks_own(judge):
     text = small_judge.MODEL["text"]
     tokens = Tokenizer(text["context_length"], text["vocab_size"])(["a fox", "an owl"])
-    seen, params = arrays.to_float(pictures(2)), {"params": judge.params}
-    z_img, z_txt, _ = jax.jit(judge.network.apply)(params, seen, tokens)
-    np.testing.assert_allclose(judge.embed_pictures(pictures(2)), z_img, atol=1e-5)
+    images, params = arrays.to_float(random_images(2)), {"params": judge.params}
+    z_img, z_txt, _ = jax.jit(judge.network.apply)(params, images, tokens)
+    np.testing.assert_allclose(judge.embed_images(random_images(2)), z_img, atol=1e-5)
     np.testing.assert_allclose(judge.embed_captions(["a fox", "an owl"]), z_txt, atol=1e-5)
 
 
 def test_batches_do_not_change_a_row(judge):
-    many = judge.embed_pictures(pictures(9))
+    many = judge.embed_images(random_images(9))
     assert many.shape == (9, 24)
     np.testing.assert_allclose(np.linalg.norm(many, axis=1), 1.0, atol=1e-5)
     for i in (0, 3, 4, 8):
-        np.testing.assert_array_equal(judge.embed_pictures(pictures(9)[i : i + 1]), many[i : i + 1])
+        np.testing.assert_array_equal(
+            judge.embed_images(random_images(9)[i : i + 1]), many[i : i + 1]
+        )
 
 
-def test_large_pictures_are_seen_at_the_judges_size(judge):
-    large = pictures(2).repeat(3, axis=1).repeat(3, axis=2)
+def test_large_images_are_read_at_the_judges_size(judge):
+    large = random_images(2).repeat(3, axis=1).repeat(3, axis=2)
     np.testing.assert_allclose(
-        judge.embed_pictures(large), judge.embed_pictures(pictures(2)), atol=1e-4
+        judge.embed_images(large), judge.embed_images(random_images(2)), atol=1e-4
     )
 
 
-def test_pictures_are_prepared_as_the_judges_clip_learned_them(tmp_path):
-    """By Pillow's bicubic filter, the middle alone; z of any length is brought to one."""
+def test_images_are_preprocessed_as_in_the_judges_training(tmp_path):
+    """By Pillow's bicubic filter, the middle alone; and any z is scaled to unit length."""
     image = small_judge.MODEL["image"] | {"resize": "bicubic"}
     model = small_judge.MODEL | {"image": image, "unit_length": False}
     judge = Judge.load(small_judge.write(tmp_path, model=model), batch_size=4)
     wide = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), np.uint8)
-    seen = [Image.fromarray(x).resize((22, 16), Image.Resampling.BICUBIC) for x in wide]
-    seen = np.stack([np.asarray(x)[:, 3:19] for x in seen]) / 127.5 - 1
-    z = judge.network.apply({"params": judge.params}, seen, method="encode_image")
+    small = [Image.fromarray(x).resize((22, 16), Image.Resampling.BICUBIC) for x in wide]
+    inputs = np.stack([np.asarray(x)[:, 3:19] for x in small]) / 127.5 - 1
+    z = judge.network.apply({"params": judge.params}, inputs, method="encode_image")
     length = np.linalg.norm(z, axis=1, keepdims=True)
     assert np.abs(length - 1).min() > 0.1
-    np.testing.assert_allclose(judge.embed_pictures(wide), z / length, atol=1e-5)
+    np.testing.assert_allclose(judge.embed_images(wide), z / length, atol=1e-5)
     z_txt = judge.embed_captions(["a fox", "an owl"])
     np.testing.assert_allclose(np.linalg.norm(z_txt, axis=1), 1.0, atol=1e-5)
 
@@ -71,13 +73,13 @@ def test_a_pair_is_the_mean_of_its_captions(judge):
     np.testing.assert_allclose(got[1], mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_a_judge_knows_itself(judge):
+def test_a_judge_recognises_its_own_weights(judge):
     assert judge.is_clip(jax.device_put(judge.params))
     assert not judge.is_clip(jax.tree.map(lambda p: p + 1, judge.params))
     assert not judge.is_clip({"image_tower": judge.params["image_tower"]})
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_raise_with_a_cure(tmp_path):
     with pytest.raises(UserError, match=r"configs/clip\.py:judge"):
         Judge.load(str(tmp_path / "nowhere"))
     model_folder.write_stage(tmp_path, "prior", {}, {"a": np.zeros(1)})

@@ -6,12 +6,12 @@ from dalle2_jax.evals.retrieval import candidates, clip_score, ranks, share
 POOL = [f"concept {i}" for i in range(300)]
 
 
-def test_candidates_start_with_the_asked_and_hold_each_once():
-    found = candidates(POOL, "concept 7", 100, "0", "noto")
-    assert found[0] == "concept 7" and len(set(found)) == 100 and set(found) <= set(POOL)
+def test_candidates_start_with_the_target_and_hold_each_name_once():
+    names = candidates(POOL, "concept 7", 100, "0", "noto")
+    assert names[0] == "concept 7" and len(set(names)) == 100 and set(names) <= set(POOL)
 
 
-def test_candidates_depend_on_the_seed_and_the_asked_alone():
+def test_candidates_depend_on_the_seed_and_the_target_alone():
     first = candidates(POOL, "concept 7", 100, "0", "noto")
     assert candidates(POOL[::-1] + POOL, "concept 7", 100, "0", "noto") == first
     assert candidates(POOL, "concept 7", 20, "0", "noto") == first[:20]
@@ -23,17 +23,17 @@ def test_a_small_pool_gives_all_of_it():
     assert sorted(candidates(POOL[:5], "concept 7", 100)) == sorted([*POOL[:5], "concept 7"])
 
 
-def test_others_are_drawn_evenly():
+def test_others_are_chosen_uniformly():
     counts = dict.fromkeys(POOL, 0)
     for name in POOL:
         for other in candidates(POOL, name, 100, "0")[1:]:
             counts[other] += 1
-    # Binomial of 299 draws with chance 99 / 299: standard deviation 8.1
+    # Binomial, 299 trials of probability 99 / 299: standard deviation 8.1
     assert np.mean(list(counts.values())) == pytest.approx(99.0)
     assert np.std(list(counts.values())) < 10.0
 
 
-def test_ranks_count_those_that_are_nearer_or_as_near():
+def test_ranks_count_the_candidates_that_are_nearer_or_as_near():
     z_img = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     near, half, far = [1.0, 0.0], [0.6, 0.8], [0.0, 1.0]
     z_txt = np.array([[near, half, far], [half, near, far], [half, far, near], [near, near, near]])

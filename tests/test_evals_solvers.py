@@ -1,4 +1,4 @@
-"""dalle2 evals solvers: a line a case, the cheapest that is good enough marked."""
+"""dalle2 evals solvers: a line for each case, the cheapest good one marked."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import small_judge
+from command import MAIN
 
 from dalle2_jax.evals.solvers import Case, to_markdown
 
@@ -15,14 +16,7 @@ FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 def run(folder, tmp_path, *flags: str) -> subprocess.CompletedProcess:
     judge = small_judge.write(tmp_path / "judge")
-    command = [
-        sys.executable,
-        "-m",
-        "dalle2_jax.cli.main",
-        "evals",
-        "solvers",
-        f"--weights={folder}",
-    ]
+    command = [sys.executable, *MAIN, "evals", "solvers", f"--weights={folder}"]
     command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset=", *flags]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
 
@@ -33,7 +27,7 @@ def rows(table: str) -> list[list[str]]:
     ]
 
 
-def test_a_table_a_stage(folder, tmp_path):
+def test_a_table_for_each_stage(folder, tmp_path):
     done = run(
         *(folder, tmp_path, "--num=3", "--stages=decoder,upsampler_16", "--solvers=ddim,heun"),
         *("--steps=2", "--steps=3", "--reference=5", "--batch_size=3"),
@@ -43,9 +37,12 @@ def test_a_table_a_stage(folder, tmp_path):
     assert [part for part in done.stdout.split() if part in ("decoder", "upsampler_16")]
     assert len(tables) == 2
     for table in tables:
-        found = [row[:3] for row in rows(table)]
-        wanted = [["ddpm", "5", "5"], ["ddim", "2", "2"], ["ddim", "3", "3"]]
-        assert found == [*wanted, ["heun", "2", "3"], ["heun", "3", "5"]]
+        expected = [["ddpm", "5", "5"], ["ddim", "2", "2"], ["ddim", "3", "3"]]
+        assert [row[:3] for row in rows(table)] == [
+            *expected,
+            ["heun", "2", "3"],
+            ["heun", "3", "5"],
+        ]
         assert rows(table)[0][-1] == "the reference"
 
 
@@ -64,15 +61,15 @@ def test_the_fewest_evaluations_within_five_per_cent_are_marked():
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        (["--stages=decodr"], "--stages=decodr: there is no such; did you mean"),
+        (["--stages=decodr"], "--stages=decodr: there is no such stage; did you mean"),
         (["--solvers=dimm"], "unknown sampler 'dimm'"),
         (["--steps=21"], "steps must be at most 20"),
         (["--num=1"], "--num=1: 1 is not integer >= 2"),
     ],
 )
-def test_a_mistake_is_one_line(flags, told, folder, tmp_path):
+def test_a_mistake_is_one_line(flags, message, folder, tmp_path):
     done = run(folder, tmp_path, "--reference=5", *flags)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""

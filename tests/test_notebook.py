@@ -13,7 +13,7 @@ from dalle2_jax.pretrained.export import export_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "dalle2_jax_tpu.ipynb"
-SHORT = dict(PICTURES=1, SAMPLE_STEPS=2, EXAMPLES=24, BATCH_SIZE=8, TRAIN_STEPS=3, MORE_STEPS=2)
+SHORT = dict(IMAGES=1, SAMPLE_STEPS=2, EXAMPLES=24, BATCH_SIZE=8, TRAIN_STEPS=3, MORE_STEPS=2)
 CELL = {
     "code": {"cell_type", "execution_count", "id", "metadata", "outputs", "source"},
     "markdown": {"cell_type", "id", "metadata", "source"},
@@ -21,8 +21,8 @@ CELL = {
 
 
 def cells(kind):
-    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
 def test_the_notebook_is_valid_and_holds_no_outputs():
@@ -42,7 +42,7 @@ def test_every_cell_compiles_and_is_plain_python():
         compile(source, f"cell {number}", "exec")
 
 
-def test_drawing_comes_before_anything_that_loads_tensorflow():
+def test_generating_comes_before_anything_that_loads_tensorflow():
     before_training = "\n".join(cells("code")[:5])
     assert "generate" in before_training and "dalle2_jax.train" not in before_training
 
@@ -85,6 +85,6 @@ def test_every_cell_runs(tmp_path):
     text = "\n".join(shown)
     assert "at step 3, stopped by the end" in text and "at step 5, stopped by the end" in text
     for cell in ("cell 3:", "cell 4:"):  # tiny's and Karlo's images
-        drawn = next(line for line in shown if line.startswith(cell))
-        assert "(" in drawn and drawn.endswith("False")  # an image's size, without TensorFlow
+        line = next(line for line in shown if line.startswith(cell))
+        assert "(" in line and line.endswith("False")  # an image's size, without TensorFlow
     assert (tmp_path / "work" / "model" / "decoder.safetensors").exists()

@@ -1,1 +1,1 @@
-"""Generated pictures judged: retrieval, CLIP score, Frechet distance, the report."""
+"""Metrics of generated images: retrieval, CLIP score, Frechet distance, PSNR, seams and cost."""

@@ -1,9 +1,13 @@
-"""Distances between two sets of features [n, d]: Frechet (FID's) and the kernel distance (KID's).
+"""Distances between two sets of features [n, d]: the Frechet distance and the kernel distance.
 
-With mean m and covariance S of each set:
+They are FID and KID for features of any network (here a judge CLIP, not Inception). The Frechet
+distance compares two Gaussians fitted to the sets; the kernel distance compares the sets by a
+polynomial kernel and, unlike the first, is unbiased for small sets.
+
+With mean m and covariance S of each set, and k(x, y) = (x . y / d + 1)^3:
 (1) FD  = |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)              1706.08500, eq. 6
-(2) KID = mean over i != j of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i),
-    k(x, y) = (x . y / d + 1)^3                                               1801.01401, eq. 4
+(2) KID = mean over i != j of k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i)
+                                                                              1801.01401, eq. 4
 """
 
 from __future__ import annotations
@@ -12,29 +16,47 @@ import numpy as np
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """(1) for a [n, d] and b [m, d], in float64; at least 0.
+    """Computes equation (1) in float64.
 
-    Biased upwards by a small n: compare only distances of sets of one size. Raises ValueError for
-    fewer than two rows or other widths.
+    A small set biases it upwards, so compare only distances between sets of the same size.
+
+    Args:
+        a: features [n, d].
+        b: features [m, d].
+
+    Returns:
+        The distance, 0 or more, in squared units of the features.
+
+    Raises:
+        ValueError: fewer than two rows, or sets of different widths.
     """
     a, b = _checked(a, b)
     mean = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
     cov_a, cov_b = _covariance(a), _covariance(b)
-    # The eigenvalues of S_a S_b are the squared singular values of S_a^(1/2) S_b^(1/2): no root of
-    # a matrix that is not symmetric, and no root of a small error.
+    # tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2). This avoids the
+    # root of a matrix that is not symmetric, which rounding can turn complex.
     root = np.linalg.svd(_symmetric_root(cov_a) @ _symmetric_root(cov_b), compute_uv=False).sum()
     return max(0.0, float(mean + np.trace(cov_a) + np.trace(cov_b) - 2.0 * root))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """(2) for a [n, d] and b [n, d], in float64; without bias, so it may fall below 0.
+    """Computes equation (2) in float64, an unbiased estimate that may fall below 0.
 
-    Leaves out the pairs (a_i, b_i): so the two rows may depend on each other, as a generated and a
-    true picture of one caption do. Raises ValueError for fewer than two rows or other shapes.
+    The sum leaves out the pairs (a_i, b_i). Row i of the two sets may therefore depend on each
+    other, as a generated and a true image of one caption do.
+
+    Args:
+        a: features [n, d].
+        b: features [n, d].
+
+    Raises:
+        ValueError: fewer than two rows, or sets of different shapes.
     """
     a, b = _checked(a, b)
     if len(a) != len(b):
-        raise ValueError(f"kernel_distance: {len(a)} and {len(b)} rows, which must be as many")
+        raise ValueError(
+            f"kernel_distance: {len(a)} and {len(b)} rows; both sets need the same number"
+        )
     total = _kernel(a, a) + _kernel(b, b) - _kernel(a, b) - _kernel(b, a)
     return float((total.sum() - np.trace(total)) / (len(a) * (len(a) - 1)))
 

@@ -1,4 +1,4 @@
-"""What is asked: (concept, style) pairs of the emoji set, seen in training and held out."""
+"""Groups of (concept, style) pairs of the emoji set: seen in training, or held out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dalle2_jax.data.emoji.words import STYLES, caption, unit_hash
 from dalle2_jax.errors import UserError
 
 HELD_OUT = "held-out pairs"
+# The name of a group in reports -> the split of the data set that it comes from.
 SPLITS = {
     "seen pairs": "train",
     HELD_OUT: "held_out_pairs",
@@ -21,15 +22,21 @@ SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """n pairs of one split and their true pictures, uint8 [n, h, w, 3]."""
+    """Pairs of one split and their true images.
+
+    Attributes:
+        name: a key of SPLITS.
+        pairs: n (concept, style).
+        images: uint8 [n, h, w, 3], one for each pair.
+    """
 
     name: str
     pairs: Sequence[tuple[str, str]]
-    pictures: np.ndarray
+    images: np.ndarray
 
     @property
     def captions(self) -> list[str]:
-        """The canonical caption of each pair, which is what the model is asked to draw."""
+        """The canonical caption of each pair, from which the model generates."""
         return [caption(concept, style) for concept, style in self.pairs]
 
 
@@ -40,18 +47,27 @@ def read_groups(
     seed: int,
     names: Sequence[str] = tuple(SPLITS),
 ) -> tuple[list[Group], list[str]]:
-    """The groups of these names, each of `num` pairs (or all there are), and every concept of the
-    subset.
+    """Reads groups of pairs and their images from the emoji data set.
 
-    The pairs are the first in an order given by a hash of the seed and the pair: a larger `num`
-    asks for these and more.
+    Pairs are ordered by a hash of the seed and the pair, and the first `num` are taken. A larger
+    `num` therefore gives the same pairs and more.
+
+    Args:
+        path: the prepared data set (`make data`).
+        subset: which records count, as in a config's `data.subset`; "" for all.
+        num: pairs per group; a split with fewer gives all of its pairs.
+        seed: chooses the pairs.
+        names: the groups to return.
+
+    Returns:
+        The groups, and the sorted concepts of all splits of the subset.
 
     Raises:
         UserError: no such data set, an empty split, or one without concepts and styles.
     """
     from dalle2_jax.data.sources import tfds_folder  # late: it loads TensorFlow
 
-    groups, pool = [], set()
+    groups, concepts = [], set()
     for name, split in SPLITS.items():
         arrays = tfds_folder.load_arrays(path, split, subset, decoded=False)
         if "concept" not in arrays or "style" not in arrays:
@@ -59,12 +75,13 @@ def read_groups(
         pairs = list(zip(arrays["concept"].tolist(), arrays["style"].tolist(), strict=True))
         if unknown := {style for _, style in pairs} - set(STYLES):
             raise UserError(f"{path}: unknown style {min(unknown)!r}; known: {', '.join(STYLES)}")
-        pool |= {concept for concept, _ in pairs}
+        concepts |= {concept for concept, _ in pairs}
         if name not in names:
             continue
-        first = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
-        drawn = sorted(first, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
-        encoded = arrays["image"][[first[pair] for pair in drawn]]
+        # A pair may occur in several records; its first one gives the image.
+        first_record = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
+        sample = sorted(first_record, key=lambda pair: unit_hash("evals", str(seed), *pair))[:num]
+        encoded = arrays["image"][[first_record[pair] for pair in sample]]
         where = f"{path}: split {split!r}"
-        groups.append(Group(name, drawn, tfds_folder.decode_images(encoded, where)))
-    return groups, sorted(pool)
+        groups.append(Group(name, sample, tfds_folder.decode_images(encoded, where)))
+    return groups, sorted(concepts)

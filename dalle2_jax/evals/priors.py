@@ -9,16 +9,21 @@ _ROWS = {"diffusion": "diffusion prior", "ar": "AR prior", "none": "no prior (z_
 _COLUMNS = ("concept first, %", "style first, %", "CLIP score", "Frechet distance", "KID")
 
 
-def to_markdown(scores: Mapping[str, Any], cosines: Mapping[tuple[str, str], float]) -> str:
-    """The table: a line a group and prior. `scores` as `report.evaluate` gives them."""
+def to_markdown(report: Mapping[str, Any], cosines: Mapping[tuple[str, str], float]) -> str:
+    """Formats the scores as a Markdown table, one line for each group and prior.
+
+    Args:
+        report: what `report.evaluate` returns, {group: {"scores": {prior: ...}, ...}}.
+        cosines: {(group, prior): mean cosine of its z_img to the true z_img}.
+    """
     head = ("", "n", "cosine to the true z_img", *_COLUMNS)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for group, found in scores.items():
-        for name, score in found["scores"].items():
-            cosine = cosines.get((group, name))
+    for group_name, group in report.items():
+        for name, score in group["scores"].items():
+            cosine = cosines.get((group_name, name))
             cells = [
-                f"{group}: {_ROWS.get(name, name)}",
-                str(found["pairs"]),
+                f"{group_name}: {_ROWS.get(name, name)}",
+                str(group["pairs"]),
                 "" if cosine is None else f"{cosine:.3f}",
                 f"{score['concept']:.0f} ± {score['concept_error']:.0f}",
                 f"{score['style']:.0f} ± {score['style_error']:.0f}",
@@ -27,8 +32,9 @@ def to_markdown(scores: Mapping[str, Any], cosines: Mapping[tuple[str, str], flo
                 f"{score['kernel_distance']:.3f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    k = max(found["candidates"] for found in scores.values())
+    k = max(group["candidates"] for group in report.values())
     return "\n".join(lines) + (
-        f"\n\nConcept first of {k} and the distances by a judge CLIP that took no part in drawing, "
-        "as of\n`dalle2_jax.evals`; the cosine by the CLIP that draws.\n"
+        f"\n\nConcept first of {k} and the distances are measured by a judge CLIP that took no part"
+        "\nin generating, as in `dalle2 evals report`; the cosine is that of the CLIP that "
+        "generates.\n"
     )

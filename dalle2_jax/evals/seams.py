@@ -1,15 +1,36 @@
-"""Seams between what was kept of a picture and what was drawn beside it."""
+"""Seams: steps in colour between the kept and the regenerated part of an image.
+
+A visible seam is a step in colour at the edge of the edit mask that is larger than the steps
+beside it. Two means of |difference of neighbouring pixels| are compared: over pairs of pixels on
+both sides of the edge, and over pairs on one side, close to the edge.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def masks(size: int) -> Mapping[str, np.ndarray]:
-    """Parts to draw anew, bool [size, size]."""
+class Steps(NamedTuple):
+    """Mean absolute difference of neighbouring pixels, in units of 1/255."""
+
+    across: float  # of pairs that the edge of the mask separates
+    beside: float  # of pairs on one side, near the edge
+
+
+class Seam(NamedTuple):
+    """The steps of one edit: as generated, without its feather, and in the true images."""
+
+    name: str
+    feathered: Steps
+    sharp: Steps
+    true: Steps
+
+
+def edit_masks(size: int) -> Mapping[str, np.ndarray]:
+    """Returns the masks of the evaluation, bool [size, size], True where pixels are regenerated."""
     place = (np.arange(size) + 0.5) / size
     middle = (place > 0.25) & (place < 0.75)
     everywhere = np.ones(size, bool)
@@ -20,35 +41,40 @@ def masks(size: int) -> Mapping[str, np.ndarray]:
     }
 
 
-def across(pictures: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
-    """Mean difference of two neighbouring pixels of uint8 [n, h, w, 3], in 255ths: over the edge of
-    bool [h, w], and of all others within a 16th of the side from it."""
+def measure(images: np.ndarray, edit_mask: np.ndarray) -> Steps:
+    """Measures steps in colour at the edge of a mask.
+
+    Args:
+        images: uint8 [n, h, w, 3].
+        edit_mask: bool [h, w]. "Near" its edge is within a 16th of the side.
+    """
     from scipy import ndimage
 
-    x = pictures.astype(np.float64)
-    reach = max(1, mask.shape[0] // 16)
-    grown = ndimage.binary_dilation(mask, iterations=reach)
-    shrunk: Any = ndimage.binary_erosion(mask, iterations=reach, border_value=1)
+    x = images.astype(np.float64)
+    reach = max(1, edit_mask.shape[0] // 16)
+    grown = ndimage.binary_dilation(edit_mask, iterations=reach)
+    shrunk: Any = ndimage.binary_erosion(edit_mask, iterations=reach, border_value=1)
     near = grown & ~shrunk
-    over, within = [], []
+    across, beside = [], []
     for axis in (0, 1):
         step = np.abs(np.diff(x, axis=axis + 1)).mean(axis=(0, -1))
-        a, b = (np.take(mask, range(start, mask.shape[axis] - 1 + start), axis) for start in (0, 1))
-        close = np.take(near, range(mask.shape[axis] - 1), axis)
-        over.append(step[a != b])
-        within.append(step[(a == b) & close])
-    return float(np.concatenate(over).mean()), float(np.concatenate(within).mean())
+        first, second = (
+            np.take(edit_mask, range(start, edit_mask.shape[axis] - 1 + start), axis)
+            for start in (0, 1)
+        )
+        close = np.take(near, range(edit_mask.shape[axis] - 1), axis)
+        across.append(step[first != second])
+        beside.append(step[(first == second) & close])
+    return Steps(float(np.concatenate(across).mean()), float(np.concatenate(beside).mean()))
 
 
-def to_markdown(lines: Sequence[tuple[str, *tuple[tuple[float, float], ...]]]) -> str:
-    """A table of names and `across` of what was drawn, of that without a feather, and of the true
-    pictures."""
-    rows = [
-        "| | over the seam | beside it | without feather | beside | true pictures | beside |",
+def to_markdown(seams: Sequence[Seam]) -> str:
+    """Formats the seams as a Markdown table, one line for each edit."""
+    lines = [
+        "| | across the seam | beside it | without feather | beside it | true images | beside it |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows += [
-        f"| {name} | {' | '.join(f'{value:.1f}' for pair in told for value in pair)} |"
-        for name, *told in lines
-    ]
-    return "\n".join(rows) + "\n"
+    for seam in seams:
+        values = (*seam.feathered, *seam.sharp, *seam.true)
+        lines.append(f"| {seam.name} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    return "\n".join(lines) + "\n"

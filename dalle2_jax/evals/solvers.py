@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WITHIN = 1.05  # of the reference's distance
+TOLERANCE = 1.05  # a distance up to 5 % above the reference's counts as equally good
 
 
 class Case(NamedTuple):
+    """One solver with one number of steps, and its scores."""
+
     solver: str
     steps: int
-    evaluations: int
-    distance: float
-    concept: float  # per cent
-    concept_error: float
+    evaluations: int  # of the network; Heun's method takes almost two a step
+    distance: float  # Frechet distance to the true images
+    concept: float  # percentage of images in which the judge finds the concept first
+    concept_error: float  # its standard error
 
 
 def to_markdown(cases: Sequence[Case]) -> str:
-    """A table of `cases`, of which the first is the reference."""
+    """Formats the cases as a Markdown table.
+
+    The first case is the reference. Of the others that are as good, the one with the fewest network
+    evaluations is marked; where several have as few, the one in which the judge finds most.
+    """
     reference, *others = cases
-    enough = [case for case in others if case.distance <= WITHIN * reference.distance]
-    best = min(enough, key=lambda c: (c.evaluations, -c.concept, c.distance), default=None)
+    good_enough = [case for case in others if case.distance <= TOLERANCE * reference.distance]
+    best = min(good_enough, key=lambda c: (c.evaluations, -c.concept, c.distance), default=None)
     lines = [
         "| solver | steps | evaluations | Frechet distance | concept first, % | |",
         "|---|---|---|---|---|---|",

@@ -1,34 +1,39 @@
-"""How well parts are drawn anew: dalle2 evals inpainting --weights tiny
+"""Judges inpainting and outpainting: dalle2 evals inpainting --weights tiny
 
-Of pictures of held-out pairs a part is erased and drawn again from the caption; a judge looks for
-what was asked, in the whole and in the drawn part alone. A second table holds the seams: how far
-colours change from the kept to the drawn part, beside how far they change within the two; as
-pictures are drawn, without the feather, which hides a seam, and in the true ones. Needs the extra
-`train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
+A part of each held-out pair's image is erased and regenerated from the caption. Two tables are
+printed. In the first, a judge looks for the concept and the style, in the whole image and in the
+regenerated part alone. The second measures seams: the steps in colour across the edge of the mask
+and beside it, as generated, without the feather that hides a seam, and in the true images.
+
+Needs the extra `train` (it reads a data set). Exit status: 0 done, 2 a mistake in the input, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import flags
 
 from dalle2_jax.cli import commands
 from dalle2_jax.cli.evals import flags as shared
 
-OUT = flags.DEFINE_string("out", "out/evals_inpainting", "Folder for the pictures.")
-NUM = flags.DEFINE_integer("num", 64, "Pictures.", 1)
+if TYPE_CHECKING:
+    from dalle2_jax.evals.groups import Group
+    from dalle2_jax.pipelines.dalle2 import DALLE2
+
+OUT = flags.DEFINE_string("out", "out/evals_inpainting", "Folder for the grid of images.")
+NUM = flags.DEFINE_integer("num", 64, "Held-out pairs.", 1)
+_GRID_ROWS = 12
 
 prepare = commands.stop_at_once
 
 
 def main() -> None:
-    import numpy as np  # late: Ctrl-C is told at once
-    from tqdm import tqdm
-
-    from dalle2_jax.evals import draw, report, seams
-    from dalle2_jax.evals.groups import Group
+    # Late, so that mistakes in the flags are reported, and Ctrl-C works, at once.
+    from dalle2_jax.evals import report, seams
     from dalle2_jax.imaging import files, grids
     from dalle2_jax.imaging.decode import crop_resize
 
@@ -36,49 +41,84 @@ def main() -> None:
     out = files.prepare_folder(OUT.value)
     model = shared.load_model()
     judge = shared.load_judge(model)
-    held_out, pool = shared.read_held_out_pairs(NUM.value)
+    group, concepts = shared.read_held_out_pairs(NUM.value)
     size = model.image_size
-    given = np.stack([crop_resize(p, size, (1.0, 0.5, 0.5)) for p in held_out.pictures])
+    true = np.stack([crop_resize(image, size, (1.0, 0.5, 0.5)) for image in group.images])
 
-    seeds = draw.seeds(shared.SEED.value, held_out.captions)
-    asked = list(zip(given, held_out.captions, seeds, strict=True))
-    draws, lines, columns = {}, [], [given]
-
-    def drawn_anew(name: str, **how: Any) -> np.ndarray:
-        each = tqdm(asked, desc=name, unit="picture")
-        return np.concatenate([model.inpaint(p, mask, t, 1, seed, **how) for p, t, seed in each])
-
-    def continued(name: str, **how: Any) -> np.ndarray:
-        each, half = tqdm(asked, desc=name, unit="picture"), size // 2
-        told = {"right": size - half, **how}
-        return np.concatenate(
-            [model.outpaint(p[:, :half], t, 1, seed, **told) for p, t, seed in each]
+    generators, seam_rows, columns = {}, [], [true]
+    for name, edit_mask in seams.edit_masks(size).items():
+        generated = _inpaint(model, group, true, edit_mask, name)
+        sharp = _inpaint(model, group, true, edit_mask, f"{name}, no feather", feather=0)
+        inside, white = edit_mask[..., None], np.full_like(true, 255)
+        generators[f"{name}: generated"] = _constant(generated)
+        generators[f"{name}: erased"] = _constant(np.where(inside, white, true))
+        generators[f"{name}: the generated part alone"] = _constant(
+            np.where(inside, generated, white)
         )
+        generators[f"{name}: that part, true"] = _constant(np.where(inside, true, white))
+        steps = [seams.measure(images, edit_mask) for images in (generated, sharp, true)]
+        seam_rows.append(seams.Seam(name, *steps))
+        columns += [np.where(inside, np.uint8(128), true), generated]
 
-    def shown(made: np.ndarray) -> Callable[[Group], np.ndarray]:
-        return lambda _: made
+    name, edit_mask = "left half, extended", np.arange(size)[None].repeat(size, 0) >= size // 2
+    generated = _extend_left_half(model, group, true, name)
+    sharp = _extend_left_half(model, group, true, f"{name}, no feather", feather=0)
+    generators[name] = _constant(generated)
+    steps = [seams.measure(images, edit_mask) for images in (generated, sharp, true)]
+    seam_rows.append(seams.Seam(name, *steps))
+    columns.append(generated)
 
-    for name, mask in seams.masks(size).items():
-        drawn = drawn_anew(name)
-        inside, paper = mask[..., None], np.full_like(given, 255)
-        draws |= {
-            f"{name}: drawn": shown(drawn),
-            f"{name}: erased": shown(np.where(inside, paper, given)),
-            f"{name}: the drawn part alone": shown(np.where(inside, drawn, paper)),
-            f"{name}: that part, true": shown(np.where(inside, given, paper)),
-        }
-        sharp = drawn_anew(f"{name}, no feather", feather=0)
-        lines.append((name, *(seams.across(p, mask) for p in (drawn, sharp, given))))
-        columns += [np.where(inside, np.uint8(128), given), drawn]
-    name, mask = "left half, continued", np.arange(size)[None].repeat(size, 0) >= size // 2
-    drawn, sharp = continued(name), continued(f"{name}, no feather", feather=0)
-    draws[name] = shown(drawn)
-    lines.append((name, *(seams.across(p, mask) for p in (drawn, sharp, given))))
-    columns.append(drawn)
-
-    scores, _ = report.evaluate(judge, [held_out], pool, draws, shared.SEED.value)
+    scores, _ = report.evaluate(judge, [group], concepts, generators, shared.SEED.value)
     print(report.to_markdown(scores))
-    print(seams.to_markdown(lines))
-    grid = np.stack(columns, axis=1)[:12].reshape(-1, size, size, 3)
+    print(seams.to_markdown(seam_rows))
+    grid = np.stack(columns, axis=1)[:_GRID_ROWS].reshape(-1, size, size, 3)
     files.save_png(out / "inpainting.png", grids.labelled_grid(grid, len(columns)))
     print(out / "inpainting.png")
+
+
+def _inpaint(
+    model: DALLE2,
+    group: Group,
+    true: np.ndarray,
+    edit_mask: np.ndarray,
+    name: str,
+    feather: int | None = None,
+) -> np.ndarray:
+    """Regenerates the masked part of each image [n, s, s, 3] from its caption."""
+    from tqdm import tqdm
+
+    from dalle2_jax.evals import generation
+
+    seeds = generation.seeds(shared.SEED.value, group.captions)
+    rows = list(zip(true, group.captions, seeds, strict=True))
+    return np.concatenate(
+        [
+            model.inpaint(image, edit_mask, caption, 1, seed, feather=feather)
+            for image, caption, seed in tqdm(rows, desc=name, unit="image")
+        ]
+    )
+
+
+def _extend_left_half(
+    model: DALLE2, group: Group, true: np.ndarray, name: str, feather: int | None = None
+) -> np.ndarray:
+    """Extends the left half of each image [n, s, s, 3] to the right, to a full image again."""
+    from tqdm import tqdm
+
+    from dalle2_jax.evals import generation
+
+    seeds = generation.seeds(shared.SEED.value, group.captions)
+    rows = list(zip(true, group.captions, seeds, strict=True))
+    size = model.image_size
+    half = size // 2
+    return np.concatenate(
+        [
+            model.outpaint(image[:, :half], caption, 1, seed, right=size - half, feather=feather)
+            for image, caption, seed in tqdm(rows, desc=name, unit="image")
+        ]
+    )
+
+
+def _constant(images: np.ndarray) -> Callable[[Group], np.ndarray]:
+    """Returns a generator for `report.evaluate` whose images are there already."""
+    return lambda _: images

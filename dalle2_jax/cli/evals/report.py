@@ -1,7 +1,9 @@
 """Judges a model: dalle2 evals report --weights tiny --judge runs/judge/model --out DIR
 
-Writes report.json, report.md (a table) and held_out_pairs.png (generated images beside the true
-ones). Needs the extra `train` (it reads a data set).
+Generates images of seen pairs, held-out pairs and held-out concepts, and scores them: how often a
+judge finds the concept and the style, CLIP score, Frechet distance and KID. Writes report.json,
+report.md (a table) and held_out_pairs.png (generated images beside the true ones). Needs the extra
+`train` (it reads a data set).
 Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
@@ -17,7 +19,7 @@ from dalle2_jax.version import __version__
 
 OUT = flags.DEFINE_string("out", "out/evals", "Folder for the report.")
 NUM = flags.DEFINE_integer(
-    "num", 100, "Images a group (seen pairs, held-out pairs, held-out concepts)."
+    "num", 100, "Images per group (seen pairs, held-out pairs, held-out concepts)."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images generated at a time.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of the decoder.")
@@ -37,7 +39,7 @@ def main() -> None:
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be 1 or more")
     # Late, so that mistakes in the flags are reported at once.
-    from dalle2_jax.evals import draw, report
+    from dalle2_jax.evals import generation, report
     from dalle2_jax.evals.groups import HELD_OUT
     from dalle2_jax.imaging import files
 
@@ -50,11 +52,19 @@ def main() -> None:
     passes = 2 if RECONSTRUCT.value else 1
     total = passes * sum(len(group.pairs) for group in groups)
     with tqdm(total=total, desc="generating", unit="image") as bar:
-        kwargs = {"seed": shared.SEED.value, "batch_size": BATCH_SIZE.value, "progress": bar.update}
-        generators = {"generated": lambda group: draw.generate(model, group.captions, **kwargs)}
+        generators = {
+            "generated": lambda group: generation.generate(
+                model, group.captions, shared.SEED.value, BATCH_SIZE.value, bar.update
+            )
+        }
         if RECONSTRUCT.value:
-            generators["from the true z_img"] = lambda group: draw.generate(
-                model, group.captions, **kwargs, z_img=model.encode_image(group.pictures)
+            generators["from the true z_img"] = lambda group: generation.generate(
+                model,
+                group.captions,
+                shared.SEED.value,
+                BATCH_SIZE.value,
+                bar.update,
+                model.encode_image(group.images),
             )
         scores, images = report.evaluate(judge, groups, concepts, generators, shared.SEED.value)
     about = {
