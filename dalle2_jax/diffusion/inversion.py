@@ -1,4 +1,4 @@
-"""DDIM run backwards: the x_T from which it draws a given image (2010.02502, section 4.3).
+"""DDIM run backwards: the x_T from which it samples a given image (2010.02502, section 4.3).
 
 Deterministic DDIM goes x_t -> x_{t-1} by equations (2) and (3) of `solvers` with eta = 0. Put
 x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar) into (3) and solve for x_t:
@@ -6,9 +6,9 @@ x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar) into (3) and solve for x_t:
     x_t = r x_{t-1} + (sqrt(1 - abar) - r sqrt(1 - abar_prev)) eps(x_t, t),
     r   = sqrt(abar / abar_prev)                                                             (1)
 
-x_t stands on both sides. With eps at x_{t-1} in place of x_t this is the inversion of the paper,
-whose error falls with the length of a step; putting the result in again (a fixed point,
-2309.04907) makes it the step's exact inverse, each time at the cost of a network evaluation.
+x_t is on both sides. With eps at x_{t-1} in place of x_t this is the inversion of the paper, whose
+error falls with the length of a step. Putting the result in again (a fixed point, 2309.04907)
+converges to the step's exact inverse, each time at the cost of a network evaluation.
 """
 
 from __future__ import annotations

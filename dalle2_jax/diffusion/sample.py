@@ -1,7 +1,7 @@
-"""The one loop that every solver shares.
+"""The sampling loop that all solvers share.
 
 Noise belongs to an example, not to a batch: that of step t of example i is a function of
-fold_in(keys[i], t) alone, so that an image is the same drawn alone, in any batch, and on any
+fold_in(keys[i], t) alone, so that an image is the same sampled alone, in any batch, and on any
 number of devices.
 """
 
@@ -28,11 +28,11 @@ def denoiser_from(
     clip: Clip = None,
     learned_variance: bool = False,
 ) -> Denoiser:
-    """The network as the solvers see it.
+    """Returns the network as the solvers see it.
 
     Args:
-        schedule: the schedule that is sampled, respaced or not. Its `timesteps` tell the
-            network the time it was trained with.
+        schedule: the sampled schedule, respaced or not. Its `timesteps` give the network the time
+            that it was trained with.
         apply: (x_t [b, ...], t [b] int32 of the training schedule) -> raw output.
         kind, clip, learned_variance: see `gaussian.to_prediction`.
     """

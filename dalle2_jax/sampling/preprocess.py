@@ -1,4 +1,4 @@
-"""Images of any size -> what a CLIP's image tower sees."""
+"""Images of any size -> what CLIP's image tower sees."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from dalle2_jax.types import Array
 
 
 def preprocess(images: np.ndarray, tower: Mapping[str, Any]) -> Array:
-    """uint8 [b, h, w, 3] -> float32 [b, s, s, 3] in [-1, 1]: the middle square, at the size and by
-    the filter of `tower` (the arguments of `nets.clip.ImageTower`)."""
+    """uint8 [b, h, w, 3] -> float32 [b, s, s, 3] in [-1, 1]: the middle square, resized.
+
+    Size and filter are those of `tower` (the arguments of `nets.clip.ImageTower`).
+    """
     size = tower["image_size"]
     if tower.get("resize", "area") == "bicubic":
         images = np.stack([middle_square(image, size) for image in images])
@@ -25,7 +27,7 @@ def preprocess(images: np.ndarray, tower: Mapping[str, Any]) -> Array:
 
 
 def middle(images: np.ndarray) -> np.ndarray:
-    """The middle square of images [b, h, w, 3]."""
+    """Returns the middle square of images [b, h, w, 3]."""
     h, w = images.shape[1:3]
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
@@ -34,5 +36,5 @@ def middle(images: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def shrunk(images: Array | np.ndarray, size: int) -> Array:
-    """uint8 [b, h, w, 3] -> float32 [b, size, size, 3] in [-1, 1], as training shrinks them."""
+    """uint8 [b, h, w, 3] -> float32 [b, size, size, 3] in [-1, 1], by the filter of training."""
     return arrays.resize(arrays.to_float(jnp.asarray(images)), size, "area")

@@ -32,10 +32,14 @@ MOST_LOST = 0.01  # of z_img's variance: so many directions the paper keeps
 
 @dataclasses.dataclass(frozen=True)
 class ARPriorTask:
-    """`fit_batches` of training data say what the codes are, once, before the first step.
+    """Trains the autoregressive prior on codes that are fitted to the data before the first step.
 
-    With few images `noise` keeps the network from learning them by heart: z_img moves by up to
-    so much of its length (`tasks.decoder.disturb`), so that its codes change a little every time.
+    Attributes:
+        drop_caption: share of captions that are left out in training, for guidance.
+        noise: with few images, keeps the network from memorising them: z_img moves by up to so much
+            of its length (`tasks.decoder.disturb`), so that its codes change a little every time.
+        candidates: z_img that are sampled for an image, of which the best is kept.
+        fit_batches: batches of training data that the codes are fitted to.
     """
 
     network: ARPrior
@@ -68,10 +72,10 @@ class ARPriorTask:
         return {"clip": self.clip.params()}
 
     def fit(self, params: Params, frozen: Params, batches: Callable[[], Iterator[Batch]]) -> Params:
-        """The PCA of z_img and the range of each code: see `train.statistics.Fits`.
+        """Fits the PCA of z_img and the range of each code: see `train.statistics.FitsStatistics`.
 
-        Two passes over the data: its moments on the devices tell the directions, then what lies
-        along them its range. Logs the share of the variance that is lost.
+        Two passes over the data: the moments give the directions, then the values along them their
+        range. Logs the share of the variance that is lost.
         """
 
         def passed(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
@@ -142,7 +146,7 @@ class ARPriorTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own image, then those of the batch nearest to the z_img drawn for it."""
+        """Shows each caption's own image, then those of the batch nearest to its sampled z_img."""
         images = arrays.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], images)
         text = self.clip.encode_text(frozen["clip"], batch["tokens"][:rows])

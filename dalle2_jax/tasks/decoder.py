@@ -39,6 +39,17 @@ from dalle2_jax.validation.sections import check_range, construct
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTask:
+    """Trains the decoder.
+
+    Attributes:
+        image_size: side of its images in pixels.
+        drop_z_img, drop_caption: shares that are left out in training, for guidance.
+        noise_z_img: most that z_img is disturbed in training, see `disturb`.
+        nothing_known: with model.inpaints, share of the images of which nothing is known.
+        most_moved: with model.inpaints, most that the others are moved over white, as a share of
+            the side; for images of single things on white.
+    """
+
     network: Decoder
     process: Process
     clip: FrozenCLIP
@@ -116,7 +127,7 @@ class DecoderTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each true image beside the one drawn from its z_img and caption."""
+        """Shows each true image beside the one sampled from its z_img and caption."""
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         cond = self.condition(frozen, batch, guided=True)
@@ -129,10 +140,11 @@ class DecoderTask:
 
 
 def disturb(key: Array, z: Array, most: float) -> Array:
-    """z [b, dim] moved by noise of up to `most` of its length, and of that length again.
+    """Moves z [b, dim] by noise of up to `most` of its length, and scales it to that length again.
 
-    A prior errs, the more the less it knows what is asked; a decoder that has seen true z_img alone
-    follows its errors and heeds the caption little (conditioning augmentation, 2106.15282).
+    A prior errs, and the more the less it knows of what is asked for; a decoder that has seen only
+    true z_img follows its errors and pays little attention to the caption (conditioning
+    augmentation, 2106.15282).
     """
     key_length, key_direction = jax.random.split(key)
     share = jax.random.uniform(key_length, (z.shape[0], 1), maxval=most)

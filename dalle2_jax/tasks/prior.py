@@ -29,9 +29,16 @@ from dalle2_jax.validation.sections import check_range, construct
 
 @dataclasses.dataclass(frozen=True)
 class PriorTask:
-    """x_0 is z_img * embedding_scale, which brings a coordinate to a deviation of about 0.54,
-    as pixels in [-1, 1] have it: 17.2 at 1,024 dimensions (section 2.2), 0.54 sqrt(dim) at others.
-    A network whose x_0 is standardised does without, as `embedding_scale` 1 says.
+    """Trains the diffusion prior.
+
+    x_0 is z_img * embedding_scale, which brings a coordinate to a standard deviation of about 0.54,
+    as pixels in [-1, 1] have it: 17.2 at 1,024 dimensions (unCLIP section 2.2), 0.54 sqrt(dim) at
+    others. A network whose x_0 is standardised needs no scale: `embedding_scale` is 1.
+
+    Attributes:
+        embedding_scale: see above.
+        drop_caption: share of captions that are left out in training, for guidance.
+        candidates: z_img that are sampled for an image, of which the best is kept.
     """
 
     network: DiffusionPrior
@@ -111,7 +118,7 @@ class PriorTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own image, then those of the batch nearest to the z_img drawn for it."""
+        """Shows each caption's own image, then those of the batch nearest to its sampled z_img."""
         images = arrays.to_float(batch["image"])
         z_img = self.clip.encode_image(frozen["clip"], images)
         tokens = batch["tokens"][:rows]

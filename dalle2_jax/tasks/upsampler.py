@@ -35,12 +35,24 @@ DEGRADATIONS = ("blur", *degradation.STRENGTHS)
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
-    """The small image is corrupted in training, so that the decoder's faults do not matter:
+    """Trains an upsampler on crops.
+
+    The low-resolution image is corrupted in training, so that the decoder's faults do not matter:
     by a gaussian blur or by BSR degradation and, in this project's tiny cascade, by noise as well.
 
-    With `separate_last_step` there are two networks, {"first", "last"}: each learns from every
-    batch, "last" at the one t of the sampler's last step and "first" at all others. Only those
-    named by `learns` do; the other stays as it is.
+    With `separate_last_step` there are two networks, {"first", "last"}: each is trained on every
+    batch, "last" at the one t of the sampler's last step and "first" at all others.
+
+    Attributes:
+        low_size, image_size: sides of the small and the large image in pixels.
+        crop_fraction: side of the crops, as a share of image_size.
+        degradation: "blur", or "bsr" or "bsr_light", as in `degradation.STRENGTHS`.
+        degraded_share: share of the images that BSR degrades; the others stay as they are.
+        blur_sigma: of a 3x3 kernel, in pixels of the small image; 0: none.
+        noise_std: most standard deviation of gaussian noise on the small image.
+        nothing_known: with model.inpaints, share of the crops of which nothing is known.
+        separate_last_step: see above.
+        learns: which of the two networks are trained.
     """
 
     network: Upsampler
@@ -149,9 +161,11 @@ class UpsamplerTask:
         return total, metrics
 
     def corrupted_crops(self, images: Array, key: Array) -> tuple[Array, Array]:
-        """uint8 [b, h, w, 3] -> the same window of the corrupted small images and the large.
+        """uint8 [b, h, w, 3] -> the same window of the corrupted small images and of the large
+        ones.
 
-        float [b, crop_size / factor, crop_size / factor, 3] and [b, crop_size, crop_size, 3].
+        Returns ([b, crop / f, crop / f, 3], [b, crop, crop, 3]) in [-1, 1], f = image_size /
+        low_size.
         """
         key_crop, key_blur, key_noise = jax.random.split(key, 3)
         high = arrays.resize(arrays.to_float(images), self.image_size, "area")
@@ -184,7 +198,9 @@ class UpsamplerTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """The small image, the one drawn from it, the true one: a row an example."""
+        """Shows the small image, the one sampled from it and the true one, a row for each
+        example.
+        """
         images = arrays.to_float(previews.first(batch, rows)["image"])
         true = arrays.resize(images, self.image_size, "area")
         low = arrays.resize(true, self.low_size, "area")

@@ -1,13 +1,14 @@
-"""A thin module over Orbax: save, restore with proof, fall back, never start over in silence.
+"""Checkpoints on top of Orbax: verified before they are restored, with a fallback to older ones.
 
-Orbax commits a checkpoint atomically but keeps no checksum over array data and casts dtypes
-without a word: `manifest.py` has the sha256 of every file, compared before anything is restored,
-and shapes, dtypes and what the weights are of are saved beside the arrays.
+Orbax commits a checkpoint atomically, but keeps no checksum of array data and casts dtypes
+silently. So `manifest` holds the sha256 of every file, compared before anything is restored;
+shapes, dtypes and the identity of the weights are saved beside the arrays. A checkpoint that exists
+but cannot be loaded never becomes a silent start from step 0.
 
 With several hosts (one workdir for all) process 0 looks at the files and decides for all.
 
-In a bucket nothing is renamed: removing takes a while, and of a checkpoint that a killed run was
-removing the rest is set aside as damaged.
+A bucket has no renaming: removing a checkpoint takes a while, and what is left of one that a killed
+run was removing is set aside as damaged.
 """
 
 from __future__ import annotations
@@ -43,17 +44,19 @@ _REMOVED = "removed"  # Orbax moves old steps here: a kill while files go leaves
 
 
 def describe(state: PyTree) -> dict[str, list[Any]]:
-    """path -> [shape, dtype]: what a config must share with a checkpoint to go on from it."""
+    """Returns path -> [shape, dtype]: what a config must share with a checkpoint to resume from
+    it.
+    """
     return {k: [list(x.shape), str(x.dtype)] for k, x in sharding.flatten(state).items()}
 
 
 class WorkdirLock:
-    """Keeps a second trainer out of a workdir; the kernel drops it when the process dies."""
+    """Keeps a second trainer out of a workdir; the kernel releases it when the process dies."""
 
     def __init__(self, workdir: Path):
-        """Raises UserError where another process holds it and where it cannot be written.
+        """Takes the lock; raises UserError if another process holds it or it cannot be written.
 
-        One host of several locks for all, and all hear of it.
+        Of several hosts one takes it for all, and all get the same error.
         """
         self._file: Any = None
         hosts.from_first(lambda: self._lock(workdir))
@@ -104,10 +107,15 @@ class Checkpoints:
         best_metric: str = "",
         identity: Mapping[str, Any] | None = None,
     ):
-        """Keeps the `keep` newest, the newest that was saved after a good step (recovery.py), and
-        the one with the lowest `best_metric` if one is named.
+        """Opens the checkpoints of a workdir.
 
-        `identity` (JSON values) says what the weights are of; only checkpoints of the same load.
+        Args:
+            workdir: its folder.
+            keep: how many of the newest to keep; also kept is the newest that was saved after a
+                good step (`recovery`).
+            best_metric: also keep the checkpoint with the lowest value of this metric; "": none.
+            identity: JSON values that say what the weights are of; only checkpoints with the same
+                load.
         """
         import orbax.checkpoint as ocp  # late: half a second that drawing never needs
 
@@ -161,12 +169,13 @@ class Checkpoints:
                 raise
 
     def latest_step(self) -> int | None:
+        """Returns the newest step, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts writing `state`; a step that is already there is left as it is.
+        """Starts writing `state`; a step that is already saved is left as it is.
 
-        Raises UserError where this save or the one before it could not be written (disk full).
+        Raises UserError if this save or the one before it could not be written (disk full).
         """
         step = int(state.step)
         self.wait()  # a full disk shows here, not in Orbax's save()
@@ -191,12 +200,12 @@ class Checkpoints:
             raise self._write_error(step, error) from error
 
     def check(self) -> None:
-        """Raises UserError where the last save has failed meanwhile; waits for nothing."""
+        """Raises UserError if the last save has failed in the meantime; waits for nothing."""
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save is on disk; raises UserError where it could not be written."""
+        """Waits until the last save is on disk; raises UserError if it could not be written."""
         step, self._writing = self._writing, None
         try:
             self._manager.wait_until_finished()
@@ -222,7 +231,7 @@ class Checkpoints:
             shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
     def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps: they are of a way that was given up."""
+        """Removes the checkpoints of later steps, which belong to a path that was given up."""
         self.wait()
         for later in self._manager.all_steps():
             if later > step:
@@ -230,12 +239,18 @@ class Checkpoints:
         self._remove_old()
 
     def restore_latest(self, template: TrainState, good: bool = False) -> TrainState | None:
-        """The newest whole checkpoint (saved after a `good` step), or None.
+        """Restores the newest intact checkpoint, or returns None if there is none.
 
-        It comes in the shardings of `template`. A damaged one is moved to
-        WORKDIR/broken_checkpoints with a loud line, and the next older one is tried. Raises
-        UserError where checkpoints exist and none is whole, where the newest is of another config
-        and where it cannot be read; other errors (no memory) go through, and nothing is moved.
+        Args:
+            template: the state's shapes and shardings.
+            good: only checkpoints that were saved after a good step.
+
+        A damaged checkpoint is moved to WORKDIR/broken_checkpoints with a loud line, and the next
+        older one is tried.
+
+        Raises:
+            UserError: checkpoints exist but none is intact; the newest is of another config, or
+                cannot be read. Other errors (no memory) pass through, and nothing is moved.
         """
         self.wait()
         step = hosts.from_first(lambda: self._newest_whole(good))
@@ -248,7 +263,7 @@ class Checkpoints:
             raise UserError(f"cannot read {self._folder / str(step)}: {error}") from error
 
     def _newest_whole(self, good: bool) -> int:
-        """The newest step (that is `good`) whose files are what was written, or -1."""
+        """Returns the newest (good) step whose files are what was written, or -1."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             if fault := self._read(folder, read_all=True):
@@ -315,8 +330,11 @@ class Checkpoints:
         return not self._after_bad_steps[step]
 
     def _tidy(self) -> int:
-        """Before Orbax looks: it takes an empty folder named `7` for the newest step, and reads
-        the scores of every step. What a killed run was about to remove goes for good."""
+        """Removes and sets aside what would mislead Orbax, before Orbax looks.
+
+        Orbax takes an empty folder named `7` for the newest step, and reads the scores of every
+        step. What a killed run was about to remove is removed for good.
+        """
         files.prepare_folder(self._folder)
         self._remove_old()
         with paths.as_user_error("cannot read", self._folder):
@@ -341,7 +359,7 @@ class Checkpoints:
 
 
 class _Newest:
-    """Orbax's policy: keep the `number` newest, and the newest that `is_good`."""
+    """Orbax's policy that keeps the `number` newest checkpoints, and the newest that `is_good`."""
 
     def __init__(self, number: int, is_good: Callable[[int], bool]):
         self._number, self._is_good = number, is_good

@@ -13,7 +13,7 @@ from dalle2_jax.storage import model_folder, paths
 
 
 def folder(name: str | os.PathLike[str], setting: str) -> Path:
-    """`name` as an absolute path or one in a bucket; UserError where it is empty or a file."""
+    """Returns `name` as an absolute path, or one in a bucket; raises UserError for "" or a file."""
     text = str(name)
     if not text.strip():
         raise UserError(f"{setting} is empty: name a folder")
@@ -28,7 +28,7 @@ def folder(name: str | os.PathLike[str], setting: str) -> Path:
 
 
 def export_folder(config: Any, workdir: Path) -> Path:
-    """The model folder to write. Raises UserError where writing would fail at the end."""
+    """Returns the model folder to write; raises UserError if writing would fail at the end."""
     known = get_args(model_folder.StorageDtype)
     if config.export_dtype not in known:
         raise UserError(
@@ -43,10 +43,10 @@ def export_folder(config: Any, workdir: Path) -> Path:
 
 
 def check_stands_alone(folder: Path, stage: str) -> None:
-    """Raises UserError where other stages in `folder` stand on the one (the CLIP) to be trained.
+    """Raises UserError if other stages in `folder` depend on the one (the CLIP) to be trained.
 
-    With another CLIP they draw nothing: their weights would be lost. `write_stage` would tell it
-    too, after the training.
+    With another CLIP they generate nothing: their weights would be lost. `write_stage` would refuse
+    too, but only after the training.
     """
     if standing := model_folder.standing_on(folder, stage):
         raise UserError(
@@ -56,8 +56,10 @@ def check_stands_alone(folder: Path, stage: str) -> None:
 
 
 def check_not_lost(workdir: Path, last_saved: int) -> None:
-    """Raises UserError where no checkpoint is found though metrics tell of one: to start over would
-    delete what they tell, and replace the model."""
+    """Raises UserError if no checkpoint is found although the metrics mention one.
+
+    Starting over would delete these metrics and replace the model.
+    """
     if last_saved:
         raise UserError(
             f"{workdir} holds no checkpoint, though its metrics.jsonl tells of one of step "
@@ -67,9 +69,9 @@ def check_not_lost(workdir: Path, last_saved: int) -> None:
 
 
 def check_best_metric(config: Any, names: Iterable[str]) -> None:
-    """Raises UserError where `config.best_metric` would never keep a checkpoint.
+    """Raises UserError if `config.best_metric` would never keep a checkpoint.
 
-    `names` are those that evaluation gives, none where there is no held-out data.
+    `names` are the metrics of evaluation, none without held-out data.
     """
     names, every, save = list(names), config.eval_every, config.checkpoint_every
     setting = f"config.best_metric={config.best_metric!r}"

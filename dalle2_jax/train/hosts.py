@@ -1,4 +1,4 @@
-"""Several hosts: how they find each other, and how one of them decides for all."""
+"""Several hosts: how they connect, and how one of them decides for all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS
 
 
 class HostsMissing(UserError):
-    """Not all came; they may next time."""
+    """Not all hosts came; they may next time."""
 
     exit_status = os.EX_TEMPFAIL
 
@@ -36,12 +36,14 @@ def connect(
     process_id: int | None = None,
     wait_seconds: float = 600.0,
 ) -> None:
-    """Joins the other hosts, before JAX looks for devices; one host alone does nothing.
+    """Joins the other hosts, before JAX looks for devices; does nothing on a single host.
 
-    With the three values by them; else, where `distributed` is true or the environment names
-    several TPU hosts, by what JAX finds (TPU, Slurm, Open MPI). Raises UserError where a value is
-    missing or wrong and where nothing is found, HostsMissing where not all have come within
-    `wait_seconds`.
+    With the three values, by them; otherwise, if `distributed` is true or the environment names
+    several TPU hosts, by what JAX finds (TPU, Slurm, Open MPI).
+
+    Raises:
+        UserError: a value is missing or wrong, or nothing is found.
+        HostsMissing: not all hosts came within `wait_seconds`.
     """
     given = {
         "--coordinator_address": coordinator_address,
@@ -138,10 +140,11 @@ def from_first(work: Callable[[], int]) -> int:
 
 
 def compile_together(step: Any, *args: Any) -> None:
-    """Compiles the jitted `step` and waits until every host has; one host alone does nothing.
+    """Compiles the jitted `step` and waits until every host has; does nothing on a single host.
 
-    Every host calls it at the same place, before it calls `step`. A program's collectives wait 30
-    seconds for another process on a CPU (Gloo); compiling takes one longer than another by more.
+    Every host calls it at the same place, before it calls `step`. On CPUs a program's collectives
+    wait only 30 seconds for another process (Gloo), and compiling may take one host longer than
+    another by more.
     """
     if jax.process_count() == 1:
         return

@@ -1,10 +1,10 @@
-"""The sha256 of every file of a checkpoint, inside it: no change of a bit goes unseen.
+"""The sha256 of every file of a checkpoint, inside it: no changed bit goes unnoticed.
 
-Orbax keeps no checksum over array data. Its temporary folder is where a checkpoint becomes whole:
-the classes here list the files there, once the arrays of all hosts have been written, and only
-then let Orbax commit, on a disk by renaming the folder, in a bucket by a last file. So a committed
-checkpoint always has its manifest, and one without is damaged. Outside the manifest stands only
-Orbax's own mark of the commit, whose content nobody reads.
+Orbax keeps no checksum of array data. A checkpoint is completed in a temporary folder of Orbax's:
+the classes here list the files there once the arrays of all hosts have been written, and only then
+let Orbax commit, on a disk by renaming the folder, in a bucket by a last file. So a committed
+checkpoint always has its manifest, and one without is damaged. Only Orbax's own mark of the commit,
+whose content nobody reads, is not listed.
 
 In a bucket process 0 reads back what all hosts wrote, and does so again before it is restored.
 """
@@ -32,7 +32,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 
 
 def write(folder: Path) -> None:
-    """Lists the files in `folder`; one of an earlier attempt is replaced."""
+    """Lists the files in `folder`, replacing the list of an earlier attempt."""
     (folder / NAME).unlink(missing_ok=True)
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=str)
     names = [p.as_posix().removeprefix(folder.as_posix() + "/") for p in files]
@@ -107,7 +107,7 @@ async def _list_files(temporary: Any) -> None:
 
 
 class RenamedFolder(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary folder, with a manifest before it is renamed to what it is to be."""
+    """Orbax's temporary folder, with a manifest before it is renamed to its final name."""
 
     async def finalize(self) -> None:
         await _list_files(self)
@@ -115,7 +115,7 @@ class RenamedFolder(atomicity.AtomicRenameTemporaryPath):
 
 
 class CommittedFolder(atomicity.CommitFileTemporaryPath):
-    """Orbax's folder in a bucket, with a manifest before the file that says that it is whole."""
+    """Orbax's folder in a bucket, with a manifest before the file that marks it as complete."""
 
     async def finalize(self) -> None:
         await _list_files(self)

@@ -29,9 +29,9 @@ from dalle2_jax.types import Metrics, Params
 
 
 class Window:
-    """Metrics since the last log, left on the devices until they are asked for.
+    """Metrics since the last log, left on the devices until they are read.
 
-    Of those that nobody asks for (log_every=0) the newest `most` are kept, or up to twice as many.
+    If nobody reads them (log_every=0) the newest `most` are kept, or up to twice as many.
     """
 
     def __init__(self, most: int = 1000):
@@ -44,7 +44,7 @@ class Window:
         self._steps.append(metrics)
 
     def mean(self) -> dict[str, float]:
-        """Averages over the window's good steps, and how many were `skipped`; it is emptied."""
+        """Returns averages over the window's good steps and how many were `skipped`; empties it."""
         values = jax.device_get(self._steps)
         self._steps = []
         good = [v for v in values if not v["skipped"]]
@@ -59,7 +59,7 @@ def _duration(seconds: float) -> str:
 
 
 def last_saved(workdir: Path) -> int:
-    """The newest checkpoint that metrics.jsonl tells of, 0 for none."""
+    """Returns the step of the newest checkpoint that metrics.jsonl mentions, or 0."""
     steps = [0]
     for line in _lines(workdir / "metrics.jsonl"):
         with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -68,10 +68,12 @@ def last_saved(workdir: Path) -> int:
 
 
 class Reporter:
-    """Writes for process 0 only; on the others every method does nothing."""
+    """Writes reports on process 0; on the others every method does nothing."""
 
     def __init__(self, workdir: Path, start_step: int, start_batch: int, tensorboard: bool):
-        """A run goes on after `start_step`, whose next batch is `start_batch`."""
+        """Opens the reports of a run that resumes after `start_step`, with batch `start_batch`
+        next.
+        """
         self._active = jax.process_index() == 0
         self._folder, self._clu = workdir, None
         self._last_step, self._last_time = start_step, time.perf_counter()
@@ -114,13 +116,13 @@ class Reporter:
             self._line({"step": step, **event})
 
     def parameters(self, params: Params) -> None:
-        """A table of the parameters on the terminal, and their number."""
+        """Logs a table of the parameters, and their number."""
         if self._active:
             table = parameter_overview.get_parameter_overview(params, include_stats=False)
             logging.info("\n%s", table)
 
     def log(self, step: int, num_steps: int, batch_size: int, values: Mapping[str, float]) -> None:
-        """Scalars of the window that ends at `step`, with its speed and the time that is left."""
+        """Logs the scalars of the window that ends at `step`, with its speed and the time left."""
         now = time.perf_counter()
         rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
         self.restart_clock(step)
@@ -137,6 +139,7 @@ class Reporter:
             )
 
     def restart_clock(self, step: int) -> None:
+        """Measures speed from here on."""
         self._last_step, self._last_time = step, time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -144,6 +147,7 @@ class Reporter:
         self._last_time += seconds
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars to metrics.jsonl and TensorBoard."""
         if self._active:
             self._line({"step": step, **values})
             self._tensorboard("write_scalars", step, dict(values))
@@ -156,13 +160,13 @@ class Reporter:
             raise UserError(f"cannot write {self._lines.name}: {error.strerror}") from error
 
     def saved(self, step: int | None) -> None:
-        """Tells once that the checkpoint of `step` is there, whole."""
+        """Reports, once, that the checkpoint of `step` is complete."""
         if self._active and step and step > self._last_saved:
             self._last_saved = step
             self._line({"step": step, "checkpoint": step})
 
     def images(self, step: int, images: Mapping[str, Any]) -> None:
-        """uint8 [h, w, 3] each, to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
+        """Writes uint8 [h, w, 3] to TensorBoard and WORKDIR/previews/step_000100_NAME.png."""
         if not self._active:
             return
         for name, image in images.items():
@@ -172,7 +176,9 @@ class Reporter:
             self._tensorboard("write_images", step, {name: image[None]})
 
     def _tensorboard(self, method: str, *arguments: Any) -> None:
-        """Calls clu's writer; where it fails training goes on without, as metrics.jsonl has all."""
+        """Calls clu's writer; if it fails training continues without, as metrics.jsonl has
+        everything.
+        """
         try:
             if self._clu:
                 getattr(self._clu, method)(*arguments)
@@ -183,8 +189,10 @@ class Reporter:
 
 
 def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLines:
-    """metrics.jsonl without what a killed run wrote after the checkpoint that is resumed, nor
-    rollbacks (recovery.py) past batches that the checkpoint still has before it."""
+    """Opens metrics.jsonl without what a killed run wrote after the checkpoint that is resumed.
+
+    Rollbacks (`recovery`) past batches that the checkpoint still has before it are left out too.
+    """
     kept = []
     for line in _lines(path):
         try:

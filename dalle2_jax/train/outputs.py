@@ -41,8 +41,11 @@ class Outputs:
         folder: Path,
         measured: Dataset,
     ):
-        """`dataset` is the held-out one if there is one; `folder` the model folder to write;
-        `measured` the data of training."""
+        """Args:
+        dataset: held-out data if there are any, else those of training.
+        folder: the model folder to write.
+        measured: the data of training.
+        """
         self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
         self._dataset, self._measured = dataset, measured
         self._eval_step = make_eval_step(task, config.sharding_rules, mesh)
@@ -64,7 +67,7 @@ class Outputs:
         ]
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Mean metrics over the same first batches, with the same noise, every time."""
+        """Returns mean metrics over the first batches, with the same noise every time."""
         key = stream(self._config.seed, EVAL_STREAM)
         total: dict[str, float] = {}
         count = len(self._batches)
@@ -78,10 +81,10 @@ class Outputs:
         return total
 
     def preview(self, params: Params) -> dict[str, np.ndarray]:
-        """name -> uint8 [h, w, 3]: a row an example, under its caption.
+        """Returns name -> uint8 [h, w, 3]: a row for each example, under its caption.
 
-        The examples are the first of the data and the noise is the same every time: the images
-        can be compared over a run.
+        The examples are the first of the data and the noise is the same every time, so that the
+        images can be compared over a run.
         """
         batch = global_batch(self._batches[0], self._mesh)
         args = params, self._frozen, batch, stream(self._config.seed, PREVIEW_STREAM)
@@ -90,7 +93,7 @@ class Outputs:
         return {name: self._grid(rows, tokens) for name, rows in shown.items()}
 
     def _grid(self, rows: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
-        """[rows, columns, h, w, 3] and int32 [rows, n] -> one image."""
+        """[rows, columns, h, w, 3] and tokens int32 [rows, n] -> one image."""
         captions = []
         if tokens is not None:
             vocab_size = self._config.data.get("vocab_size", DataConfig.vocab_size)
@@ -120,6 +123,7 @@ class Outputs:
         return {name: [float(f"{v:.6g}") for v in values] for name, values in total.items()}
 
     def export(self, params: Params) -> None:
+        """Writes the averaged weights as a stage of the model folder."""
         measured = self.measure(params)
         entry, tensors = self._task.export(_gather(params))
         entry = {**entry, **measured}
@@ -130,8 +134,11 @@ class Outputs:
 
 
 def keep_licences(config: Any, folder: Path) -> None:
-    """Writes those of the weights that this training goes on from or stands on into the model
-    folder: what it makes is derived from them. UserError: one cannot be read, or not written."""
+    """Writes the licences of the weights that this training starts from into the model folder.
+
+    What training makes of them is derived from them. Raises UserError if a licence cannot be read
+    or written.
+    """
     if jax.process_index() != 0:
         return
     for name in filter(None, (config.init_from, config.get("clip_from", ""))):
@@ -144,7 +151,7 @@ def keep_licences(config: Any, folder: Path) -> None:
 
 
 def _gather(params: Params) -> Params:
-    """Whole arrays on this host."""
+    """Returns the arrays, not split, on this host."""
     if jax.process_count() == 1:
         return jax.device_get(params)
     from jax.experimental import multihost_utils

@@ -31,7 +31,7 @@ class Profile:
             logging.warning("no profile: the run ended before its step %d", self._start + FIRST)
 
     def __call__(self, step: int, metrics: Any) -> None:
-        """After each step; `metrics` are what it gives."""
+        """Starts or stops the trace after a step; `metrics` are the step's."""
         if self._wanted and step == self._start + FIRST - 1:
             jax.block_until_ready(metrics)  # the steps before are not in the trace
             self._wanted, self._running = False, True

@@ -1,15 +1,16 @@
-"""Steps whose gradient is no good: counted, and after too many in a row back to a good checkpoint.
+"""Recovery from bad gradients: skipped, and after too many in a row, back to a good checkpoint.
 
-A step with such a gradient changes nothing but counters (step.py). `max_skips` of them in a row
-mean that the parameters have come to a bad place: the run goes back to the newest checkpoint that
-was saved after a good step and leaves out every batch from there to the last bad one, as PaLM did
-(arXiv:2204.02311, section 5.1). A line in metrics.jsonl tells it:
+A step whose gradient is not finite, or too large, changes nothing but counters (`step`).
+`max_skips` of them in a row mean that the parameters are in a bad place: the run goes back to the
+newest checkpoint that was saved after a good step, and leaves out every batch from there to the
+last bad one, as PaLM did (arXiv:2204.02311, section 5.1). A line in metrics.jsonl records it:
 
   {"step": 8, "event": "rollback", "from": 20, "to": 8, "skipped_batches": [8, 20]}
 
-batches 8 to 19 (counted from 0) were tried and given up, and step 9 is trained on batch 20. All is
-decided by numbers that every host has, and by nothing but the state and the data: a run that is
-killed and goes on decides alike (one that was stopped after a good step has one checkpoint more).
+Batches 8 to 19 (counted from 0) were tried and given up, and step 9 is trained on batch 20.
+Everything is decided by numbers that all hosts have, and by nothing but the state and the data: a
+run that is killed and resumed decides alike (one that was stopped after a good step has one
+checkpoint more).
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ MAX_RETURNS = 3  # to a checkpoint, with none newer that is good
 
 
 class Diverged(RuntimeError):
-    """No gradient that is of use comes any more."""
+    """Training no longer gives usable gradients."""
 
 
 class Recovery:
+    """Watches the steps' metrics, and restores the last good state when too many were bad."""
+
     def __init__(
         self,
         checkpoints: Checkpoints,
@@ -43,8 +46,11 @@ class Recovery:
         max_skips: int,
         lag: int,
     ):
-        """`fresh` makes the state of step 0. Metrics are read `lag` steps late, so that the host
-        need not wait for the devices."""
+        """Args:
+        fresh: makes the state of step 0.
+        max_skips: bad steps in a row after which the run goes back.
+        lag: steps after which metrics are read, so that the host need not wait for the devices.
+        """
         self._checkpoints, self._template, self._fresh = checkpoints, template, fresh
         self._max_skips, self._lag = max_skips, lag
         self._returns = 0
@@ -52,7 +58,7 @@ class Recovery:
         self._in_a_row, self._passed_over, self._told = 0, 0, ""
 
     def start(self) -> TrainState:
-        """The state to go on from: of the newest checkpoint, or of step 0."""
+        """Returns the state to resume from: of the newest checkpoint, or of step 0."""
         return self._follow(self._checkpoints.restore_latest(self._template) or self._fresh())
 
     def _follow(self, state: TrainState) -> TrainState:
@@ -62,11 +68,15 @@ class Recovery:
         return state
 
     def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step, which are read later."""
         self._unread.append((step, metrics))
 
     def bad_end(self, read_all: bool = False) -> int | None:
-        """The step at which the `max_skips`-th bad one in a row came, if it did; or one whose
-        update, of a gradient that was good, broke the parameters: none of them must be saved."""
+        """Returns the step after which the run must go back, or None.
+
+        That is the `max_skips`-th bad one in a row, or one whose update, though its gradient was
+        good, broke the parameters: none of these states may be saved.
+        """
         while len(self._unread) > (0 if read_all else self._lag):
             step, metrics = self._unread.popleft()
             skipped = float(metrics["skipped"])
@@ -82,7 +92,7 @@ class Recovery:
         return None
 
     def save(self, state: TrainState, scores: dict[str, float], must: bool) -> None:
-        """Saves after a good step, or where it `must`: a run is never taken back to another."""
+        """Saves after a good step, or if it `must`: a run never goes back to another."""
         if self._in_a_row and not must:
             return
         self._checkpoints.save(state, scores)
@@ -90,9 +100,10 @@ class Recovery:
             self._returns = 0
 
     def go_back(self, state: TrainState, at: int) -> tuple[TrainState, dict[str, Any]]:
-        """(the last good state with its place in the data after step `at`, what to log of it).
+        """Returns (the last good state, positioned after step `at`, the event to log).
 
-        `state` is deleted: there may be no room for two. Raises Diverged after MAX_RETURNS in vain.
+        `state` is deleted first, as there may be no room for two. Raises Diverged after MAX_RETURNS
+        in vain.
         """
         end = at + self._passed_over
         if self._returns == MAX_RETURNS:
@@ -114,7 +125,7 @@ class Recovery:
 
 
 def keep(checkpoints: Checkpoints, state: TrainState, scores: dict, start: int) -> str:
-    """Saves `state` where the run fails on the way; what to tell of it."""
+    """Saves `state` if the run fails on the way; returns what to add to the error message."""
     if checkpoints.failed or jax.process_count() > 1:  # saving needs all hosts, and they train on
         return ""
     try:

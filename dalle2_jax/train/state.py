@@ -82,9 +82,9 @@ def _create(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
 
 
 def offloaded(names: str) -> dict[str, bool]:
-    """config.offload -> which parts of the state lie in the hosts' memory.
+    """Returns {"ema": ..., "optimizer": ...}: which parts of the state wait in the hosts' memory.
 
-    Raises UserError for an unknown name.
+    Args: `names` is config.offload. Raises UserError for an unknown name.
     """
     given = [name.strip() for name in names.split(",") if name.strip()]
     check_keys(given, OFFLOADABLE, "config.offload")
@@ -111,7 +111,9 @@ def on_device(tree: PyTree) -> PyTree:
 
 
 def _in_host_memory(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings in pinned host memory. Scalars, which steer, stay where they are."""
+    """Returns shardings in pinned host memory; scalars, which control the step, stay on the
+    device.
+    """
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
         message = f"{device.device_kind} has no {HOST_MEMORY} memory; leave it out"
@@ -129,10 +131,14 @@ def abstract_state(
     rules: sharding.Rules,
     offload: str = "",
 ) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+    """Returns the state as ShapeDtypeStructs with shardings; nothing is allocated.
 
-    `offload` is config.offload. Raises UserError where the mesh's devices have no such memory,
-    and where a large model is not split (`sharding.check_split`).
+    Args:
+        offload: config.offload.
+
+    Raises:
+        UserError: the mesh's devices have no such memory, or a large model is not split
+            (`sharding.check_split`).
     """
     to_host = offloaded(offload)
     shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
@@ -159,17 +165,18 @@ def abstract_state(
 
 
 def shardings_of(template: TrainState) -> TrainState:
+    """Returns the shardings of an abstract state."""
     return jax.tree.map(lambda x: x.sharding, template)
 
 
 def init_state(
     task: Task, optimizer: Optimizer, seed: int, template: TrainState, init_from: str = ""
 ) -> TrainState:
-    """The state of step 0, made straight in its shards: fresh, or the weights of a model folder.
+    """Creates the state of step 0 straight in its shards: fresh, or from a model folder.
 
-    Params and EMA both start from `init_from`. Raises UserError, before anything is made, where it
-    is no model folder and where its tensors are missing, of another shape or not the network's: a
-    deeper one would be loaded in part.
+    Params and EMA both start from `init_from`. Raises UserError, before anything is created, if it
+    is no model folder or its tensors are missing, of another shape or not the network's: a deeper
+    network would otherwise be loaded in part.
     """
     tensors = _read(init_from, task, template) if init_from else None
     make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))

@@ -1,4 +1,4 @@
-"""The jitted steps: one of training, one of evaluation, and the way of a batch to the devices."""
+"""The jitted steps of training, evaluation and previews; and placing a batch on the devices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def gathering_layers(
 
 
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """The `sharding.local_rows` of a batch, numpy [rows, ...] -> global arrays [b, ...]."""
+    """This host's rows of a batch, NumPy [rows, ...] -> global arrays [b, ...] over the mesh."""
     place, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
     held = sharding.local_shards(mesh)
 
@@ -61,9 +61,9 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def place_frozen(frozen: Params, mesh: Mesh) -> Params:
-    """Frozen parameters on the devices, split over "fsdp" where an axis divides.
+    """Places frozen parameters on the devices, split over "fsdp" where an axis divides.
 
-    Raises UserError where there are shapes alone.
+    Raises UserError if there are only shapes.
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(frozen)):
         raise UserError(
@@ -127,8 +127,11 @@ def in_turns(
 
 
 def _turns(given: Sequence[Any], params: Params, waiting: Container[int]) -> list[list[int]]:
-    """The leaves of the state, by their places, that belong to parameters of which something is
-    `waiting`: about TURNS groups of one size, a parameter's leaves together."""
+    """Groups the state's leaves, by index, for `in_turns`.
+
+    Only parameters of which a leaf is `waiting` on the host are grouped: about TURNS groups of one
+    size, the leaves of a parameter together.
+    """
     names = sharding.flatten(params)
     owned: dict[str, list[int]] = {name: [] for name in names}
     for i, (path, leaf) in enumerate(given):
@@ -208,7 +211,7 @@ def make_train_step(
 def make_eval_step(
     task: Task, rules: sharding.Rules, mesh: Mesh
 ) -> Callable[[Params, Params, Batch, Array], Metrics]:
-    """(params, frozen, batch, key) -> the task's metrics and its loss, with train=False."""
+    """Returns (params, frozen, batch, key) -> the task's metrics and loss, with train=False."""
 
     def eval_step(params: Params, frozen: Params, batch: Batch, key: Array) -> Metrics:
         params = on_device(params)
@@ -222,8 +225,11 @@ def make_eval_step(
 def make_preview(
     task: Task, rules: sharding.Rules, mesh: Mesh, rows: int
 ) -> Callable[[Params, Params, Batch, Array], tuple[dict[str, Array], Array | None]]:
-    """(params, frozen, batch, key) -> the task's images of the first `rows` of a batch, and
-    those rows' tokens, which another host may have read."""
+    """Returns (params, frozen, batch, key) -> the task's images of the first `rows`, and their
+    tokens.
+
+    The tokens are returned because another host may have read them.
+    """
 
     def preview(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
         params = on_device(params)
@@ -237,7 +243,9 @@ def make_preview(
 def make_measure(
     task: Task, rules: sharding.Rules, mesh: Mesh
 ) -> Callable[[Params, Params, Batch, Array], dict[str, Array]] | None:
-    """(params, frozen, batch, key) -> what the task measures of its network; None: nothing."""
+    """Returns (params, frozen, batch, key) -> what the task measures of its network; None:
+    nothing.
+    """
     task_measure = getattr(task, "measure", None)
     if task_measure is None:
         return None

@@ -78,13 +78,19 @@ class Stopper:
             signal.signal(each, signal.SIG_DFL)
 
     def alive(self) -> None:
-        """Called every step: without it for `watchdog_seconds` the process dumps its stacks and
-        exits, as a host that hangs would hold all the others for ever."""
+        """Restarts the watchdog; called every step.
+
+        Without it for `watchdog_seconds` the process prints its stacks and exits, since a host that
+        hangs would hold all others for ever.
+        """
         self._watch(self._watchdog)
 
     def busy(self) -> None:
-        """Called before other work, which compiles, reads or writes: it may take `OTHER_WORK`, or
-        `watchdog_seconds` if that is longer."""
+        """Gives other work (compiling, reading, writing) `OTHER_WORK` seconds before the watchdog
+        acts.
+
+        Or `watchdog_seconds`, if that is longer.
+        """
         self._watch(max(self._watchdog, OTHER_WORK))
 
     def _watch(self, seconds: float) -> None:
@@ -95,7 +101,7 @@ class Stopper:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     def reason(self) -> str | None:
-        """`SIGTERM`, `SIGINT` or `max_minutes` where the run is to end now."""
+        """Returns `SIGTERM`, `SIGINT` or `max_minutes` if the run is to end now, else None."""
         self._calls += 1  # hosts count alike; steps do not always go up (recovery.py)
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if jax.process_count() == 1:
@@ -111,10 +117,11 @@ class Stopper:
 
 
 def _only_once(number: int) -> None:
-    """A second signal ends the process at once, even where Python is stuck in a collective or its
-    handler (jax.distributed's, for several hosts) would swallow it.
+    """Makes a second signal end the process at once.
 
-    Linux' sysv_signal installs the handler that is there for one signal alone.
+    Even if Python is stuck in a collective, or if its handler (jax.distributed's, for several
+    hosts) would swallow the signal. Linux' sysv_signal installs the present handler for one signal
+    only.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -1,10 +1,21 @@
-"""CLIP's loss over all pairs of a batch, with all its logits on no chip (2103.00020, section 2.3).
+"""CLIP's contrastive loss over the global batch, computed as a ring over shards.
 
-With b pairs over n shards, m = b / n: each chip keeps its images; the captions go round a ring
-and come home after n turns, with what their columns of the logits have come to. One chip never
-holds more than m x min(m, COLUMNS) logits, the backward pass goes round once more, and what lives
-between the passes is of size b. The log-sum-exp is summed up on the way under a running maximum
-(Milakov & Gimelshein, 1805.02867), over rows and columns alike.
+With b pairs over n shards, each holding m = b / n, the full matrix of logits is b x b: at the
+paper's batch it would fill a chip (2103.00020, section 2.3). No chip ever holds more than
+m x min(m, COLUMNS) of it:
+
+    each chip keeps its images; the captions go round the ring
+    repeat n times:
+        logits = scale * z_img[m, d] @ z_txt[m, d].T    its images, the captions that are here
+        update for each image the running maximum and sum of exponentials over captions
+        update the same for each caption, which travels on with it
+        send the captions, with their running values, to the next chip
+    loss of a pair = (log-sum-exp over captions + log-sum-exp over images) / 2 - its own logit
+
+The running sums under a running maximum are Milakov & Gimelshein's (1805.02867). The backward pass
+goes round once more, computes the softmaxes from the kept log-sum-exps, and lets the gradients of
+the captions travel with them; what lives between the passes is of size b. Outside a mesh there is
+one shard, and the loop has one turn.
 """
 
 from __future__ import annotations

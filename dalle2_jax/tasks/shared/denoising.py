@@ -55,11 +55,15 @@ def make_sampler(
 def denoising_loss(
     process: Process, apply: Apply, x_0: Array, key: Array, times: range | None = None
 ) -> tuple[Array, Metrics]:
-    """Mean loss at random t, of all or of `times`, of x_0 [b, ...]; and the metrics `mse` (and
-    `vb`).
+    """Returns the mean loss at random t, and the metrics `mse` (and `vb`).
 
-    The t of a batch are stratified: each is uniform, together they cover time evenly, so that
-    the loss varies less from batch to batch.
+    The t of a batch are stratified: each is uniform, together they cover time evenly, so that the
+    loss varies less from batch to batch.
+
+    Args:
+        apply: (x_t, t) -> the network's raw output.
+        x_0: [b, ...].
+        times: the t to train at; None: all.
     """
     key_t, key_noise = jax.random.split(key)
     times = range(process.num_timesteps) if times is None else times
@@ -82,11 +86,16 @@ def denoising_loss(
 def known_in_part(
     key: Array, x_0: Array, nothing_known: float, most_moved: float = 0.0
 ) -> tuple[Array, Array]:
-    """Images [b, h, w, 3] -> what is drawn of them [b, h, w, 3], and what of that a network for
-    inpainting is given, by random masks [b, h, w, 4].
+    """Makes known parts of images for training a network that inpaints.
 
-    A share `nothing_known` of them is given as entirely unknown. Half of the others
-    are moved by up to `most_moved` of their sides: a canvas that is extended holds such parts.
+    A share `nothing_known` of the images is given as entirely unknown. Half of the others are moved
+    by up to `most_moved` of their sides: an extended canvas holds such parts.
+
+    Args:
+        x_0: [b, h, w, 3].
+
+    Returns:
+        (the images to be un-noised [b, h, w, 3], what the network is given of them [b, h, w, 4]).
     """
     key_mask, key_nothing, key_moved = jax.random.split(key, 3)
     b, size = x_0.shape[:2]
@@ -99,7 +108,7 @@ def known_in_part(
 
 
 def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
-    """A diffusion stage's entry in `config.json`: what builds and samples it again."""
+    """Returns a diffusion stage's entry in `config.json`: what builds and samples it again."""
     sections = ("model", "diffusion")
     return {name: plain(config[name]) for name in sections} | {
         "sampling": plain(config.task.get("sampling") or {}),

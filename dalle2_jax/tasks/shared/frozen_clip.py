@@ -1,4 +1,4 @@
-"""The trained CLIP that the prior and the decoder learn from, loaded once and never updated."""
+"""The trained CLIP that prior and decoder learn from, loaded once and never updated."""
 
 from __future__ import annotations
 
@@ -75,6 +75,8 @@ def _network_of(path: str) -> CLIP:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenCLIP:
+    """The CLIP of `config.clip_from`: its network, and where its parameters are."""
+
     network: CLIP
     image_size: int
     folder: str
@@ -82,12 +84,11 @@ class FrozenCLIP:
 
     @classmethod
     def load(cls, config: Any, reads_captions: bool = True) -> FrozenCLIP:
-        """From `config.clip_from`, with a width that `config.model.dim` must equal.
+        """Loads the CLIP of `config.clip_from`, whose width `config.model.dim` must equal.
 
-        A config file (configs/clip.py:paper) in place of a folder tells the shapes alone, which
-        serve to compile for a slice but not to train.
-
-        Where it `reads_captions`, `config.data` and `config.model.context_length` must suit it.
+        A config file (configs/clip.py:paper) in place of a folder gives only shapes, which suffice
+        to compile for a slice but not to train. With `reads_captions`, `config.data` and
+        `config.model.context_length` must fit its text tower.
         """
         if not config.clip_from:
             raise UserError(
@@ -119,21 +120,23 @@ class FrozenCLIP:
         )
 
     def params(self) -> Params:
-        """Shapes alone where there are no weights, see `load`."""
+        """Returns the parameters; only shapes if there are no weights, see `load`."""
         if not self.hash:
             inputs = self.network.init_inputs
             return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
         return load.params(Path(self.folder), "clip")
 
     def encode_image(self, params: Params, images: Array) -> Array:
-        """images [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
+        """Images [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
         method = self.network.image.get("resize", "area")
         images = jnp.clip(arrays.resize(images, self.image_size, method), -1, 1)
         return forward(self.network, params, images, method="encode_image")
 
     def encode_text(self, params: Params, tokens: Array, keep: Array | None = None) -> TextEncoding:
-        """The encodings of tokens [b, n]; of the empty caption where `keep` [b] is False, which is
-        no caption for a network that learned no null (sampling.stage.no_caption)."""
+        """Encodes tokens [b, n]; where `keep` [b] is False, the empty caption in their place.
+
+        The latter is "no caption" for a network that learned no null (`nets.conditioning`).
+        """
         if keep is not None:
             text = self.network.text
             empty = Tokenizer(text["context_length"], text["vocab_size"])([""])
