@@ -131,7 +131,7 @@ def test_what_is_not_committed_in_a_bucket(bucket, orbax_in_bucket, one_device, 
         del fake_bucket.OBJECTS[f"bucket/runs/toy/checkpoints/8/{manifest.NAME}"]
     train(place, 12)
     step = 8 if lost == "mark" else 4
-    assert f"going on from step {step} of {place}" in caplog.text
+    assert f"resuming from step {step} of {place}" in caplog.text
     assert not fake_bucket.names("bucket/runs/toy/broken_checkpoints")
     assert [line["step"] for line in lines(paths.to_path(place))] == list(range(1, 13))
 

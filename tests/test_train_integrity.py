@@ -132,7 +132,7 @@ def test_a_run_falls_back_and_says_so(tmp_path, one_device, caplog):
     again = loop.train(cfg, ToyTask(), dataset(), tmp_path)
     told = [r.getMessage() for r in caplog.records]
     assert any(m.startswith("CHECKPOINT 12 IS DAMAGED: state/d/") for m in told)
-    assert any(m.startswith("going on from step 8 ") for m in told)
+    assert any(m.startswith("resuming from step 8 ") for m in told)
     assert again.step == 12
     for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -12,12 +12,15 @@ learned is on disk first.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import files
@@ -31,9 +34,9 @@ from dalle2_jax.train.profile import Profile
 from dalle2_jax.train.recovery import Diverged, Recovery, keep
 from dalle2_jax.train.state import TrainState, abstract_state
 from dalle2_jax.train.statistics import fresh_state
-from dalle2_jax.train.step import global_batch, make_train_step, place_frozen
+from dalle2_jax.train.step import TrainStep, global_batch, make_train_step, place_frozen
 from dalle2_jax.train.stop import Result, Stopper
-from dalle2_jax.types import Task
+from dalle2_jax.types import Params, Task
 
 
 def train(
@@ -73,6 +76,7 @@ def train(
         names = outputs.metric_names(template.params) if eval_dataset else ()
         checks.check_best_metric(config, names)
     identity = _identity(task, template)
+    # The lock comes first: a second trainer would change the checkpoints that this one reads.
     with (
         WorkdirLock(workdir),
         Checkpoints(workdir, config.keep, config.best_metric, identity) as checkpoints,
@@ -91,9 +95,9 @@ def train(
             lag=0 if on_cpu else 2,
         )
         state = recovery.start()
-        start = step = int(state.step)
+        start = int(state.step)
         if start:
-            logging.info("going on from step %d of %s", start, workdir)
+            logging.info("resuming from step %d of %s", start, workdir)
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
         else:
@@ -101,63 +105,116 @@ def train(
         keep_licences(config, model)
         if start > config.num_steps:
             logging.warning("step %d is beyond config.num_steps=%d", start, config.num_steps)
-        train_step = make_train_step(task, optimizer, config, template, mesh)
-        data, window = dataset(int(state.position)), Window(max(config.log_every, 1000))
-        stopped_by, scores = None, {}
-        profile = Profile(config.profile, workdir, start)
-        with Reporter(workdir, start, int(state.position), tensorboard) as report, profile:
+        with (
+            Reporter(workdir, start, int(state.position), tensorboard) as report,
+            Profile(config.profile, workdir, start) as profile,
+        ):
             report.parameters(template.params)
             report.saved(start)
-            try:
-                while step < config.num_steps and not stopped_by:
-                    batch = global_batch(next(data), mesh)
-                    if step == start:
-                        hosts.compile_together(train_step, state, frozen, batch)
-                    state, metrics = train_step(state, frozen, batch)
-                    step, scores = step + 1, {}
-                    window.add(metrics)
-                    recovery.add(step, metrics)
-                    profile(step, metrics)
-                    stopper.alive()
-                    if on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
-                        jax.block_until_ready((state, metrics))
-                    if step == start + 1:
-                        report.restart_clock(step)  # compiling is not speed
-                    stopped_by = stopper.reason()
-                    save = _due(config.checkpoint_every, step, config.num_steps) or stopped_by
-                    if bad_end := recovery.bad_end(read_all=bool(save)):
-                        stopper.busy()
-                        state, event = recovery.go_back(state, bad_end)
-                        step, position = int(state.step), int(state.position)
-                        data, window = dataset(position), Window(max(config.log_every, 1000))
-                        report.go_back(step, position, event)
-                        continue
-                    if _due(config.log_every, step, config.num_steps):
-                        report.log(step, config.num_steps, config.batch_size, window.mean())
-                    since = time.perf_counter()
-                    stopper.busy()
-                    checkpoints.check()  # a disk that filled up meanwhile
-                    if eval_dataset and _due(config.eval_every, step):
-                        scores = outputs.evaluate(state.ema_params)
-                        report.scalars(step, scores)
-                    if save:
-                        recovery.save(state, scores, bool(stopped_by) or step == config.num_steps)
-                    report.saved(checkpoints.committed)
-                    if _due(config.preview_every, step):
-                        report.images(step, outputs.preview(state.ema_params))
-                    if _due(config.export_every, step):
-                        outputs.export(state.ema_params)
-                    report.pause(time.perf_counter() - since)
-                    stopper.alive()
-            except (UserError, OSError) as error:  # an image is gone, the disk is full
-                stopper.busy()
-                raise UserError(f"{error}{keep(checkpoints, state, scores, start)}") from error
+            session = _Session(
+                config=config,
+                mesh=mesh,
+                frozen=frozen,
+                dataset=dataset,
+                evaluates=eval_dataset is not None,
+                train_step=make_train_step(task, optimizer, config, template, mesh),
+                checkpoints=checkpoints,
+                recovery=recovery,
+                outputs=outputs,
+                report=report,
+                profile=profile,
+                stopper=stopper,
+                on_cpu=on_cpu,
+            )
+            state, step, stopped_by = session.run(state)
             stopper.busy()
             checkpoints.wait()
             report.saved(checkpoints.committed)
         if stopped_by in (None, "max_minutes"):
             outputs.export(state.ema_params)
         return Result(step, stopped_by, state)
+
+
+@dataclasses.dataclass
+class _Session:
+    """The loop itself, with everything that it talks to."""
+
+    config: Any
+    mesh: Mesh
+    frozen: Params
+    dataset: Dataset
+    evaluates: bool
+    train_step: TrainStep
+    checkpoints: Checkpoints
+    recovery: Recovery
+    outputs: Outputs
+    report: Reporter
+    profile: Profile
+    stopper: Stopper
+    on_cpu: bool
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)  # of the present step
+
+    def run(self, state: TrainState) -> tuple[TrainState, int, str | None]:
+        """Trains to the end, or until the run is stopped; returns (state, step, stopped by)."""
+        config, start = self.config, int(state.step)
+        step, stopped_by = start, None
+        data, window = self._open_data(int(state.position))
+        try:
+            while step < config.num_steps and not stopped_by:
+                batch = global_batch(next(data), self.mesh)
+                if step == start:
+                    hosts.compile_together(self.train_step, state, self.frozen, batch)
+                state, metrics = self.train_step(state, self.frozen, batch)
+                step, self.scores = step + 1, {}
+                window.add(metrics)
+                self.recovery.add(step, metrics)
+                self.profile(step, metrics)
+                self.stopper.alive()
+                if self.on_cpu:  # simulated devices abort when steps queue up ("Rendezvous")
+                    jax.block_until_ready((state, metrics))
+                if step == start + 1:
+                    self.report.restart_clock(step)  # compiling is not speed
+                stopped_by = self.stopper.reason()
+                save = _due(config.checkpoint_every, step, config.num_steps) or stopped_by
+                # Before a save all metrics are read, so that no bad state is saved as a good one.
+                if bad_end := self.recovery.bad_end(read_all=bool(save)):
+                    self.stopper.busy()
+                    state, event = self.recovery.go_back(state, bad_end)
+                    step, position = int(state.step), int(state.position)
+                    data, window = self._open_data(position)
+                    self.report.go_back(step, position, event)
+                    continue
+                if _due(config.log_every, step, config.num_steps):
+                    self.report.log(step, config.num_steps, config.batch_size, window.mean())
+                self._after_step(state, step, bool(save), bool(stopped_by))
+        except (UserError, OSError) as error:  # an image is gone, the disk is full
+            self.stopper.busy()
+            hint = keep(self.checkpoints, state, self.scores, start)
+            raise UserError(f"{error}{hint}") from error
+        return state, step, stopped_by
+
+    def _open_data(self, position: int) -> tuple[Iterator[Any], Window]:
+        """Returns the batches from `position` on, and an empty window of metrics."""
+        return self.dataset(position), Window(max(self.config.log_every, 1000))
+
+    def _after_step(self, state: TrainState, step: int, save: bool, stopping: bool) -> None:
+        """Evaluates, saves, previews and exports, each when it is due."""
+        config, since = self.config, time.perf_counter()
+        self.stopper.busy()
+        self.checkpoints.check()  # a disk that filled up in the meantime
+        if self.evaluates and _due(config.eval_every, step):
+            self.scores = self.outputs.evaluate(state.ema_params)
+            self.report.scalars(step, self.scores)
+        # Saved before previews and exports, which may fail: what was learned is on disk first.
+        if save:
+            self.recovery.save(state, self.scores, stopping or step == config.num_steps)
+        self.report.saved(self.checkpoints.committed)
+        if _due(config.preview_every, step):
+            self.report.images(step, self.outputs.preview(state.ema_params))
+        if _due(config.export_every, step):
+            self.outputs.export(state.ema_params)
+        self.report.pause(time.perf_counter() - since)
+        self.stopper.alive()
 
 
 def _identity(task: Task, template: TrainState) -> dict[str, Any]:
