@@ -318,7 +318,7 @@ def test_without_upsamplers_the_decoders_images_come_out(model):
 def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
     entry = model_folder.read_stage(folder, "clip")
     model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
-    with pytest.raises(UserError, match="has no stage 'decoder'; there is: clip"):
+    with pytest.raises(UserError, match="has no stage 'decoder'; it has: clip"):
         DALLE2.from_pretrained(str(tmp_path / "m"))
     with pytest.raises(UserError, match="nowhere"):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))

@@ -18,7 +18,7 @@ from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.transformer import ACTIVATIONS
 from dalle2_jax.sampling import load
-from dalle2_jax.storage import config_file, model_folder
+from dalle2_jax.storage import config_file, model_folder, model_names
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 from dalle2_jax.validation.checks import one_of
@@ -99,7 +99,7 @@ class FrozenCLIP:
         if re.search(r"\.py(:\w+)?$", config.clip_from):
             network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
         else:
-            folder = model_folder.resolve(config.clip_from)
+            folder = model_names.resolve(config.clip_from)
             network, weights = load.network(folder, "clip"), model_folder.stage_hash(folder, "clip")
         text, whose = network.text, f"the CLIP of {folder}"
         if network.image is None:
