@@ -91,7 +91,7 @@ def on_mesh(sizes, loss, params, inputs):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
     rules = ((r"(in|fc1)/kernel", "tensor:-1+fsdp:1"), (".*", "fsdp:1"))
     places = sharding.param_shardings(params, rules, mesh)
-    abstract = sharding.placed(params, rules, mesh)
+    abstract = sharding.with_shardings(params, rules, mesh)
 
     def gradient(params, inputs):
         with gathering(mesh, abstract):
