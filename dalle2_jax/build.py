@@ -23,7 +23,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
 from dalle2_jax.storage import config_file
 from dalle2_jax.types import Batch, Task
-from dalle2_jax.validation.sections import check_keys, check_range, construct, with_defaults
+from dalle2_jax.validation.sections import check_keys, check_numbers, construct, with_defaults
 
 Config = Any  # a ConfigDict: its attributes have no types
 
@@ -126,7 +126,7 @@ def complete(config: Config) -> Config:
     full = defaults()
     _merge(full, given, "")
     for (least, most), names in _RANGES.items():
-        check_range("config", least, most, **{n: _at(full, n) for n in names.split()})
+        check_numbers("config", least, most, **{n: _at(full, n) for n in names.split()})
     if not full.num_steps and not full.init_from:
         raise UserError("config.num_steps=0 exports the weights of config.init_from: name them")
     if full.task.get("name") in [row.family for row in stages.STAGES]:  # `task` refuses others

@@ -15,12 +15,20 @@ class UserError(ValueError):
     exit_status = 2
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'batch_size'?`, or the known names if none is similar."""
-    known = sorted(known)
-    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not similar:  # Of a dotted path the last part alone may be similar.
-        last = {path.rpartition(".")[2]: path for path in known}
-        matches = difflib.get_close_matches(name.rpartition(".")[2], last, n=1)
-        similar = [last[match] for match in matches]
-    return f"; did you mean {similar[0]!r}?" if similar else f"; known: {', '.join(known)}"
+def closest(name: str, choices: Iterable[str]) -> str | None:
+    """Returns the choice that `name` is probably a misspelling of; None if none is similar."""
+    choices = sorted(choices)
+    for similar in difflib.get_close_matches(name, choices, n=1, cutoff=0.6):
+        return similar
+    # Only the last part of a dotted path may be similar.
+    last_parts = {path.rpartition(".")[2]: path for path in choices}
+    for similar in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1):
+        return last_parts[similar]
+    return None
+
+
+def near_miss(name: str, choices: Iterable[str]) -> str:
+    """Returns `; did you mean 'batch_size'?`, or all choices if none is similar."""
+    choices = sorted(choices)
+    similar = closest(name, choices)
+    return f"; did you mean {similar!r}?" if similar else f"; known: {', '.join(choices)}"

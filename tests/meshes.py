@@ -1,4 +1,4 @@
-"""Tracing within a mesh, as the trainer does (train/step.py)."""
+"""Tracing with a current mesh, as the trainer does (train/step.py)."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 
 
 def within(mesh, function):
-    """`function`, traced where `jax.sharding.get_abstract_mesh` finds `mesh`."""
+    """Returns `function`, traced where `jax.sharding.get_abstract_mesh` returns `mesh`."""
 
     @functools.wraps(function)
     def traced(*args):

@@ -243,7 +243,7 @@ def test_bytes_are_those_of_one_device():
         "a": jax.ShapeDtypeStruct((16, 3), np.float32),
         "b": jax.ShapeDtypeStruct((5,), np.int8),
     }
-    placed = sharding.placed(tree, (("a", "fsdp:1"), ("b", "replicate")), mesh)
+    placed = sharding.with_shardings(tree, (("a", "fsdp:1"), ("b", "replicate")), mesh)
     assert training.local_bytes(placed) == 2 * 3 * 4 + 5
 
 
@@ -253,7 +253,7 @@ def test_the_ideal_is_two_gathers_and_a_scatter(config):
         "w": jax.ShapeDtypeStruct((8, 100), np.float32),
         "b": jax.ShapeDtypeStruct((8,), np.float32),
     }
-    placed = sharding.placed(tree, (("w", "fsdp:1"), ("b", "replicate")), mesh)
+    placed = sharding.with_shardings(tree, (("w", "fsdp:1"), ("b", "replicate")), mesh)
     ideal = training._ideal_bytes(config, placed, {}, mesh)  # it computes in float32
     assert ideal == 3 * 800 * 4 * 7 / 8 + 2 * 8 * 4 * 7 / 8
     frozen = training._ideal_bytes(config, {}, {"clip": placed}, mesh)

@@ -17,7 +17,7 @@ from dalle2_jax.nets.upsampler import Upsampler
 from dalle2_jax.pretrained import unclip
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.settings import Settings
-from dalle2_jax.validation.sections import construct, plain, with_defaults
+from dalle2_jax.validation.sections import construct, to_json_values, with_defaults
 
 NETWORKS = {
     "clip": CLIP,
@@ -150,7 +150,7 @@ def test_what_import_makes_is_what_the_config_says(stage, entries):
     """Network, diffusion and sampling; the config adds how it is trained."""
     entry, said = entries[stage], config(stage)
     assert said.model.dtype == "bfloat16"
-    assert network(stage, plain(said.model)) == network(stage, entry["model"])
+    assert network(stage, to_json_values(said.model)) == network(stage, entry["model"])
     expected = load.expected_params(entries, stage, "")
     assert jax.tree.map(lambda x: x.shape, shapes(stage)) == jax.tree.map(
         lambda x: x.shape, expected

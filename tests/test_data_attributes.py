@@ -225,9 +225,15 @@ def test_captions_that_their_attributes_make_too_long_are_reported(caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(background_share=1.5), "config.data.background_share=1.5 must be within 0 and 1"),
-        (dict(mirror_share=-0.1), "config.data.mirror_share=-0.1 must be within 0 and 1"),
-        (dict(mirror_share="half"), "config.data.mirror_share='half' must be a number"),
+        (
+            dict(background_share=1.5),
+            "config.data.background_share must be a number from 0 to 1, not 1.5",
+        ),
+        (
+            dict(mirror_share=-0.1),
+            "config.data.mirror_share must be a number from 0 to 1, not -0.1",
+        ),
+        (dict(mirror_share="half"), "config.data.mirror_share must be a number, not 'half'"),
         (dict(flip=True), "both mirror images: set --config.data.noflip or"),
         (
             dict(path=str(FIXTURES / "emoji")),

@@ -83,5 +83,5 @@ def test_mistakes_raise_with_a_cure(tmp_path):
     with pytest.raises(UserError, match=r"configs/clip\.py:judge"):
         Judge.load(str(tmp_path / "nowhere"))
     model_folder.write_stage(tmp_path, "prior", {}, {"a": np.zeros(1)})
-    with pytest.raises(UserError, match="no stage 'clip'; there is: prior"):
+    with pytest.raises(UserError, match="no stage 'clip'; it has: prior"):
         Judge.load(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Rules to shardings: known results, and the mistakes that must not pass in silence."""
+"""Rules to shardings: known results, and mistakes that must not pass silently."""
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ PARAMS = {
 
 
 def specs(rules, sizes, params=PARAMS) -> dict[str, P]:
-    placed = sharding.param_shardings(params, rules, sharding.make_mesh(sizes))
-    return {name: place.spec for name, place in sharding.flatten(placed).items()}
+    shardings = sharding.param_shardings(params, rules, sharding.make_mesh(sizes))
+    return {name: place.spec for name, place in sharding.flatten(shardings).items()}
 
 
 def padded(spec: P, ndim: int) -> tuple:
@@ -50,11 +50,11 @@ def test_mesh_that_does_not_fit_is_refused(sizes):
 
 
 def test_fsdp_splits_the_largest_axis_that_divides():
-    found = specs(((".*", "fsdp:1"),), {"fsdp": 8})
-    assert padded(found["embed/kernel"], 2) == (None, "fsdp")  # 10 does not divide by 8
-    assert padded(found["blocks/mlp/kernel"], 3) == (None, None, "fsdp")
-    assert padded(found["blocks/mlp/bias"], 2) == (None, "fsdp")
-    assert padded(found["blocks/scale"], 1) == (None,)
+    split = specs(((".*", "fsdp:1"),), {"fsdp": 8})
+    assert padded(split["embed/kernel"], 2) == (None, "fsdp")  # 10 does not divide by 8
+    assert padded(split["blocks/mlp/kernel"], 3) == (None, None, "fsdp")
+    assert padded(split["blocks/mlp/bias"], 2) == (None, "fsdp")
+    assert padded(split["blocks/scale"], 1) == (None,)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_fsdp_splits_the_largest_axis_that_divides():
 )
 def test_small_arrays_are_not_worth_a_message(tactic, split):
     params = {"large": shape(2**8, 2**10), "medium": shape(2**8, 2**10 - 1), "small": shape(8)}
-    found = specs(((".*", tactic),), {"fsdp": 8}, params)
-    assert {name for name, spec in found.items() if any(spec)} == split
+    results = specs(((".*", tactic),), {"fsdp": 8}, params)
+    assert {name for name, spec in results.items() if any(spec)} == split
     assert np.prod(params["large"].shape) == sharding.MIN_SPLIT
 
 
@@ -78,14 +78,14 @@ def test_the_first_rule_that_matches_decides():
         (r"bias|scale", "replicate"),
         ("embed", "tensor:1"),
     )
-    found = specs(rules, {"data": 2, "fsdp": 2, "tensor": 2})
-    assert padded(found["blocks/mlp/kernel"], 3) == (None, "tensor", "fsdp")
-    assert padded(found["blocks/mlp/bias"], 2) == (None, None)
-    assert padded(found["embed/kernel"], 2) == (None, "tensor")
+    split = specs(rules, {"data": 2, "fsdp": 2, "tensor": 2})
+    assert padded(split["blocks/mlp/kernel"], 3) == (None, "tensor", "fsdp")
+    assert padded(split["blocks/mlp/bias"], 2) == (None, None)
+    assert padded(split["embed/kernel"], 2) == (None, "tensor")
 
 
 @pytest.mark.parametrize(
-    ("rules", "told"),
+    ("rules", "message"),
     [
         ((("embd", "fsdp"), (".*", "fsdp")), r"\('embd', 'fsdp'\) takes no parameter"),
         (((".*", "fsdp"), ("embed", "replicate")), r"\('embed', 'replicate'\) takes no parameter"),
@@ -99,8 +99,8 @@ def test_the_first_rule_that_matches_decides():
         (((".*", "tensor:5"),), "has no axis 5"),
     ],
 )
-def test_mistakes_are_named(rules, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_named(rules, message):
+    with pytest.raises(UserError, match=message):
         specs(rules, {"data": 4, "tensor": 2})
 
 
@@ -108,18 +108,18 @@ def test_optimiser_state_inherits_by_path_and_shape():
     mesh = sharding.make_mesh({"fsdp": 8})
     places = sharding.param_shardings(PARAMS, ((".*", "fsdp:1"),), mesh)
     state = {"count": shape(), "inner": ({"mu": PARAMS}, {"kernel": shape(10, 64)})}
-    found = sharding.inherit_shardings(state, PARAMS, places, mesh)
-    assert found["inner"][0]["mu"] == places
+    inherited = sharding.inherit_shardings(state, PARAMS, places, mesh)
+    assert inherited["inner"][0]["mu"] == places
     assert not places["embed"]["kernel"].is_fully_replicated
-    assert found["count"].is_fully_replicated
-    assert found["inner"][1]["kernel"].is_fully_replicated  # no such path among the parameters
+    assert inherited["count"].is_fully_replicated
+    assert inherited["inner"][1]["kernel"].is_fully_replicated  # no such path among the parameters
 
 
 def test_replicated_bytes_fraction():
     mesh = sharding.make_mesh({"fsdp": 8})
     params = {"a": shape(8, 3), "b": jax.ShapeDtypeStruct((4,), np.float16)}
-    placed = sharding.param_shardings(params, ((".*", "fsdp:1"),), mesh)
-    assert sharding.replicated_bytes_fraction(params, placed) == pytest.approx(8 / (96 + 8))
+    shardings = sharding.param_shardings(params, ((".*", "fsdp:1"),), mesh)
+    assert sharding.replicated_bytes_fraction(params, shardings) == pytest.approx(8 / (96 + 8))
     assert sharding.replicated_bytes_fraction({}, {}) == 0.0
 
 
@@ -132,10 +132,10 @@ def test_a_batch_is_split_over_data_and_fsdp():
 def test_a_large_model_that_is_not_split_is_refused(monkeypatch):
     mesh = sharding.make_mesh({"fsdp": 8})
     tree = {"w": jax.ShapeDtypeStruct((9, 100_003), np.float32)}
-    placed = sharding.placed(tree, ((".*", "fsdp"),), mesh)
-    sharding.check_split(placed, mesh)  # 3.6 MB may lie anywhere
-    monkeypatch.setattr(sharding, "LARGE", 2**20)
+    params = sharding.with_shardings(tree, ((".*", "fsdp"),), mesh)
+    sharding.check_split(params, mesh)  # 3.6 MB are not large
+    monkeypatch.setattr(sharding, "LARGE_MODEL", 2**20)
     with pytest.raises(UserError, match=r"100 % .* w \(9, 100003\).* fsdp \(now 8\)"):
-        sharding.check_split(placed, mesh)
+        sharding.check_split(params, mesh)
     split = {"w": jax.ShapeDtypeStruct((8, 100_003), np.float32)}
-    sharding.check_split(sharding.placed(split, ((".*", "fsdp"),), mesh), mesh)
+    sharding.check_split(sharding.with_shardings(split, ((".*", "fsdp"),), mesh), mesh)

@@ -1,4 +1,4 @@
-"""Which rows of a batch a host reads, where its chips are a block of the torus."""
+"""The rows of a batch that a host reads, if its chips are a block of the torus."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ class Chip:
 
 
 def slice_of_4_hosts() -> list[Chip]:
-    """4 x 4 chips, a host to every 2 x 2, as jax.devices() tells of them: host by host."""
+    """4 x 4 chips, 2 x 2 on each host, in the order of jax.devices(): host by host."""
     hosts = [(hx, hy) for hx in (0, 1) for hy in (0, 1)]
     return [
         Chip((2 * hx + x, 2 * hy + y, 0), process, 4 * process + 2 * x + y)
@@ -41,8 +41,8 @@ def slice_of_4_hosts() -> list[Chip]:
     ]
 
 
-def held(mesh, batch_size: int, process: int) -> dict[Chip, np.ndarray]:
-    """The rows that each chip of a host holds, by jax itself."""
+def rows_by_chip(mesh, batch_size: int, process: int) -> dict[Chip, np.ndarray]:
+    """Returns the rows that each chip of a host holds, according to JAX."""
     places = sharding.batch_sharding(mesh).devices_indices_map((batch_size,))
     rows = np.arange(batch_size)
     return {chip: rows[i] for chip, i in places.items() if chip.process_index == process}
@@ -62,44 +62,44 @@ def test_a_host_reads_what_its_chips_hold(sizes):
     read = []
     for host in range(4):
         rows = sharding.local_rows(mesh, 32, host)
-        expected = np.unique(np.concatenate(list(held(mesh, 32, host).values())))
+        expected = np.unique(np.concatenate(list(rows_by_chip(mesh, 32, host).values())))
         np.testing.assert_array_equal(rows, expected)
         read.extend(rows.tolist())
     assert set(read) == set(range(32))
-    if sizes.get("tensor", 1) <= 2:  # within a host: nothing is read twice
+    if sizes.get("tensor", 1) <= 2:  # within one host, so no row is read twice
         assert len(read) == 32
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_the_pieces_make_the_batch(sizes, monkeypatch):
-    """Every chip is given, out of what its host reads, what it holds of the whole."""
+def test_the_hosts_rows_make_up_the_batch(sizes, monkeypatch):
+    """Every chip gets its rows of the batch out of those that its host reads."""
     mesh = sharding.make_mesh(sizes, slice_of_4_hosts())
-    whole = np.random.default_rng(0).integers(0, 99, (32, 3))
+    batch = np.random.default_rng(0).integers(0, 99, (32, 3))
 
     def make(shape, place, part):
-        assert shape == whole.shape and place == sharding.batch_sharding(mesh)
+        assert shape == batch.shape and place == sharding.batch_sharding(mesh)
         places = place.devices_indices_map(shape)
         return {c: part(i) for c, i in places.items() if c.process_index == jax.process_index()}
 
     monkeypatch.setattr(jax, "make_array_from_callback", make)
     for host in range(4):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        local = whole[sharding.local_rows(mesh, 32)]
-        given = global_batch({"image": local}, mesh)["image"]
-        for chip, rows in held(mesh, 32, host).items():
-            np.testing.assert_array_equal(given[chip], whole[rows])
+        local = batch[sharding.local_rows(mesh, 32)]
+        placed = global_batch({"image": local}, mesh)["image"]
+        for chip, rows in rows_by_chip(mesh, 32, host).items():
+            np.testing.assert_array_equal(placed[chip], batch[rows])
 
 
 @pytest.mark.parametrize(
     "sizes", [{}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}, {"tensor": 8}], ids=str
 )
-def test_one_host_gives_all(sizes):
+def test_a_single_host_reads_everything(sizes):
     mesh = sharding.make_mesh({"data": -1, **sizes})
-    whole = {"image": np.arange(48).reshape(16, 3), "tokens": np.arange(16)}
+    batch = {"image": np.arange(48).reshape(16, 3), "tokens": np.arange(16)}
     np.testing.assert_array_equal(sharding.local_rows(mesh, 16), np.arange(16))
-    for name, x in global_batch(whole, mesh).items():
+    for name, x in global_batch(batch, mesh).items():
         assert x.sharding == sharding.batch_sharding(mesh)
-        np.testing.assert_array_equal(x, whole[name])
+        np.testing.assert_array_equal(x, batch[name])
 
 
 def test_a_batch_that_does_not_divide_is_refused():

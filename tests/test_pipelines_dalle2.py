@@ -168,9 +168,9 @@ def test_settings_are_the_folders_until_changed(model, images):
     [
         ({"steps": {"decodr": 3}}, "steps: no stage 'decodr'; did you mean 'decoder'?"),
         ({"cfg_scale": {"upsampler_64": 3.0}}, "did you mean 'upsampler_16'"),
-        ({"steps": 0}, "steps must be whole numbers of 1 or more, not 0"),
+        ({"steps": 0}, "steps must be whole numbers from 1, not 0"),
         ({"steps": 21}, "steps must be at most 20, not 21"),
-        ({"steps": 2.5}, "steps must be whole numbers of 1 or more, not 2.5"),
+        ({"steps": 2.5}, "steps must be whole numbers from 1, not 2.5"),
         ({"solver": "ddmp"}, "unknown sampler 'ddmp'; did you mean 'ddpm'"),
         ({"solver": "DDIM"}, "unknown sampler 'DDIM'; did you mean 'ddim'"),
         ({"solver": 5}, "unknown sampler 5; known: ddim, ddpm"),
@@ -180,7 +180,7 @@ def test_settings_are_the_folders_until_changed(model, images):
         ({"variance": "analytic"}, 'variance="analytic" needs x_0_error'),
         ({"cfg_scale": "2"}, "cfg_scale must be a finite number, not '2'"),
         ({"steps": np.int64(21)}, "steps must be at most 20, not 21"),
-        ({"steps": np.float32(5)}, "steps must be whole numbers of 1 or more, not 5.0"),
+        ({"steps": np.float32(5)}, "steps must be whole numbers from 1, not 5.0"),
         ({"steps": {0: 3}}, "steps: no stage 0; known: decoder, prior, upsampler_16"),
         ({"solver": ["ddim"]}, "unknown sampler"),
         ({"solver": {"prior": {"ddim"}}}, "unknown sampler"),
@@ -265,7 +265,7 @@ def test_the_middle_of_an_image_is_encoded(model, images):
     for wrong in (images / 127.5 - 1, images[0], images[..., :1]):
         with pytest.raises(UserError, match=r"images must be uint8 \[b, h, w, 3\], not .* \["):
             model.encode_image(wrong)
-    with pytest.raises(UserError, match=r"images: there is none in uint8 \[0, 16, 16, 3\]"):
+    with pytest.raises(UserError, match=r"images is empty, uint8 \[0, 16, 16, 3\]"):
         model.encode_image(images[:0])
     with pytest.raises(UserError, match="all of its rows of one length"):
         model.encode_image([images[0], images[0, :8]])
@@ -318,7 +318,7 @@ def test_without_upsamplers_the_decoders_images_come_out(model):
 def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
     entry = model_folder.read_stage(folder, "clip")
     model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
-    with pytest.raises(UserError, match="has no stage 'decoder'; there is: clip"):
+    with pytest.raises(UserError, match="has no stage 'decoder'; it has: clip"):
         DALLE2.from_pretrained(str(tmp_path / "m"))
     with pytest.raises(UserError, match="nowhere"):
         DALLE2.from_pretrained(str(tmp_path / "nowhere"))

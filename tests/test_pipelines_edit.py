@@ -110,7 +110,7 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
     ("call", "told"),
     [
         (lambda m: m.reconstruct(PICTURES[0]), r"images must be uint8 \[b, h, w, 3\], not uint8"),
-        (lambda m: m.reconstruct(PICTURES, steps=0), "steps must be whole numbers of 1 or more"),
+        (lambda m: m.reconstruct(PICTURES, steps=0), "steps must be whole numbers from 1"),
         (lambda m: m.reconstruct(PICTURES, steps=9999), "steps must be at most 20"),
         (lambda m: m.invert(PICTURES, iterations=0), "iterations must be a whole number from 1"),
         (lambda m: m.invert(PICTURES, batch_size=0), "batch_size must be a whole number from 1"),
@@ -119,9 +119,15 @@ def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_differen
         (lambda m: m.interpolate(PICTURES, "a cat"), r"a must be uint8 \[h, w, 3\], not uint8"),
         (lambda m: m.interpolate(PICTURES[0], None), r"b must be uint8 \[h, w, 3\], not object"),
         (lambda m: m.interpolate(PICTURES[0], "a", 1), "frames must be a whole number from 2"),
-        (lambda m: m.interpolate(*PICTURES[:2], x_T="no"), "x_T is 'no'"),
+        (
+            lambda m: m.interpolate(*PICTURES[:2], x_T="no"),
+            "x_T must be one of 'slerp', 'fixed', not 'no'",
+        ),
         (lambda m: m.text_diff(PICTURES[0], ""), "a caption is empty"),
-        (lambda m: m.text_diff(PICTURES[0], "a", "b", theta=2), "theta must be a number within 0"),
+        (
+            lambda m: m.text_diff(PICTURES[0], "a", "b", theta=2),
+            "theta must be a number from 0 to 1",
+        ),
         (lambda m: m.text_diff(PICTURES[0], "a", "a"), "are read alike: there is no direction"),
         (
             lambda m: m.text_diff(PICTURES[0], "a", frames=10**12),

@@ -143,7 +143,10 @@ def test_small_images_are_continued_too(model):
         ),
         (lambda m: m.outpaint(PICTURE), "nothing is to be added: give left, right, up or down"),
         (lambda m: m.outpaint(PICTURE, left=-1), "left must be a whole number from 0"),
-        (lambda m: m.outpaint(PICTURE, left=8, overlap=1), "overlap must be a number within"),
+        (
+            lambda m: m.outpaint(PICTURE, left=8, overlap=1),
+            "overlap must be a number from 0.01 to 0.99, not 1",
+        ),
         (lambda m: m.outpaint(PICTURE, left=10**8), "at most 64 million pixels can be drawn"),
         (
             lambda m: next(m.cascade.generate("a cat", known=np.zeros((1, 8, 8, 4), np.uint8))),

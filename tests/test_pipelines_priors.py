@@ -119,8 +119,8 @@ def test_the_ar_prior_serves_where_it_is_alone(both, tmp_path):
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda m: m.with_prior("art"), "prior is 'art'; did you mean 'ar'"),
-        (lambda m: m.with_prior(3), "prior is 3; known: ar, diffusion, none"),
+        (lambda m: m.with_prior("art"), "prior must be one of .*, not 'art'; did you mean 'ar'"),
+        (lambda m: m.with_prior(3), "prior must be one of 'diffusion', 'ar', 'none', not 3"),
         (
             lambda m: m.with_prior("ar").with_settings(steps={"ar_prior": 3}),
             "steps is no setting of ar_prior, but of decoder",
@@ -163,7 +163,10 @@ def damaged(change):
     [
         (("model", "dims", 5), "ar_prior.safetensors holds another network"),
         (("model", "width", "a"), "config.json: ar_prior: no network can be built so"),
-        (("sampling", "top_p", 2), "config.json: ar_prior: top_p must be a finite number"),
+        (
+            ("sampling", "top_p", 2),
+            "config.json: ar_prior: top_p must be a number from 1e-06 to 1, not 2",
+        ),
         (("sampling", "steps", 2), "config.json: ar_prior: unknown key 'steps'"),
     ],
 )

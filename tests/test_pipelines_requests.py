@@ -183,7 +183,7 @@ def test_metadata_hold_what_the_mode_takes(model, folder_of_inputs):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "generat"}, "mode is 'generat'; did you mean 'generate'"),
+        ({"mode": "generat"}, "mode must be one of .*, not 'generat'; did you mean 'generate'"),
         ({}, "mode=generate: 0 x prompt; it takes a prompt"),
         ({"prompts": ("a", " ")}, "a prompt is empty"),
         ({"prompts": ("a",), "n": 3, "best_of": 2}, "best_of=2 must be n=3 at least"),

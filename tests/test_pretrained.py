@@ -16,7 +16,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import find
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.export import export_model
-from dalle2_jax.storage import licence, model_folder
+from dalle2_jax.storage import licence, model_folder, model_names
 
 STEPS = {"prior": 2, "decoder": 2, "upsampler_16": 2}
 
@@ -162,22 +162,22 @@ def test_karlo_is_known_by_its_name_where_nothing_tells_the_licence(theirs, tmp_
 
 def test_two_licences_stand_one_after_the_other(tmp_path):
     for text in ("one\n", "two\n", "one\n"):
-        licence.keep(text, tmp_path)
+        licence.add(text, tmp_path)
     both = licence.read(tmp_path)
     assert both.count("one") == both.count("two") == 1
     (tmp_path / "other").mkdir()
-    licence.keep("two\n", tmp_path / "other")
-    licence.keep(both, tmp_path / "other")  # of weights that come from both
+    licence.add("two\n", tmp_path / "other")
+    licence.add(both, tmp_path / "other")  # of weights that come from both
     told = licence.read(tmp_path / "other")
     assert told.count("one") == told.count("two") == 1 and told.index("two") < told.index("one")
 
 
 def test_of_two_licences_each_is_shown_with_its_own_restrictions(tmp_path, capsys):
-    licence.keep("Rail\nsection 1\n\nAttachment A\n\nNot for harm.\n", tmp_path)
+    licence.add("Rail\nsection 1\n\nAttachment A\n\nNot for harm.\n", tmp_path)
     licence.show_once(tmp_path)
     assert "Rail" in capsys.readouterr().err
     for text in ("Plain\n(c) Makers\nsection 2\n", "Other\n\nAttachment A\n\nNot for war.\n"):
-        licence.keep(text, tmp_path)
+        licence.add(text, tmp_path)
     licence.show_once(tmp_path)
     shown = capsys.readouterr().err
     assert "Plain" in shown and "Other" in shown and shown.count("Not for war.") == 1
@@ -328,7 +328,9 @@ def test_out_that_is_there_or_cannot_be(theirs, tmp_path):
 
 
 def test_where_ours_is_wanted_theirs_says_how_to_import_it(theirs):
-    with pytest.raises(UserError, match=r"is a model of diffusers: first, python -m .* import"):
+    with pytest.raises(
+        UserError, match=r"is a model of diffusers, .*: run dalle2 weights import .* --out"
+    ):
         model_folder.read_config(theirs)
 
 
@@ -378,7 +380,7 @@ def test_what_is_exported_is_for_all_to_read(theirs):
 
 def test_another_cascade_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="has one upsampler, of two networks"):
-        export_model(model_folder.resolve("tiny"), tmp_path / "theirs")
+        export_model(model_names.resolve("tiny"), tmp_path / "theirs")
 
 
 class Hub:

@@ -151,7 +151,7 @@ def test_an_interval_of_another_shape_is_refused(interval):
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, "0.7", None])
 def test_a_rescale_out_of_range_is_refused(value):
-    with pytest.raises(UserError, match="cfg_rescale must be a number within 0 and 1, not"):
+    with pytest.raises(UserError, match="cfg_rescale must be a number from 0 to 1, not"):
         Settings(cfg_rescale=value)
 
 
@@ -274,7 +274,7 @@ def test_a_clip_of_another_shape_is_refused(clip):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_too_few_steps_are_refused(steps):
-    with pytest.raises(UserError, match=f"steps must be whole numbers of 1 or more, not {steps}"):
+    with pytest.raises(UserError, match=f"steps must be whole numbers from 1, not {steps}"):
         Settings(steps=steps)
 
 

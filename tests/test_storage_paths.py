@@ -1,4 +1,4 @@
-"""gs:// wherever a path is taken, over a bucket in memory: no network, and no gcsfs needed."""
+"""gs:// wherever a path is accepted, over a bucket in memory: needs neither network nor gcsfs."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from dalle2_jax import DALLE2
 from dalle2_jax.data.sources import image_folder, tfds_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import files
-from dalle2_jax.storage import model_folder, paths
+from dalle2_jax.storage import cache, model_folder, model_names, paths
 from dalle2_jax.train import bucket as bucket_lib
 from dalle2_jax.train import loop, manifest
 
@@ -38,14 +38,14 @@ def server():
 
 @pytest.fixture(params=CLIENTS)
 def bucket(request, server, monkeypatch, tmp_path):
-    """The address of an empty bucket; what is in it stands in fake_bucket.OBJECTS."""
+    """The address of an empty bucket, whose contents are in fake_bucket.OBJECTS."""
     fake_bucket.OBJECTS.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server)
     monkeypatch.setattr(bucket_lib, "BEAT_SECONDS", 0.1)
     if request.param == "gcsfs":
-        # Its look for buckets of a newer kind asks the cloud itself.
+        # Looking for buckets of a newer kind, gcsfs would ask the real cloud.
         monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         import gcsfs
 
@@ -77,13 +77,13 @@ def train(workdir, steps, **changes):
 
 
 def lines(workdir):
-    """Those of steps, not of checkpoints."""
-    told = map(json.loads, bucket_lib.BucketLines.read(workdir / "metrics.jsonl"))
-    return [line for line in told if "checkpoint" not in line]
+    """The logged lines of steps, without those of checkpoints."""
+    entries = map(json.loads, bucket_lib.BucketLines.read(workdir / "metrics.jsonl"))
+    return [entry for entry in entries if "checkpoint" not in entry]
 
 
-def test_a_run_in_a_bucket_goes_on_and_exports(bucket, orbax_in_bucket, one_device, tmp_path):
-    train(tmp_path / "here", 12)
+def test_a_run_in_a_bucket_resumes_and_exports(bucket, orbax_in_bucket, one_device, tmp_path):
+    train(tmp_path / "local", 12)
     place = f"{bucket}/runs/toy"
     train(place, 6, keep=2)
     assert not fake_bucket.names("bucket/runs/toy/.lock")
@@ -91,12 +91,12 @@ def test_a_run_in_a_bucket_goes_on_and_exports(bucket, orbax_in_bucket, one_devi
     assert (result.step, result.stopped_by) == (12, None)
     workdir = paths.to_path(place)
     losses = {line["step"]: line["loss"] for line in lines(workdir)}
-    assert losses == toy_task.losses(tmp_path / "here")  # it went on from step 6, to the bit
-    there, here = (
-        model_folder.read_params(model_folder.resolve(f), "toy")
-        for f in (f"{place}/model", str(tmp_path / "here" / "model"))
+    assert losses == toy_task.losses(tmp_path / "local")  # resumed at step 6, to the bit
+    remote, local = (
+        model_folder.read_params(model_names.resolve(f), "toy")
+        for f in (f"{place}/model", str(tmp_path / "local" / "model"))
     )
-    np.testing.assert_array_equal(there["out"]["kernel"], here["out"]["kernel"])
+    np.testing.assert_array_equal(remote["out"]["kernel"], local["out"]["kernel"])
     written = fake_bucket.names("bucket/runs/toy/")
     assert [n for n in written if n.endswith(".xplane.pb")]
     assert "bucket/runs/toy/previews/step_000012_first.png" in written
@@ -120,9 +120,10 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, orbax_in_bucket, 
 
 
 @pytest.mark.parametrize("lost", ["mark", "both"])
-def test_what_is_not_committed_in_a_bucket(bucket, orbax_in_bucket, one_device, caplog, lost):
-    """The manifest is written just before Orbax's mark: with it the checkpoint is whole, without
-    both a killed run was still writing it, and Orbax removes it."""
+def test_uncommitted_checkpoints_in_a_bucket(bucket, orbax_in_bucket, one_device, caplog, lost):
+    """The manifest is written just before Orbax's mark of a committed checkpoint. One with a
+    manifest is complete; one with neither was still being written by a killed run, and Orbax
+    removes it."""
     caplog.set_level("INFO")
     place = f"{bucket}/runs/toy"
     train(place, 8)
@@ -136,20 +137,20 @@ def test_what_is_not_committed_in_a_bucket(bucket, orbax_in_bucket, one_device, 
     assert [line["step"] for line in lines(paths.to_path(place))] == list(range(1, 13))
 
 
-def test_a_run_in_a_bucket_goes_back(bucket, orbax_in_bucket, one_device, tmp_path):
-    """Past batches that break it; what it logs is what a run on a disk does."""
-    for place in (tmp_path / "here", f"{bucket}/runs/toy"):
+def test_a_run_in_a_bucket_recovers(bucket, orbax_in_bucket, one_device, tmp_path):
+    """From batches that break it, logging what a run on a disk does."""
+    for place in (tmp_path / "local", f"{bucket}/runs/toy"):
         settings = toy_task.config(num_steps=12, max_skips=2, mesh=dict(data=1))
         loop.train(settings, toy_task.ToyTask(), toy_task.dataset(poison_at={9, 10}), place)
-    there, here = (lines(paths.to_path(p)) for p in (f"{bucket}/runs/toy", tmp_path / "here"))
-    assert [line["skipped_batches"] for line in there if "event" in line] == [[8, 11]]
+    remote, local = (lines(paths.to_path(p)) for p in (f"{bucket}/runs/toy", tmp_path / "local"))
+    assert [line["skipped_batches"] for line in remote if "event" in line] == [[8, 11]]
     speed = ("steps_per_second", "images_per_second")
-    assert [{k: v for k, v in line.items() if k not in speed} for line in there] == [
-        {k: v for k, v in line.items() if k not in speed} for line in here
+    assert [{k: v for k, v in line.items() if k not in speed} for line in remote] == [
+        {k: v for k, v in line.items() if k not in speed} for line in local
     ]
 
 
-def test_what_was_logged_after_the_checkpoint_is_dropped(bucket):
+def test_lines_logged_after_the_checkpoint_are_dropped(bucket):
     path = paths.to_path(f"{bucket}/run/metrics.jsonl")
     log = bucket_lib.BucketLines(path)
     for step in range(1, 4):
@@ -164,7 +165,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped(bucket):
     assert [line.get("again", False) for line in lines(path.parent)] == [False, False, True]
 
 
-def test_long_logs_are_not_written_anew_each_time(bucket, monkeypatch):
+def test_long_logs_are_not_rewritten_each_time(bucket, monkeypatch):
     monkeypatch.setattr(bucket_lib, "_PART_BYTES", 20)
     path = paths.to_path(f"{bucket}/run/metrics.jsonl")
     log = bucket_lib.BucketLines(path)
@@ -179,7 +180,7 @@ def test_a_second_run_is_refused_while_the_first_lives(bucket):
     path = paths.to_path(f"{bucket}/run/.lock")
     first = bucket_lib.BucketLock(path)
     owner = json.loads(path.read_text())
-    path.write_text(json.dumps({**owner, "host": "elsewhere"}))  # as another machine sees it
+    path.write_text(json.dumps({**owner, "host": "elsewhere"}))  # what another machine reads
     first._me["host"] = "elsewhere"
     with pytest.raises(UserError, match=r"another run .* on elsewhere\) is training in gs://buc"):
         bucket_lib.BucketLock(path)
@@ -190,17 +191,17 @@ def test_a_second_run_is_refused_while_the_first_lives(bucket):
 
 def test_the_lock_of_a_dead_run_is_taken_over(bucket, caplog):
     path = paths.to_path(f"{bucket}/run/.lock")
-    told = "takes over"
+    message = "takes over"
     path.write_text(json.dumps({"host": "gone", "pid": 1, "run": "x", "beat": 7}))
     bucket_lib.BucketLock(path).close()
-    assert told in caplog.text  # it was watched
+    assert message in caplog.text  # after the lock was watched for a while
     caplog.clear()
     script = [sys.executable, "-c", "import os; print(os.getpid())"]
     dead = subprocess.run(script, text=True, stdout=subprocess.PIPE, check=True).stdout
     owner = {"host": socket.gethostname(), "pid": int(dead), "run": "y", "beat": 7}
     path.write_text(json.dumps(owner))
     bucket_lib.BucketLock(path).close()
-    assert told not in caplog.text  # a process of this machine is known to be dead
+    assert message not in caplog.text  # at once: a dead process of this machine
     assert not fake_bucket.names("bucket/run/")
 
 
@@ -214,9 +215,9 @@ def test_a_run_that_was_taken_over_stops(bucket, monkeypatch):
     lock.close()
 
 
-def test_a_lock_that_was_given_back_stops_nobody(bucket, monkeypatch):
-    """Its last look may come late, when another run has the lock by right."""
-    exits, looking, go_on = [], threading.Event(), threading.Event()
+def test_a_released_lock_stops_nobody(bucket, monkeypatch):
+    """Its thread may read the lock once more after the next run has acquired it."""
+    exits, reading, resume = [], threading.Event(), threading.Event()
     monkeypatch.setattr(bucket_lib.os, "_exit", exits.append)
     monkeypatch.setattr(bucket_lib, "_LAST_BEAT", 0.1)
     path = paths.to_path(f"{bucket}/run/.lock")
@@ -225,15 +226,15 @@ def test_a_lock_that_was_given_back_stops_nobody(bucket, monkeypatch):
 
     def slow():
         if threading.current_thread() is lock._thread:
-            looking.set()
-            assert go_on.wait(60)
+            reading.set()
+            assert resume.wait(60)
         return read()
 
     monkeypatch.setattr(lock, "_read", slow)
-    assert looking.wait(60)
+    assert reading.wait(60)
     lock.close()
     second = bucket_lib.BucketLock(path)
-    go_on.set()
+    resume.set()
     lock._thread.join(60)
     assert not exits and second._read()["run"] == second._me["run"]
     second.close()
@@ -247,16 +248,16 @@ def upload(folder, place):
 
 
 def test_weights_are_read_from_a_bucket(bucket):
-    upload(model_folder.PACKAGED / "tiny", f"{bucket}/model")
-    fake_bucket.put("bucket/model/deeper/large.safetensors", b"")  # of no stage: it is not fetched
-    there, here = (DALLE2.from_pretrained(name) for name in (f"{bucket}/model", "tiny"))
-    assert there.weights_hash == here.weights_hash and there.weights == f"{bucket}/model"
+    upload(model_names.PACKAGED / "tiny", f"{bucket}/model")
+    fake_bucket.put("bucket/model/deeper/large.safetensors", b"")  # of no stage, so not fetched
+    remote, local = (DALLE2.from_pretrained(name) for name in (f"{bucket}/model", "tiny"))
+    assert remote.weights_hash == local.weights_hash and remote.weights == f"{bucket}/model"
     np.testing.assert_array_equal(
-        *(model.cascade.params["clip"]["text_tower"]["positions"] for model in (there, here))
+        *(model.cascade.params["clip"]["text_tower"]["positions"] for model in (remote, local))
     )
 
 
-def test_pictures_are_written_into_a_bucket(bucket):
+def test_images_are_written_into_a_bucket(bucket):
     out = files.prepare_folder(f"{bucket}/out")
     files.save_png(out / "cat.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a cat"})
     assert fake_bucket.names("bucket/out/") == ["bucket/out/cat.png"]
@@ -270,33 +271,33 @@ def test_prompts_are_read_from_a_bucket(bucket):
 
 
 @pytest.mark.slow
-def test_pictures_are_drawn_with_weights_in_a_bucket(bucket, folder):
+def test_images_are_generated_with_weights_in_a_bucket(bucket, folder):
     upload(folder, f"{bucket}/model")
-    there, here = (
+    remote, local = (
         DALLE2.from_pretrained(f).with_settings(steps=2) for f in (f"{bucket}/model", folder)
     )
     np.testing.assert_array_equal(
-        there.generate(["a cat"], seed=3), here.generate(["a cat"], seed=3)
+        remote.generate(["a cat"], seed=3), local.generate(["a cat"], seed=3)
     )
 
 
-def test_a_copy_is_fetched_again_only_where_it_changed(bucket):
+def test_only_changed_files_are_fetched_again(bucket):
     fake_bucket.put("bucket/set/a.txt", b"one")
     fake_bucket.put("bucket/set/sub/b.txt", b"two")
     fake_bucket.put("bucket/set/.hidden", b"")
     place = paths.to_path(f"{bucket}/set")
-    copy = paths.local_copy(place)
+    copy = cache.local_copy(place)
     read = lambda: {p.name: p.read_text() for p in copy.rglob("*.txt")}  # noqa: E731
     assert read() == {"a.txt": "one", "b.txt": "two"}
-    (copy / "a.txt").write_text("mine")  # unchanged there, so it is not fetched
+    (copy / "a.txt").write_text("mine")  # unchanged in the bucket, so not fetched
     fake_bucket.put("bucket/set/sub/b.txt", b"TWO")
-    assert paths.local_copy(place) == copy and read() == {"a.txt": "mine", "b.txt": "TWO"}
+    assert cache.local_copy(place) == copy and read() == {"a.txt": "mine", "b.txt": "TWO"}
     del fake_bucket.OBJECTS["bucket/set/a.txt"]
-    paths.local_copy(place)
+    cache.local_copy(place)
     assert read() == {"b.txt": "TWO"}
 
 
-def test_a_folder_of_pictures_in_a_bucket_is_read(bucket, tmp_path):
+def test_a_folder_of_images_in_a_bucket_is_read(bucket, tmp_path):
     files.save_png(tmp_path / "set" / "cat.png", np.zeros((8, 8, 3), np.uint8))
     (tmp_path / "set" / "cat.txt").write_text("a cat")
     upload(tmp_path / "set", f"{bucket}/set")
@@ -308,15 +309,15 @@ def test_a_tfds_directory_keeps_its_address(bucket, monkeypatch):
     with pytest.raises(UserError, match="gs://bucket/none: no such folder"):
         tfds_folder.open_split(f"{bucket}/none")
     fake_bucket.put("bucket/set/dataset_info.json", b"{}")
-    asked = []
-    monkeypatch.setattr(tfds_folder.tfds, "builder_from_directory", asked.append)
+    addresses = []
+    monkeypatch.setattr(tfds_folder.tfds, "builder_from_directory", addresses.append)
     with pytest.raises(AttributeError):
         tfds_folder.open_split(f"{bucket}/set")
-    assert asked == ["gs://bucket/set"]
+    assert addresses == ["gs://bucket/set"]
 
 
-def test_an_export_keeps_the_stages_that_are_there(bucket):
-    folder = model_folder.PACKAGED / "tiny"
+def test_an_export_keeps_the_other_stages(bucket):
+    folder = model_names.PACKAGED / "tiny"
     upload(folder, f"{bucket}/model")
     model_folder.write_stage(f"{bucket}/model", "extra", {"a": 1}, {"w": np.ones(2)})
     stages = model_folder.read_config(f"{bucket}/model")["stages"]
@@ -324,20 +325,20 @@ def test_an_export_keeps_the_stages_that_are_there(bucket):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("s3://b/model", "s3://b/model: name a folder of this machine or gs://BUCKET/FOLDER"),
         ("gs://", "gs://: name a folder of this machine or gs://BUCKET/FOLDER"),
         ("gs://bucket/none", "gs://bucket/none does not exist or holds nothing to read"),
     ],
 )
-def test_a_wrong_address_is_told_in_one_line(bucket, name, told):
-    with pytest.raises(UserError) as caught:
+def test_a_wrong_address_is_an_error_of_one_line(bucket, name, message):
+    with pytest.raises(UserError) as error:
         DALLE2.from_pretrained(name)
-    assert str(caught.value) == told
+    assert str(error.value) == message
 
 
-def test_a_bucket_that_refuses_is_told_in_one_line(bucket, monkeypatch):
+def test_a_bucket_that_refuses_is_an_error_of_one_line(bucket, monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("Forbidden:\nno storage.objects.list access")
 
@@ -346,7 +347,7 @@ def test_a_bucket_that_refuses_is_told_in_one_line(bucket, monkeypatch):
         DALLE2.from_pretrained(f"{bucket}/x")
 
 
-def test_without_gcsfs_the_cure_is_told(tmp_path):
+def test_without_gcsfs_the_error_says_how_to_install_it():
     hidden = "import sys; sys.modules['gcsfs'] = None\n"
     script = f"{hidden}from dalle2_jax import DALLE2\nDALLE2.from_pretrained('gs://b/model')"
     done = subprocess.run(

@@ -241,7 +241,10 @@ def test_the_preview_is_the_same_on_any_mesh(task):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"task__drop_caption": 1.5}, "config.task.drop_caption=1.5 must be within 0 and 1"),
+        (
+            {"task__drop_caption": 1.5},
+            "config.task.drop_caption must be a number from 0 to 1, not 1.5",
+        ),
         ({"task__fit_batches": 1}, "config.task.fit_batches=1 are 4 images, which have no 6"),
         ({"task__fit_batches": 0}, "config.task.fit_batches must be a whole number from 1, not 0"),
         ({"task__fit_batches": "x"}, "config.task.fit_batches must be a whole .*, not 'x'"),
@@ -255,7 +258,10 @@ def test_the_preview_is_the_same_on_any_mesh(task):
         ({"model__buckets": 16.0}, "config.model.buckets must be a whole .*, not 16.0"),
         ({"model__heads": 3}, "config.model.heads=3 must divide config.model.width=16"),
         ({"model__context_length": CONTEXT + 1}, "set --config.model.context_length=8"),
-        ({"task__sampling__dot_share": 0}, "config.task.sampling: dot_share must be a finite"),
+        (
+            {"task__sampling__dot_share": 0},
+            "config.task.sampling: dot_share must be a number from 1e-06 to 1, not 0",
+        ),
         ({"task__sampling__temprature": 1}, "did you mean 'temperature'"),
     ],
 )

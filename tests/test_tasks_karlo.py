@@ -162,7 +162,7 @@ TEXT = dict(context_length=8, vocab_size=520, width=16, depth=1, heads=2)
     ("stage", "change", "told"),
     [
         ("prior", {"task__embedding_scale": 17.2}, "embedding_scale=17.2 must be 1 where z_img is"),
-        ("prior", {"task__candidates": 0}, "candidates=0 must be 1 or more"),
+        ("prior", {"task__candidates": 0}, "candidates must be a whole number from 1, not 0"),
         ("decoder", {"model__unit_length": True}, "False: set --config.model.unit_length=False"),
         ("decoder", {"model__text": TEXT}, "config.model.text is a text encoder of the decoder's"),
         (

@@ -91,7 +91,7 @@ def on_mesh(sizes, loss, params, inputs):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
     rules = ((r"(in|fc1)/kernel", "tensor:-1+fsdp:1"), (".*", "fsdp:1"))
     places = sharding.param_shardings(params, rules, mesh)
-    abstract = sharding.placed(params, rules, mesh)
+    abstract = sharding.with_shardings(params, rules, mesh)
 
     def gradient(params, inputs):
         with gathering(mesh, abstract):
@@ -234,9 +234,13 @@ def test_batches_that_replicas_do_not_fill_are_refused(params):
             lambda p, x: task.loss(p, {}, x, jax.random.key(0), True)[0],
             *(params, small_cascade.batch(BATCH)),
         )
-    with pytest.raises(UserError, match=r"config.task.sam_rho=-1"):
+    with pytest.raises(
+        UserError, match=r"config.task.sam_rho must be a finite number from 0, not -1"
+    ):
         make(task__sam_rho=-1.0)
-    with pytest.raises(UserError, match=r"config.task.sam_replica_batch=1 must be 2 or more"):
+    with pytest.raises(
+        UserError, match=r"config.task.sam_replica_batch must be a whole number from 2, not 1"
+    ):
         dataclasses.replace(task, sam_replica_batch=1)
 
 

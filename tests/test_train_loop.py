@@ -18,7 +18,7 @@ from toy_task import ToyTask, config, dataset, losses
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
-from dalle2_jax.storage import model_folder
+from dalle2_jax.storage import model_folder, model_names
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import loop, outputs
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
@@ -233,7 +233,7 @@ def test_warm_start_refuses_what_it_would_load_in_part(tmp_path, one_device):
 
 
 def test_warm_start_knows_models_by_name(tmp_path, one_device, monkeypatch):
-    monkeypatch.setattr(model_folder, "PACKAGED", tmp_path)
+    monkeypatch.setattr(model_names, "PACKAGED", tmp_path)
     params = jax.device_get(ToyTask().init(jax.random.key(5)))
     model_folder.write_stage(tmp_path / "small", "toy", {}, params)
     cfg = config(init_from="small", num_steps=1, optimizer=dict(learning_rate=0.0))

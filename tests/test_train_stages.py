@@ -52,8 +52,8 @@ def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
 def test_the_licence_of_what_a_stage_comes_from_stays_with_it(tmp_path):
     small_cascade.write(tmp_path / "clip", ["clip"])
     small_cascade.write(tmp_path / "start", ["clip", "prior"])
-    licence.keep("Not for harm.\n", tmp_path / "start")
-    licence.keep("Name the makers.\n", tmp_path / "clip")
+    licence.add("Not for harm.\n", tmp_path / "start")
+    licence.add("Name the makers.\n", tmp_path / "clip")
     begun = config("prior", tmp_path / "clip", 2, init_from=str(tmp_path / "start"))
     with begun.unlocked():
         begun.export_to = str(tmp_path / "model")
@@ -64,7 +64,7 @@ def test_the_licence_of_what_a_stage_comes_from_stays_with_it(tmp_path):
 
 def test_a_run_that_is_refused_leaves_no_licence(tmp_path):
     small_cascade.write(tmp_path / "start", ["clip", "prior"])
-    licence.keep("Not for harm.\n", tmp_path / "start")
+    licence.add("Not for harm.\n", tmp_path / "start")
     small_cascade.write(tmp_path / "model", ["clip", "prior"])
     start = str(tmp_path / "start")
     replacing = config("clip", tmp_path / "model", 2, init_from=start)

@@ -1,4 +1,4 @@
-"""Sections of a config become objects, and a wrong key is told with the near miss."""
+"""Sections of a config become objects; the error for a wrong key names the near miss."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax.errors import UserError, near_miss
-from dalle2_jax.validation.sections import check_keys, construct, plain
+from dalle2_jax.validation.sections import check_keys, construct, to_json_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +30,32 @@ def test_near_miss_names_the_key_or_lists_all():
     assert "'optimizer.b1'" in near_miss("optimizr.b1", ["optimizer.b1", "seed"])
 
 
-def test_check_keys_tells_where():
+def test_check_keys_names_the_section():
     check_keys(["width"], iter(["width", "depth"]), "config.model")
     with pytest.raises(UserError, match=r"config.model: unknown key 'widht'; did you mean 'width'"):
         check_keys(["width", "widht"], ["width", "depth"], "config.model")
 
 
-def test_construct_gives_hashable_arguments():
-    made = construct(Settings, ConfigDict({"width": 4, "mults": [1, [2, 3]]}), "config.model")
-    assert made == Settings(4, (1, (2, 3)))
-    assert isinstance(hash(made), int)
+def test_constructed_objects_are_hashable():
+    settings = construct(Settings, ConfigDict({"width": 4, "mults": [1, [2, 3]]}), "config.model")
+    assert settings == Settings(4, (1, (2, 3)))
+    assert isinstance(hash(settings), int)
     layer = construct(Layer, ConfigDict({"inner": {"mults": [1, 2]}}), "config.model", width=3)
     assert layer.width == 3 and layer.inner["mults"] == (1, 2)
     assert isinstance(hash(layer), int)
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         ({"width": 1, "widht": 2}, "config.model: unknown key 'widht'; did you mean 'width'"),
         ({"mults": (1,)}, "config.model: the key 'width' is missing"),
         ({"width": 1, "hidden": 2}, "unknown key 'hidden'"),
-        ({"width": 1, "rate": 2}, "unknown key 'rate'"),  # comes from elsewhere
+        ({"width": 1, "rate": 2}, "unknown key 'rate'"),  # an argument of `construct`
     ],
 )
-def test_construct_refuses_wrong_keys(section, told):
-    with pytest.raises(UserError, match=told):
+def test_construct_refuses_wrong_keys(section, message):
+    with pytest.raises(UserError, match=message):
         construct(Settings, section, "config.model", rate=0.5)
 
 
@@ -65,7 +65,7 @@ def test_a_modules_name_and_parent_are_no_settings():
             construct(Layer, {"width": 1, "inner": {}, key: None}, "config.model")
 
 
-def test_plain_survives_json():
+def test_json_values_survive_json():
     section = ConfigDict({"a": {"b": (1, 2), "c": [{"d": None}]}, "e": 1.5, "f": "x"})
     want = {"a": {"b": [1, 2], "c": [{"d": None}]}, "e": 1.5, "f": "x"}
-    assert plain(section) == want == json.loads(json.dumps(plain(section)))
+    assert to_json_values(section) == want == json.loads(json.dumps(to_json_values(section)))

@@ -61,7 +61,8 @@ def _report(config: build.Config, where: Slice, mesh: Mesh, thorough: bool) -> R
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
     frozen = {
-        name: sharding.placed(tree, FROZEN_RULES, mesh) for name, tree in task.frozen().items()
+        name: sharding.with_shardings(tree, FROZEN_RULES, mesh)
+        for name, tree in task.frozen().items()
     }
     batch = build.abstract_batch(config, sharding.batch_sharding(mesh))
 
@@ -181,7 +182,7 @@ def _least_rows(config: build.Config, mesh: Mesh) -> int:
 
     SAM's replicas lie whole on a shard; a contrastive loss needs two pairs.
     """
-    shards = sharding.batch_shards(mesh)
+    shards = sharding.num_batch_shards(mesh)
     if config.task.get("sam_rho"):
         return shards * config.task.sam_replica_batch
     return max(shards, 2) if config.task.name == "clip" else shards

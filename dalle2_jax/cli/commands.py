@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.storage import paths
+from dalle2_jax.storage import cache
 
 
 def _name() -> str:
@@ -170,8 +170,8 @@ def keep_compiled_programs() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
 
-    cache = paths.users_cache()
-    if cache is None:
+    folder = cache.user_folder()
+    if folder is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -49,7 +49,7 @@ def main(verb: str, source: str) -> None:
     from dalle2_jax.pretrained import convert, export, find
     from dalle2_jax.storage import (  # late: mistakes in the flags are reported at once
         licence,
-        model_folder,
+        model_names,
     )
 
     convert.check_free(out)  # before anything is downloaded
@@ -57,5 +57,5 @@ def main(verb: str, source: str) -> None:
         convert.import_model(find.source(source), out, dtype)
         licence.show_once(out)
     else:
-        export.export_model(model_folder.resolve(source), out)
+        export.export_model(model_names.resolve(source), out)
     print(OUT.value)

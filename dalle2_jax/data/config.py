@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
-from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.errors import UserError
 from dalle2_jax.tokenizer import FULL_VOCAB_SIZE, Tokenizer
-from dalle2_jax.validation import sections
+from dalle2_jax.validation import checks
+from dalle2_jax.validation.sections import check_numbers, check_whole_numbers
 
 SOURCES = ("emoji", "tfds", "folder")
 _KINDS = {str: "a text", bool: "True or False", int: "a whole number", float: "a number"}
@@ -71,26 +73,25 @@ class DataConfig:
         # Kinds come from the defaults, so a new setting is checked without a line here.
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            if kind in _KINDS and not _is(value, kind):
-                raise UserError(f"config.data.{field.name}={value!r} must be {_KINDS[kind]}")
-        if self.source not in SOURCES:
-            hint = near_miss(self.source, SOURCES)
-            raise UserError(f"config.data.source={self.source!r} is unknown{hint}")
+            if kind in _KINDS:
+                checks.require(_is(value, kind), f"config.data.{field.name}", _KINDS[kind], value)
+        checks.one_of("config.data.source", self.source, SOURCES)
         if not self.path.strip():  # else the current folder
             raise UserError("config.data.path is empty: name a folder")
-        sections.check_range("config.data", 1, 2**31 - 1, image_size=self.image_size)
-        sections.check_range("config.data", 1, 2**16, stream_parts=self.stream_parts)
-        sections.check_range("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
-        sections.check_range("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
-        sections.check_range("config.data", 0, ram_gb=self.ram_gb)  # inf: never streamed
-        sections.check_range("config.data", 0, 1, background_share=self.background_share)
-        sections.check_range("config.data", 0, 1, mirror_share=self.mirror_share)
+        check_whole_numbers("config.data", 1, 2**31 - 1, image_size=self.image_size)
+        check_whole_numbers("config.data", 1, 2**16, stream_parts=self.stream_parts)
+        check_whole_numbers("config.data", 0, 2**32 - 1, shuffle_seed=self.shuffle_seed)
+        check_numbers("config.data", 0, 10**6, decoded_gb=self.decoded_gb)
+        check_numbers("config.data", 0, math.inf, ram_gb=self.ram_gb)  # inf: never streamed
+        check_numbers("config.data", 0, 1, background_share=self.background_share)
+        check_numbers("config.data", 0, 1, mirror_share=self.mirror_share)
         Tokenizer(self.context_length, self.vocab_size)  # raises for sizes that it does not have
-        if not _is_crop_scale(self.crop_scale):
-            raise UserError(
-                f"config.data.crop_scale={self.crop_scale!r} must be two numbers (low, high) with "
-                "0 < low <= high <= 1"
-            )
+        checks.require(
+            _is_crop_scale(self.crop_scale),
+            "config.data.crop_scale",
+            "two numbers (low, high) with 0 < low <= high <= 1",
+            self.crop_scale,
+        )
         self._check_combinations()
 
     def _check_combinations(self) -> None:

@@ -19,7 +19,7 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.preprocess import preprocess
-from dalle2_jax.storage import model_folder
+from dalle2_jax.storage import model_folder, model_names
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
 
@@ -54,7 +54,7 @@ class Judge:
             UserError: the folder is missing or damaged, has no CLIP, or one without image tower.
         """
         try:
-            path = model_folder.resolve(folder)
+            path = model_names.resolve(folder)
         except UserError as error:
             raise UserError(
                 f"judge: {error}; train one: python train.py --config=configs/clip.py:judge "

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from dalle2_jax.nets.chunked import attention_by_chunks
 from dalle2_jax.nets.flash import MOST_CHANNELS, flash_attention
-from dalle2_jax.parallel.shards import BATCH_AXES, batch_shards
+from dalle2_jax.parallel.shards import BATCH_AXES, current_batch_axes
 from dalle2_jax.types import Array
 
 # Queries from which logits are not held whole. Compiled for v5e, 8 examples of 16 heads, the
@@ -105,7 +105,7 @@ def _on_every_device(function: Callable[..., Array], *args: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:  # no mesh, or this device's own part of one already
         return function(*args)
-    batch_axes, shards = batch_shards()
+    batch_axes, shards = current_batch_axes()
     other_axes = tuple(axis for axis in mesh.auto_axes if axis not in BATCH_AXES)
     b, _, heads, _ = args[0].shape
     rows = batch_axes if b % shards == 0 else None

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.parallel.shards import whole_rows
+from dalle2_jax.parallel.shards import keep_rows_whole
 from dalle2_jax.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -85,7 +85,7 @@ def conv3x3(x: Array, kernel: Array) -> Array:
 
 def _conv_by_patches(x: Array, kernel: Array) -> Array:
     _, h, w, c = x.shape
-    x = whole_rows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    x = keep_rows_whole(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
     patches = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
     return jnp.concatenate(patches, axis=-1) @ kernel.reshape(9 * c, -1)
 
@@ -114,7 +114,7 @@ def _kernel_gradient_by_matmuls(x: Array, g: Array) -> Array:
     d = g.shape[-1]
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
     g = jnp.pad(g, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    g = whole_rows(g)
+    g = keep_rows_whole(g)
     g = jnp.concatenate([g[:, :, 2 - j : 2 - j + w] for j in range(3)], axis=-1)
     g = g.reshape(-1, 3 * d)
     rows = [x[:, i : i + h].reshape(-1, c).T @ g for i in range(3)]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dalle2_jax.nets.attention import attention, merge_heads, split_heads
 from dalle2_jax.nets.layers import Conv3x3, GroupNorm
 from dalle2_jax.nets.remat import rematerialised
-from dalle2_jax.parallel.shards import whole_rows
+from dalle2_jax.parallel.shards import keep_rows_whole
 from dalle2_jax.types import Array
 
 
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         emb = nn.Dense(out, dtype=self.dtype, name="emb")(nn.silu(emb))[:, None, None]
         norm2 = GroupNorm(self.groups, name="norm2")
         if self.scale_shift:
-            scale, shift = jnp.split(whole_rows(emb), 2, axis=-1)
+            scale, shift = jnp.split(keep_rows_whole(emb), 2, axis=-1)
             h = norm2(h) * (1 + scale) + shift
         else:
             h = norm2(h + emb)

@@ -1,20 +1,35 @@
 """Fully sharded data parallelism: a layer's weights are gathered where the layer runs.
 
-Parameters split over "fsdp" (ZeRO stage 3, 1910.02054, section 5) are of use only whole. Left to
-itself the compiler moves activations as gladly as weights, and reduces gradients whole. Here every
-layer of a Flax network that owns a split parameter runs under `shard_map` instead: on this device's
-rows of the batch, with weights gathered in the layer's own dtype. The transpose of that gather is
-a reduce-scatter of the gradient; gathered weights are never kept for the backward pass.
+Each of n devices keeps one n-th of every large parameter, of its gradient and of its optimiser
+state (ZeRO stage 3, arXiv 1910.02054, section 5), but computes with whole weights on its own rows
+of the batch. For a dense layer with W [d, k], of which each device keeps a slice w [d/n, k]:
 
-The networks know nothing of it: `gathering` is a Flax interceptor around the loss. What it does
-not touch (norms, attention, noise, the loss) stays under `jit` with global meaning, so that a run
-is the same on any mesh.
+    forward     W  = all_gather(w)              [d, k]
+                y  = x W                        x [b/n, d] -> y [b/n, k];  W is dropped
+    backward    W  = all_gather(w)              again, as it was not kept
+                dx = dy W^T                     [b/n, d]
+                dw = reduce_scatter(x^T dy)     [d, k] on each device -> the sum's slice [d/n, k]
+
+Left to itself the compiler moves activations as readily as weights, and all-reduces whole gradients
+where a reduce-scatter sends half the bytes. So here the program says how each layer runs.
+`gathering` is a Flax interceptor around the loss: it sees each call of a module, and replaces the
+call of a layer that owns split parameters by, in essence,
+
+    def apply(slices, rows):
+        weights = all_gather(slices)                     # its transpose is the reduce-scatter
+        return layer.apply(weights, rows)
+
+    y = shard_map(checkpoint(apply, keep everything but gathered weights))(params, x)
+
+The networks know nothing of it. What owns no split parameter (norms, attention, noise, the loss)
+stays under `jit` with global shapes, so a run computes the same on any mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,168 +40,216 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dalle2_jax.parallel.rings import Groups, ring_groups
 from dalle2_jax.parallel.sharding import BATCH_AXES, flatten, path_name
-from dalle2_jax.parallel.shards import batch_shards, on_shards
+from dalle2_jax.parallel.shards import current_batch_axes, on_shards
 from dalle2_jax.types import Array, Params, PyTree
 
-Groups = list[list[int]]
 Specs = Mapping[tuple, PartitionSpec]
-LARGE_SLICE = 2**18  # bytes: smaller ones the compiler gathers by adding up zeros, twice the bytes
-# Of the `gathering` that is being traced within: how parameters are split, and the rings.
-_HERE: contextvars.ContextVar[tuple[Specs, Sequence[Groups | None]]] = contextvars.ContextVar(
+"""(*module path, name, shape) -> how that parameter is split over "fsdp"."""
+Rings = Sequence[Groups | None]
+"""The stages of a gather, see `rings.ring_groups`."""
+
+LARGE_SLICE = 2**18
+"""Bytes. The compiler gathers smaller slices by adding up arrays padded with zeros, which sends
+twice the bytes, unless it is given rings."""
+
+# The specs and rings of the `gathering` that is being traced, for `with_gathered_params`.
+_CURRENT: contextvars.ContextVar[tuple[Specs, Rings]] = contextvars.ContextVar(
     "gathering", default=({}, [None])
 )
 
 
 @contextlib.contextmanager
 def gathering(mesh: Mesh, *trees: PyTree) -> Iterator[None]:
-    """Networks that are applied within run their layers on weights gathered from `mesh`.
+    """Makes networks that are applied within the block gather their weights layer by layer.
 
-    To be entered while tracing, within the context of `mesh`. `trees` are the parameters of all
-    networks that are applied, a tree each, as ShapeDtypeStructs with a NamedSharding. Does nothing
-    on a mesh of one shard, and for a layer whose rows the shards do not divide: there the compiler
+    To be entered while tracing, where `mesh` is the current one. On a mesh of one shard it does
+    nothing. Nor does it for a layer whose rows the shards do not divide evenly: there the compiler
     chooses.
+
+    Args:
+        mesh: has the axes `sharding.AXES`.
+        *trees: the parameters of all networks that are applied, one tree for each network, as
+            ShapeDtypeStructs with a NamedSharding (`sharding.with_shardings`). While tracing,
+            parameters themselves do not show how they are split.
     """
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    if shards == 1:
+    if not axes:
         yield
         return
-
-    def by_rows(x: Array) -> PartitionSpec:
-        return PartitionSpec(axes, *[None] * (x.ndim - 1))
-
-    specs = _specs(trees)
-    rows = np.moveaxis(mesh.devices, 1, -1).reshape(-1, mesh.shape["fsdp"])
-    rings = ring_groups(rows[0])
-    if any(ring_groups(row) != rings for row in rows[1:]):
-        rings = [None]
-    within = False
-
-    def _split(layer: nn.Module, params: Mapping[str, Array]) -> dict[str, PartitionSpec]:
-        """Returns the shardings of those parameters of the layer that are split."""
-        found = {name: specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
-        return {name: spec for name, spec in found.items() if spec and any(spec)}
-
-    def divides(x: Any) -> bool:
-        return getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
-
-    def by_batch(x: Any) -> Any:
-        if divides(x):
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_rows(x)))
-        return x
-
-    def run(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        nonlocal within
-        layer = context.module
-        per_shard = jax.sharding.get_abstract_mesh().manual_axes  # there all is whole already
-        if within or per_shard or context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        params = dict(layer.variables.get("params", {}))
-        split = (
-            {} if any(isinstance(p, Mapping) for p in params.values()) else _split(layer, params)
-        )
-        named = any(hasattr(x, "ndim") for x in kwargs.values())  # rows, or not: nobody says
-        if not split or named or not args or not all(map(divides, args)):
-            return jax.tree.map(by_batch, next_fun(*args, **kwargs))
-
-        # Messages of the layer's own dtype. Cast here: within, the backward pass would gather from
-        # a copy, which the compiler could not know for the same.
-        dtype = getattr(layer, "dtype", None)
-        params |= {name: params[name].astype(dtype or params[name].dtype) for name in split}
-
-        def apply(params: Mapping[str, Array], *args: Array) -> Array:
-            whole = {
-                name: _gather(p, split[name], rings) if name in split else p
-                for name, p in params.items()
-            }
-            return layer.clone(parent=None, name=None).apply({"params": whole}, *args, **kwargs)
-
-        local = jax.shard_map(
-            jax.checkpoint(apply, policy=_keep, prevent_cse=not _in_body(layer)),
-            in_specs=(
-                {name: split.get(name, PartitionSpec()) for name in params},
-                *map(by_rows, args),
-            ),
-            out_specs=PartitionSpec(axes),
-            axis_names=set(axes),  # "tensor" stays with the compiler
-            check_vma=False,  # gathers over groups of an axis have no such types
-        )
-        within = True
-        try:
-            return local(params, *args)
-        finally:
-            within = False
-
-    here = _HERE.set((specs, rings))
+    interceptor = _Interceptor(mesh, axes, _specs(trees), _rings_of(mesh))
+    token = _CURRENT.set((interceptor.specs, interceptor.rings))
     try:
-        with nn.intercept_methods(run):
+        with nn.intercept_methods(interceptor):
             yield
     finally:
-        _HERE.reset(here)
+        _CURRENT.reset(token)
 
 
-def networks(params: Params) -> Sequence[Params]:
-    """The trees of several networks alike, as in {"first": ..., "last": ...}, for `gathering`:
-    each knows its own paths alone. Else the one."""
+@dataclasses.dataclass(eq=False)
+class _Interceptor:
+    """Runs the layers of a network with gathered weights; Flax calls it for each method call."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]  # of the mesh, that split the batch
+    specs: Specs
+    rings: Rings
+    in_layer: bool = False  # within a layer that runs on gathered weights
+
+    def __call__(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        layer = context.module
+        # Within another shard_map (`with_gathered_params`) all weights are whole already.
+        is_mapped = bool(jax.sharding.get_abstract_mesh().manual_axes)
+        if self.in_layer or is_mapped or context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        params = dict(layer.variables.get("params", {}))
+        specs = self._split_params(layer, params)
+        # An array that is passed by name may have rows of the batch or not; that is not known.
+        named_arrays = any(hasattr(x, "ndim") for x in kwargs.values())
+        if not specs or named_arrays or not args or not all(map(self._is_divisible, args)):
+            return jax.tree.map(self._split_rows, next_fun(*args, **kwargs))
+        self.in_layer = True
+        try:
+            return self._run(layer, params, specs, args, kwargs)
+        finally:
+            self.in_layer = False
+
+    def _run(
+        self,
+        layer: nn.Module,
+        params: dict[str, Array],
+        specs: Mapping[str, PartitionSpec],
+        args: tuple,
+        kwargs: dict,
+    ) -> Array:
+        """Returns layer(*args, **kwargs), computed on each device's rows with gathered `params`."""
+        # Weights are sent in the layer's own dtype. They are cast here, not in `apply`: there, the
+        # backward pass would gather from a copy, which the compiler could not recognise as equal.
+        dtype = getattr(layer, "dtype", None)
+        cast = {name: params[name].astype(dtype or params[name].dtype) for name in specs}
+        params = {**params, **cast}
+
+        def apply(params: Mapping[str, Array], *args: Array) -> Array:
+            gathered = {
+                name: _gather(p, specs[name], self.rings) if name in specs else p
+                for name, p in params.items()
+            }
+            detached = layer.clone(parent=None, name=None)
+            return detached.apply({"params": gathered}, *args, **kwargs)
+
+        mapped = jax.shard_map(
+            jax.checkpoint(apply, policy=_keep, prevent_cse=not _is_transformed(layer)),
+            in_specs=(
+                {name: specs.get(name, PartitionSpec()) for name in params},
+                *map(self._row_spec, args),
+            ),
+            out_specs=PartitionSpec(self.axes),
+            axis_names=set(self.axes),  # "tensor" stays with the compiler
+            check_vma=False,  # gathers over groups of an axis have no varying-axes types
+        )
+        return mapped(params, *args)
+
+    def _split_params(self, layer: nn.Module, params: Mapping) -> dict[str, PartitionSpec]:
+        """Returns {name: spec} of the layer's own parameters that are split; {} of a container."""
+        if any(isinstance(p, Mapping) for p in params.values()):
+            return {}  # parameters of inner layers, each of which is intercepted itself
+        specs = {name: self.specs.get((*layer.path, name, p.shape)) for name, p in params.items()}
+        return {name: spec for name, spec in specs.items() if spec and any(spec)}
+
+    def _is_divisible(self, x: Any) -> bool:
+        shards = math.prod(self.mesh.shape[axis] for axis in self.axes)
+        return getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
+
+    def _row_spec(self, x: Array) -> PartitionSpec:
+        return PartitionSpec(self.axes, *[None] * (x.ndim - 1))
+
+    def _split_rows(self, x: Any) -> Any:
+        """Makes the compiler leave activations where their rows are."""
+        if not self._is_divisible(x):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._row_spec(x)))
+
+
+def _rings_of(mesh: Mesh) -> Rings:
+    """Returns the stages along "fsdp", which must suit all of the mesh's rows of that axis."""
+    rows = np.moveaxis(mesh.devices, 1, -1).reshape(-1, mesh.shape["fsdp"])
+    rings = ring_groups(rows[0])
+    return rings if all(ring_groups(row) == rings for row in rows[1:]) else [None]
+
+
+def network_trees(params: Params) -> Sequence[Params]:
+    """Returns the parameters of each network, for `gathering`.
+
+    A task may train several equal networks, {"first": tree, "last": tree}, and each knows its own
+    paths only. Any other `params` are one network's.
+    """
     inner = list(params.values())
-    whole = all(_is_tree(x) and any(map(_is_tree, x.values())) for x in inner)
-    alike = whole and len({jax.tree.structure(x) for x in inner}) == 1
-    return inner if alike and len(inner) > 1 else [params]
+    if len(inner) < 2 or not all(_is_network(tree) for tree in inner):
+        return [params]
+    alike = len({jax.tree.structure(tree) for tree in inner}) == 1
+    return inner if alike else [params]
 
 
-def _is_tree(x: Any) -> bool:
-    return isinstance(x, Mapping)
+def _is_network(tree: Any) -> bool:
+    """Returns whether `tree` holds modules, rather than being one layer or one array."""
+    return isinstance(tree, Mapping) and any(isinstance(x, Mapping) for x in tree.values())
 
 
-def on_whole(
+def with_gathered_params(
     function: Callable[..., PyTree], params: Params, *rows: PyTree, dtype: Any = None
 ) -> PyTree:
-    """`function(params, *rows)` on each shard of the `rows` [b, ...], with all `params` at once.
+    """Returns `function(params, *rows)`, run on each shard of `rows` with all `params` at once.
 
-    For what needs the whole network on one chip: each weight is gathered once in its own dtype, and
-    its gradient reduce-scattered once, as `dtype` (None: its own). Outside of `gathering` how is
-    left to the compiler.
+    For what needs a whole network on one chip. Each weight is gathered once, in its own dtype, and
+    its gradient is reduce-scattered once. Outside of `gathering` the compiler chooses how.
+
+    Args:
+        function: (params, *rows of one shard) -> trees of arrays [b / shards, ...].
+        params: the parameters of a network that `gathering` was given.
+        *rows: trees of arrays [b, ...].
+        dtype: in which gradients are sent; None: in their parameter's.
     """
-    axes, _ = batch_shards()
-    specs, rings = _HERE.get()
+    axes, _ = current_batch_axes()
+    all_specs, rings = _CURRENT.get()
 
-    def split(path: tuple, x: Array) -> PartitionSpec:
-        return specs.get((*path_name(path).split("/"), x.shape), PartitionSpec())
+    def spec_of(path: tuple, x: Array) -> PartitionSpec:
+        return all_specs.get((*path_name(path).split("/"), x.shape), PartitionSpec())
 
-    places = jax.tree_util.tree_map_with_path(split, params)
+    specs = jax.tree_util.tree_map_with_path(spec_of, params)
 
-    def gathered(x: Array, place: PartitionSpec) -> Array:
-        return _gather(x, place, rings, dtype) if any(place) else x
+    def gather(x: Array, spec: PartitionSpec) -> Array:
+        return _gather(x, spec, rings, dtype) if any(spec) else x
 
-    def shard(params: Params, *rows: PyTree) -> PyTree:
-        return function(jax.tree.map(gathered, params, places), *rows)
+    def on_shard(params: Params, *rows: PyTree) -> PyTree:
+        return function(jax.tree.map(gather, params, specs), *rows)
 
-    return on_shards(shard, axes, first=[places])(params, *rows)
+    return on_shards(on_shard, axes, first_specs=[specs])(params, *rows)
 
 
 def _specs(trees: Sequence[PyTree]) -> Specs:
-    """(module path..., name, shape) -> how that parameter is split over "fsdp".
+    """Returns how the parameters of `trees` are split over "fsdp".
 
-    A scanned layer sees one block of a stack: its shape is that of the stack but for axis 0.
+    A layer in `nn.scan` sees one block of a stack, of the stack's shape without axis 0, so a
+    parameter that is not split there is listed under that shape, too.
     """
-    found = {}
+    specs = {}
     for name, leaf in itertools.chain.from_iterable(flatten(tree).items() for tree in trees):
-        path, spec = tuple(name.split("/")), tuple(leaf.sharding.spec)
-        spec = tuple("fsdp" if axis == "fsdp" else None for axis in spec)
-        spec += (None,) * (len(leaf.shape) - len(spec))
-        found[(*path, tuple(leaf.shape))] = PartitionSpec(*spec)
-        if spec and spec[0] is None:
-            found.setdefault((*path, tuple(leaf.shape[1:])), PartitionSpec(*spec[1:]))
-    return found
+        path, axes = tuple(name.split("/")), tuple(leaf.sharding.spec)
+        axes = tuple("fsdp" if axis == "fsdp" else None for axis in axes)
+        axes += (None,) * (len(leaf.shape) - len(axes))
+        specs[(*path, tuple(leaf.shape))] = PartitionSpec(*axes)
+        if axes and axes[0] is None:
+            specs.setdefault((*path, tuple(leaf.shape[1:])), PartitionSpec(*axes[1:]))
+    return specs
 
 
-def _in_body(layer: nn.Module) -> bool:
-    """Returns whether nn.scan or nn.remat runs the layer; Flax binds what it transforms as a new
-    root.
+def _is_transformed(layer: nn.Module) -> bool:
+    """Returns whether `nn.scan` or `nn.remat` runs the layer: Flax makes it a root with a path.
 
-    Their backward pass is a program of its own, which gathers weights again, once. Elsewhere the
-    compiler would see that the forward pass gathers the same and keep it, unless it is prevented.
+    Their backward pass is a program of its own, which gathers the weights again by itself.
+    Elsewhere the compiler would notice that the forward pass gathers the same and keep its result,
+    unless `jax.checkpoint` prevents that.
     """
     while isinstance(layer.parent, nn.Module):
         layer = layer.parent
@@ -194,26 +257,29 @@ def _in_body(layer: nn.Module) -> bool:
 
 
 def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
-    """All but gathered weights is kept for the backward pass. By primitive: a name would be that of
-    a copy, and the gather's own result were kept."""
+    """Policy of `jax.checkpoint`: keeps everything but gathered weights for the backward pass.
+
+    By the primitive: a `checkpoint_name` would name a copy, and the gather's result would be kept.
+    """
     return primitive is not jax.lax.all_gather_p
 
 
-def _gather(
-    x: Array, spec: PartitionSpec, rings: Sequence[Groups | None], dtype: Any = None
-) -> Array:
-    """A weight from its slices; its gradient is summed and sliced ring by ring, as `dtype`."""
+def _gather(x: Array, spec: PartitionSpec, rings: Rings, dtype: Any = None) -> Array:
+    """Returns a whole weight from its slices `x`, within `shard_map`.
+
+    Its gradient is summed and sliced ring by ring, in `dtype` (None: in that of `x`).
+    """
     axis = spec.index("fsdp")
-    # Over both dimensions of a flat torus at once, which the compiler does well. Over three it too
-    # adds up zeros.
+    # The compiler gathers large slices well over both dimensions of a flat torus at once; over
+    # three it, too, adds up arrays of zeros.
     stages = [None] if x.nbytes > LARGE_SLICE and len(rings) < 3 else rings
 
-    def gathered(x: Array) -> Array:
+    def all_gather(x: Array) -> Array:
         for groups in stages:
             x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
         return x
 
-    def scatter(_: None, g: Array) -> tuple[Array]:
+    def reduce_scatter(_: None, g: Array) -> tuple[Array]:
         g = g.astype(dtype or x.dtype)
         for groups in reversed(rings):
             g = jax.lax.psum_scatter(
@@ -221,51 +287,6 @@ def _gather(
             )
         return (g.astype(x.dtype),)
 
-    gather = jax.custom_vjp(gathered)
-    gather.defvjp(lambda x: (gathered(x), None), scatter)
+    gather = jax.custom_vjp(all_gather)
+    gather.defvjp(lambda x: (all_gather(x), None), reduce_scatter)
     return gather(x)
-
-
-def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
-    """Stages in which an axis of `devices` is gathered, and in reverse order scattered, each along
-    one dimension of the torus.
-
-    The TPU compiler reduce-scatters along a physical ring alone; over several dimensions at once it
-    reduces everything to everybody, twice the bytes. So it gathers small slices. Where devices have
-    no coordinates, or not in rows, there is one stage over all (None).
-    """
-    coords: Any = [getattr(d, "coords", None) for d in devices]
-    if None in coords or len(set(map(tuple, coords))) < len(coords):
-        return [None]
-    stages, block, n = [], 1, len(coords)  # block: devices that earlier stages have gathered
-    while block < n:
-        length = _run(coords, block)
-        if length == 1:
-            return [None]
-        # members of a ring: `length` steps of `block` devices
-        starts = [i for i in range(n) if (i // block) % length == 0]
-        stages.append([[start + block * k for k in range(length)] for start in starts])
-        block *= length
-    return stages if len(stages) > 1 else [None]
-
-
-def _run(coords: Sequence[Sequence[int]], block: int) -> int:
-    """Returns how many blocks, from the first, differ in one coordinate only, in the same way."""
-    n, best = len(coords), 1
-    for length in range(2, n // block + 1):
-        if n % (block * length):
-            continue
-        rings = [
-            [coords[i + block * k] for k in range(length)]
-            for i in range(n)
-            if (i // block) % length == 0
-        ]
-        changing = {
-            axis
-            for ring in rings
-            for axis in range(len(coords[0]))
-            if len({c[axis] for c in ring}) > 1
-        }
-        if len(changing) == 1:
-            best = length
-    return best

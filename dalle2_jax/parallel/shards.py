@@ -1,7 +1,10 @@
-"""Running a function on each shard of a batch, where the shards matter to what it computes.
+"""Mapping a function over the shards of a batch, where its result depends on the split.
 
-The trainer traces its steps within its mesh (train/step.py); outside one, and on a mesh that does
-not split batches, the whole batch is the only shard.
+Most of the program is traced with global shapes, and the compiler splits it. Some computations have
+to know the shards: a contrastive loss that goes round a ring of them, a network that is computed as
+a whole on each. `on_shards` runs such a function once for each shard. It finds the mesh that the
+trainer traces its steps in (`train.step`); without a mesh, or on one that does not split batches,
+the whole batch is the only shard.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-BATCH_AXES = ("data", "fsdp")  # of the mesh (sharding.py): a batch is split over them
+BATCH_AXES = ("data", "fsdp")
+"""The axes of the mesh (`sharding.AXES`) that a batch is split over."""
 
 
-def batch_shards() -> tuple[tuple[str, ...], int]:
-    """The mesh axes that a batch is split over here, and into how many shards: ((), 1) for none.
+def current_batch_axes() -> tuple[tuple[str, ...], int]:
+    """Returns the mesh axes that a batch is split over where this is traced, and the shard count.
 
-    Within `on_shards` a function sees one shard, so there it is ((), 1) again.
+    ((), 1) if it is not split. That is so, too, within `on_shards`, where a function sees one shard
+    as its whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
@@ -27,10 +32,14 @@ def batch_shards() -> tuple[tuple[str, ...], int]:
     return (axes, count) if count > 1 else ((), 1)
 
 
-def whole_rows(x: jax.Array) -> jax.Array:
-    """`x` [b, ...], its rows split like the batch's and each whole: what is cut or joined along an
-    axis that "tensor" splits is else sent all to all, forth or back."""
-    axes, _ = batch_shards()
+def keep_rows_whole(x: jax.Array) -> jax.Array:
+    """Returns `x` [b, ...], split over the batch axes only.
+
+    To be used before `x` is padded, cut or joined along an axis that "tensor" may split: the shards
+    of that axis would no longer be equal, and the compiler would exchange all of them, forth or
+    back.
+    """
+    axes, _ = current_batch_axes()
     mesh = jax.sharding.get_abstract_mesh()
     if "tensor" not in mesh.auto_axes or mesh.shape["tensor"] == 1:
         return x
@@ -38,23 +47,27 @@ def whole_rows(x: jax.Array) -> jax.Array:
 
 
 def on_shards(
-    function: Callable[..., Any], axes: tuple[str, ...], first: Sequence[Any] = ()
+    function: Callable[..., Any], axes: tuple[str, ...], first_specs: Sequence[Any] = ()
 ) -> Callable[..., Any]:
-    """`function` on this shard's part of every argument [b, ...]; so are its results put together.
+    """Returns `function` as run on each shard of its arguments [b, ...]; results are concatenated.
 
-    The first arguments are split as `first` says, a PartitionSpec for every leaf; what it leaves
-    whole has its gradients summed over shards. Other mesh axes ("tensor") stay with the compiler.
+    Args:
+        function: arrays [b / shards, ...] -> arrays [b / shards, ...].
+        axes: the mesh axes of the shards, as `current_batch_axes` returns them; () runs `function`
+            on everything. Other axes of the mesh ("tensor") stay with the compiler.
+        first_specs: how the first arguments are split, if not by rows: for each a tree of
+            PartitionSpec. The gradients of what a spec does not split are summed over shards.
     """
     if not axes:
         return function
-    split = PartitionSpec(axes)
+    by_rows = PartitionSpec(axes)
 
     def mapped(*args: Any) -> Any:
-        specs = (*first, *(split,) * (len(args) - len(first)))
-        # Unchecked: a gradient taken within a shard must stay that shard's own, where the checks
-        # of varying axes would sum it over all of them.
+        specs = (*first_specs, *(by_rows,) * (len(args) - len(first_specs)))
+        # Unchecked: a gradient that is taken inside must stay that of its shard, and the checks of
+        # varying axes would sum it over all of them.
         return jax.shard_map(
-            function, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False
+            function, in_specs=specs, out_specs=by_rows, axis_names=set(axes), check_vma=False
         )(*args)
 
     return mapped

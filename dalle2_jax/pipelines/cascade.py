@@ -29,7 +29,7 @@ from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import arguments, checks
 
 Prior = PriorSampler | ARPriorSampler | NoPrior
 
@@ -99,7 +99,7 @@ class Cascade:
 
         Raises UserError if none does.
         """
-        size = arguments.whole("size", size, 1)
+        size = checks.whole_number("size", size, 1)
         stages = list(self.upsamplers.items())[: num_upsamplers(size, self.sizes)]
         return dataclasses.replace(self, upsamplers=dict(stages), size=size)
 
@@ -176,7 +176,7 @@ class Cascade:
                 f"{self.weights} has no prior, which samples z_img from a prompt: take prior "
                 "'none', give z_img, as encode_image returns it, or import a model that has one"
             )
-        n = arguments.whole("n", n, 1, 2**32)
+        n = checks.whole_number("n", n, 1, 2**32)
         num_z = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
         captions = self.captions([None] * num_z if prompts is None else prompts)
         count = len(captions.present)
@@ -187,7 +187,7 @@ class Cascade:
             z_img = arguments.embeddings("z_img", z_img, self.clip.dim, unit_length, (total, count))
         noise = self._noise_rows(noise, total)
         if known is not None:
-            known = arguments.known(known, self.image_size, (total, count))
+            known = arguments.known_images("known", known, self.image_size, (total, count))
         for start, places in placement.batches(total, batch_size):
             if start + len(places) <= skip:
                 continue
@@ -225,7 +225,7 @@ class Cascade:
             sampler = samplers[stage]
             if not isinstance(sampler, StageSampler):
                 raise UserError(f"noise: {stage} takes no noise: it samples from the seed alone")
-            values = arguments.finite(f"noise[{stage!r}]", values)
+            values = arguments.finite_array(f"noise[{stage!r}]", values)
             shape = (sampler.settings.num_calls + 1, total * sampler.rows, *sampler.shape)
             if values.shape not in (shape, (1, *shape[1:])):
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(values.shape)}")

@@ -23,7 +23,7 @@ from dalle2_jax.pipelines.embeddings import normalise, project, slerp
 from dalle2_jax.pipelines.events import Batch, Event, StageProgress, Steps
 from dalle2_jax.pipelines.inversion import Latents, decode, for_inversion, invert
 from dalle2_jax.sampling.overrides import SamplingOptions
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import arguments, checks
 
 _REPEATS = 5  # of a step, by a decoder that was not trained to inpaint
 
@@ -46,7 +46,7 @@ def rank(
     batch_size: int = 8,
 ) -> Iterator[StageProgress | list[Ranked]]:
     """Yields progress and, prompt by prompt, the n of `best_of` images nearest to the prompt."""
-    best_of = arguments.whole("best_of", best_of, arguments.whole("n", n, 1))
+    best_of = checks.whole_number("best_of", best_of, checks.whole_number("n", n, 1))
     if prompts is None:
         raise UserError("best_of ranks images by their prompt: give prompts")
     if cascade.clip.image is None:
@@ -99,7 +99,7 @@ def variations(
 ) -> Iterator[Event]:
     # Mistakes are reported before the inversion, which takes long.
     varying = for_variations(cascade, eta, steps, cfg_scale)
-    n, images = arguments.whole("n", n, 1, arguments.MAX_RETURNED), arguments.images(images)
+    n, images = checks.whole_number("n", n, 1, arguments.MAX_RETURNED), arguments.images(images)
     seeds = arguments.seeds(seed, len(images)).tolist()
     latents = yield from invert(cascade, images, steps, batch_size=batch_size)
     x_T = np.repeat(latents.x_T, n, axis=0)[None]
@@ -119,9 +119,9 @@ def interpolate(
     steps: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
-    arguments.one_of("x_T", x_T, ("slerp", "fixed"))
-    shares = np.linspace(0, 1, arguments.whole("frames", frames, 2, arguments.MAX_RETURNED))
-    seed, a = arguments.whole("seed", seed, 0, 2**32 - 1), arguments.image("a", a)
+    checks.one_of("x_T", x_T, ("slerp", "fixed"))
+    shares = np.linspace(0, 1, checks.whole_number("frames", frames, 2, arguments.MAX_RETURNED))
+    seed, a = checks.whole_number("seed", seed, 0, 2**32 - 1), arguments.image("a", a)
     if isinstance(b, str):
         z_b = yield from cascade.sample_prior(b, 1, seed, batch_size=batch_size)
         z_a, x_a = yield from invert(cascade, a, steps, batch_size=batch_size)
@@ -148,8 +148,8 @@ def text_diff(
     steps: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
-    frames = arguments.whole("frames", frames, 1, arguments.MAX_RETURNED)
-    shares = np.linspace(0, arguments.number("theta", theta, 0, 1), frames)
+    frames = checks.whole_number("frames", frames, 1, arguments.MAX_RETURNED)
+    shares = np.linspace(0, checks.number("theta", theta, 0, 1), frames)
     z_new, z_old = normalise(cascade.encode_text([new, old]))
     if np.allclose(z_new, z_old, atol=1e-6):
         raise UserError(f"{new!r} and {old!r} are read alike: there is no direction to go")
@@ -174,7 +174,7 @@ def probe(
     mean, components = _directions(cascade)
     if not isinstance(dims, Sequence | np.ndarray) or not len(dims):
         raise UserError(f"dims must list how many directions are kept, as [20, 40], not {dims}")
-    counts = [k if k is None else arguments.whole("dims", k, 0, len(components)) for k in dims]
+    counts = [k if k is None else checks.whole_number("dims", k, 0, len(components)) for k in dims]
     z_img, x_T = yield from invert(
         cascade, arguments.image("image", image), steps, batch_size=batch_size
     )
@@ -236,7 +236,7 @@ def inpaint(
     image = arguments.image("image", image)[0]
     edit_mask = arguments.edit_mask(edit_mask, image.shape)
     image, edit_mask = canvas.fitted(image, edit_mask, cascade.image_size)
-    n = arguments.whole("n", n, 1, arguments.MAX_RETURNED)
+    n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     z_img = cascade.encode_image(image[None]) if prompt is None else None
     images = yield from _fill(
@@ -267,12 +267,12 @@ def outpaint(
     """`margins` are (left, right, up, down) in pixels."""
     image = arguments.image("image", image)[0]
     sides = zip(("left", "right", "up", "down"), margins, strict=True)
-    margins = [arguments.whole(side, margin, 0) for side, margin in sides]
+    margins = [checks.whole_number(side, margin, 0) for side, margin in sides]
     if not any(margins):
         raise UserError("nothing is to be added: give left, right, up or down, in pixels")
-    overlap = arguments.number("overlap", overlap, 0.01, 0.99)
-    seed, size = arguments.whole("seed", seed, 0, 2**32 - 1), cascade.image_size
-    n = arguments.whole("n", n, 1, arguments.MAX_RETURNED)
+    overlap = checks.number("overlap", overlap, 0.01, 0.99)
+    seed, size = checks.whole_number("seed", seed, 0, 2**32 - 1), cascade.image_size
+    n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     extended, known_mask, window_of_result = canvas.extended(image, margins, size)
     images = np.repeat(extended[None], n, axis=0)
@@ -312,7 +312,7 @@ def _fill(
     `known_mask` bool [s, s] is True where pixels are kept.
     """
     n, size = len(images), cascade.image_size
-    feather = size // 16 if feather is None else arguments.whole("feather", feather, 0)
+    feather = size // 16 if feather is None else checks.whole_number("feather", feather, 0)
     alpha = np.broadcast_to(known_mask[..., None] * np.uint8(255), (n, size, size, 1))
     known = np.concatenate([images, alpha], axis=-1)
     generated = []

@@ -15,7 +15,7 @@ from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.events import Event, Steps, run_stage
 from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.sampling.preprocess import middle, shrunk
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import arguments, checks
 
 DEFAULT_STEPS = 50  # of the decoder, each way
 
@@ -49,7 +49,7 @@ def invert(
 ) -> Steps[Latents]:
     """Finds the latents of images, yielding progress; see `DALLE2.invert`."""
     z_img, squares = cascade.encode_image(images), middle(arguments.images(images))
-    iterations = arguments.whole("iterations", iterations, 1)
+    iterations = checks.whole_number("iterations", iterations, 1)
     decoder, x_T = for_inversion(cascade, steps).decoder, []
     total, batches = len(squares), list(placement.batches(len(squares), batch_size))
     no_captions = cascade.captions([None] * len(batches[0][1]))
@@ -71,7 +71,7 @@ def decode(
     """Generates images from latents, yielding events; see `DALLE2.decode`."""
     if not isinstance(latents, Latents):
         raise UserError(f"latents must be Latents(z_img, x_T), not {type(latents).__name__}")
-    x_T = arguments.finite("x_T", latents.x_T)[None]
+    x_T = arguments.finite_array("x_T", latents.x_T)[None]
     return for_inversion(cascade, steps).generate(
         None, z_img=latents.z_img, noise={"decoder": x_T}, batch_size=batch_size
     )

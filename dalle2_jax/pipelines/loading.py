@@ -17,7 +17,7 @@ from dalle2_jax.sampling import load
 from dalle2_jax.sampling.priors import NAMES
 from dalle2_jax.storage import model_folder
 from dalle2_jax.types import Params
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 
 REQUIRED = ("clip", "decoder")  # a prior and upsamplers are used if the folder has them
 
@@ -35,7 +35,7 @@ def load_cascade(
     for stage in REQUIRED:
         model_folder.read_stage(folder, stage)  # its error lists the stages that there are
     dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
-    arguments.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
+    checks.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
     params: dict[str, Params] = {}
 
     def load_params(stage: str) -> None:

@@ -16,7 +16,7 @@ from dalle2_jax.pipelines.modes import MODES_OF
 from dalle2_jax.pipelines.request import InputImage, InputMask, Request, sha256_of
 from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.storage import paths
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 
 FORMAT = 2  # of metadata; files before it hold less than a request
 
@@ -103,5 +103,5 @@ def _plain(value: Any) -> Any:
     """Returns tuples as lists and scalars as Python's, also within {stage: value}."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
-    value = arguments.python_value(value)
+    value = checks.to_python_values(value)
     return list(value) if isinstance(value, tuple) else value

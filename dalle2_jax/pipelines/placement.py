@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax.parallel import sharding
 from dalle2_jax.types import Params, PyTree
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -67,7 +67,7 @@ def batches(total: int, batch_size: Any) -> Iterator[tuple[int, np.ndarray]]:
     All batches have one size, a multiple of the number of devices, so that one program serves them;
     the last is filled up with its last row.
     """
-    size = min(arguments.whole("batch_size", batch_size, 1), total)
+    size = min(checks.whole_number("batch_size", batch_size, 1), total)
     size = -(-size // jax.device_count()) * jax.device_count()
     for start in range(0, total, size):
         yield start, np.minimum(np.arange(start, start + size), total - 1)

@@ -9,12 +9,12 @@ from typing import Self
 
 import numpy as np
 
-from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import files
 from dalle2_jax.pipelines.modes import GENERATE, MARGINS, MODES
 from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.storage import paths
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import arguments, checks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,8 +108,7 @@ class Request:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"mode is {self.mode!r}{near_miss(str(self.mode), MODES)}")
+        checks.one_of("mode", self.mode, MODES)
         if self.prompts:
             arguments.prompts(list(self.prompts))
         mode, counts = MODES[self.mode], {"image": self.images, "prompt": self.prompts}

@@ -28,7 +28,7 @@ from dalle2_jax.pipelines.metadata import to_metadata
 from dalle2_jax.pipelines.modes import GENERATE
 from dalle2_jax.pipelines.request import Request
 from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 from dalle2_jax.version import __version__
 
 _MANY_FRAMES = 20
@@ -73,7 +73,7 @@ def run(
     """
     model = prepare(model, request)
     if preview_every:
-        steps = arguments.whole("preview_every", preview_every, 1)
+        steps = checks.whole_number("preview_every", preview_every, 1)
         model = dataclasses.replace(model, cascade=_reporting(model.cascade, steps))
     if request.mode == GENERATE and (request.best_of is None or only is not None):
         events = _generate(model, request, only)

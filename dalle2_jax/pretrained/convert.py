@@ -43,7 +43,7 @@ def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | Non
             logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
             entry = entries[stage.name]
             model_folder.write_stage(folder, stage.name, entry, params, stored)
-        licence.keep(recognise.licence_of(source), folder)
+        licence.add(recognise.licence_of(source), folder)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from dalle2_jax.pretrained import recognise
 from dalle2_jax.pretrained.clip import OPEN_CLIP_WEIGHTS
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.pretrained.sources import SUFFIXES, WEIGHTS
-from dalle2_jax.storage import licence, model_folder, paths
+from dalle2_jax.storage import cache, licence, model_names, paths
 from dalle2_jax.version import __version__
 
 
 def model(name: str | os.PathLike[str]) -> Path:
-    """The model folder of a name, as `model_folder.resolve` finds it.
+    """The model folder of a name, as `model_names.resolve` finds it.
 
     Another program's model (`recognise.stages`) is imported into this machine's cache, the first
     time. The licence that a folder tells of is shown, once. Raises UserError for what is no model,
@@ -45,17 +45,17 @@ def source(name: str | os.PathLike[str]) -> Path:
 def _folder(name: str | os.PathLike[str]) -> Path:
     text = os.fspath(name)
     if _foreign_bucket(text):
-        return paths.local_copy(paths.to_path(text))
-    if found := model_folder.here(name):
+        return cache.local_copy(paths.to_path(text))
+    if found := model_names.find_without_hub(name):
         return found
-    folder = model_folder.download(text, model_folder.SETTINGS)
+    folder = model_names.download(text, model_names.SETTINGS)
     if not recognise.is_foreign(folder):
-        return model_folder.resolve(text)
+        return model_names.resolve(text)
     # Only of the networks that are read, and of these in one format.
     left = {part for stage in recognise.stages(folder) for part in stage.parts.values()}
     for suffix in SUFFIXES:
         wanted = {part: _patterns(part.relative_to(folder), suffix) for part in left}
-        model_folder.download(text, sorted(itertools.chain.from_iterable(wanted.values())))
+        model_names.download(text, sorted(itertools.chain.from_iterable(wanted.values())))
         left = {p for p, files in wanted.items() if not any(any(folder.glob(f)) for f in files)}
         if not left:
             break
@@ -93,10 +93,10 @@ def _imported(found: Path, name: str) -> Path:
     terms = recognise.licence_of(found)
     identity = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
     mark = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    out = paths.cache() / "imported" / f"{name}-{mark}"
+    out = cache.folder() / "imported" / f"{name}-{mark}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with paths.only_process(out):
+        with cache.locked(out):
             if not out.exists():
                 logging.info("importing %s into %s, once", found, out)
                 import_model(found, out)

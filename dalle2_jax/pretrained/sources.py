@@ -17,6 +17,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.pretrained import torchscript
 from dalle2_jax.pretrained.names import Rule
 from dalle2_jax.storage import paths
+from dalle2_jax.validation.checks import is_number, is_whole_number
 
 Tensors = dict[str, Callable[[], np.ndarray]]
 """{name: what reads the tensor}; nothing is read before."""
@@ -219,11 +220,11 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 2**31
+    return is_whole_number(value, 1, 2**31 - 1)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
+    return is_number(value, -1e30, 1e30)
 
 
 def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

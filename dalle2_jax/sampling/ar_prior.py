@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.errors import UserError
 from dalle2_jax.nets.ar_prior import ARPrior
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.prior import nearest_to
 from dalle2_jax.sampling.stage import Events, StepsDone
 from dalle2_jax.types import Array, Params
+from dalle2_jax.validation.checks import LARGEST, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +38,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("temperature", 0, math.inf),
+            ("temperature", 0, LARGEST),
             ("top_p", 1e-6, 1),
-            ("cfg_scale", -math.inf, math.inf),
+            ("cfg_scale", -LARGEST, LARGEST),
             ("dot_share", 1e-6, 1),
         ):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not least <= value <= most:
-                bounds = f" within {least:g} and {most:g}" if math.isfinite(least) else ""
-                raise UserError(f"{name} must be a finite number{bounds}, not {value!r}")
+            number(name, getattr(self, name), least, most)
 
 
 def top_share(logits: Array, share: float) -> Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.errors import UserError
 from dalle2_jax.storage import model_folder
 from dalle2_jax.types import Params
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 from dalle2_jax.validation.sections import construct
 
 # What flax and jax raise for sizes that do not fit together.
@@ -86,10 +85,10 @@ def image_size(folder: Path, size: int | None = None) -> int | None:
     None stands for the size of the last stage. Raises UserError for anything but whole numbers.
     """
     if size is not None:
-        return arguments.whole("size", size, 1)
+        return checks.whole_number("size", size, 1)
     default = model_folder.read_config(folder).get("image_size")
     name = f"{folder}/config.json: image_size"
-    return None if default is None else arguments.whole(name, default, 1)
+    return None if default is None else checks.whole_number(name, default, 1)
 
 
 def num_upsamplers(size: int | None, sizes: Sequence[int]) -> int:
@@ -200,19 +199,17 @@ def _options_of(
     """Returns the entry's values of `options` (name -> default): whole numbers from 1, or bools."""
     values = {name: entry.get(name, default) for name, default in options.items()}
     for name, value in values.items():
-        kind = bool if isinstance(options[name], bool) else int
-        if type(value) is not kind or (kind is int and value < 1):
-            requirement = "true or false" if kind is bool else "a whole number from 1"
-            raise UserError(f"{where}: {name} is {value!r}, not {requirement}")
+        if isinstance(options[name], bool):
+            checks.require(isinstance(value, bool), f"{where}: {name}", "true or false", value)
+        else:
+            checks.whole_number(f"{where}: {name}", value, 1)
     return values
 
 
 def _errors(values: Any, where: str) -> tuple[float, ...]:
     """Returns a list of finite numbers from 0 as floats; raises UserError for anything else."""
-    if not isinstance(values, list | tuple) or not all(
-        type(value) in (int, float) and 0 <= value < math.inf for value in values
-    ):
-        raise UserError(f"{where} is {values!r}, not a list of numbers from 0")
+    are_valid = isinstance(values, list | tuple) and all(checks.is_number(v, 0) for v in values)
+    checks.require(are_valid, where, "a list of numbers from 0", values)
     return tuple(map(float, values))
 
 

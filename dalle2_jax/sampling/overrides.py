@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax.errors import UserError, near_miss
-from dalle2_jax.validation import arguments
+from dalle2_jax.validation import checks
 
 Override = Any
 """One value, or {stage: value}; None keeps what the folder says."""
@@ -39,7 +39,7 @@ class SamplingOptions:
         changes: dict[str, dict[str, Any]] = {stage: {} for stage in samplers}
         for field in dataclasses.fields(self):
             for stage, value in self._by_stage(field.name, samplers).items():
-                changes[stage][field.name] = arguments.python_value(value)
+                changes[stage][field.name] = checks.to_python_values(value)
         return {
             stage: dataclasses.replace(
                 sampler, settings=dataclasses.replace(sampler.settings, **changes[stage])

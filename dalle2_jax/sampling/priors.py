@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.errors import UserError
 from dalle2_jax.nets.clip import normalise
 from dalle2_jax.sampling.stage import Events
 from dalle2_jax.types import Array, Params
+from dalle2_jax.validation import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,7 @@ def choose(name: str | None, model: Any) -> Any:
     """
     if name is None:
         return model.prior
-    if not isinstance(name, str) or name not in NAMES:
-        raise UserError(f"prior is {name!r}{near_miss(str(name), NAMES)}")
-    stage = NAMES[name]
+    stage = NAMES[checks.one_of("prior", name, NAMES)]
     if model.prior is not None and model.prior.stage == stage:
         return model.prior  # with the options it has
     if stage == NoPrior.stage:

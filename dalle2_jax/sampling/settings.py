@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ from dalle2_jax.diffusion.process import Process
 from dalle2_jax.diffusion.solvers import check_name, make_solver, spacing_for
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Solver
+from dalle2_jax.validation import checks
+from dalle2_jax.validation.checks import is_number, is_whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Settings:
         check_name(self.solver)
         for name, (is_valid, requirement) in CHECKS.items():
             value = getattr(self, name)
-            if not is_valid(value):
-                raise UserError(f"{name} must be {requirement}, not {value!r}")
+            checks.require(is_valid(value), name, requirement, value)
         if isinstance(self.steps, tuple) and self.spacing not in ("", "sections"):
             raise UserError(
                 f"spacing={self.spacing!r} takes one number of steps, not {self.steps!r}"
@@ -109,13 +109,9 @@ class Settings:
         return inpainting.Resampling(solver, schedule, self.repeats)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _are_counts(value: Any) -> bool:
     counts = value if isinstance(value, tuple) else (value,)
-    return bool(counts) and all(type(n) is int and n >= 1 for n in counts)
+    return bool(counts) and all(is_whole_number(n, 1) for n in counts)
 
 
 def _is_clip(value: Any) -> bool:
@@ -123,7 +119,7 @@ def _is_clip(value: Any) -> bool:
         case None:
             return True
         case (str(), bound):
-            return _is_number(bound) and bound > 0
+            return is_number(bound, 0) and bound > 0
     return False
 
 
@@ -132,18 +128,18 @@ def _is_interval(value: Any) -> bool:
         case None:
             return True
         case (low, high):
-            return _is_number(low) and _is_number(high) and 0 <= low < high
+            return is_number(low, 0) and is_number(high) and low < high
     return False
 
 
 # field -> (check, what it requires)
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "steps": (_are_counts, "whole numbers of 1 or more"),
+    "steps": (_are_counts, "whole numbers from 1"),
     "clip": (_is_clip, 'null, ["static", bound] or ["dynamic", percentile]'),
-    "cfg_scale": (_is_number, "a finite number"),
-    "eta": (_is_number, "a finite number"),
+    "cfg_scale": (is_number, "a finite number"),
+    "eta": (is_number, "a finite number"),
     "cfg_interval": (_is_interval, "null or [low, high] of sigma / alpha, 0 <= low < high"),
-    "cfg_rescale": (lambda x: _is_number(x) and 0 <= x <= 1, "a number within 0 and 1"),
-    "repeats": (lambda x: type(x) is int and x >= 1, "a whole number of 1 or more"),
+    "cfg_rescale": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"),
+    "repeats": (lambda x: is_whole_number(x, 1), "a whole number from 1"),
     "variance": (lambda x: x in ("small", "large", "analytic"), "'small', 'large' or 'analytic'"),
 }

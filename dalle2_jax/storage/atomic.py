@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on this machine and in a bucket."""
+"""Writing a file whole or not at all, on this machine and in a bucket."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from pathlib import Path
 
 from dalle2_jax.storage import paths
 
-STALE_SECONDS = 3600  # nobody writes on without touching a file for so long
+STALE_SECONDS = 3600
+"""Age from which a temporary file is taken for the remains of a killed process. A living one
+touches its file more often."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block ends well.
+    """Yields a temporary file that becomes `path` when the block ends, unless it raises.
 
-    The folder must exist; an OSError of the block or of the renaming goes through. For a bucket the
-    file lies on this machine, and is uploaded.
+    On this machine the temporary file stands beside `path`, whose folder must exist, because only
+    within one file system is renaming atomic: a reader sees the old file or the new one, never a
+    part. For a bucket, where an object appears whole by itself, it is uploaded at the end.
+
+    Raises:
+        OSError: from the block, from making the temporary file or from renaming it.
     """
     if paths.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -31,9 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # Without fsync, a crash of the machine after the renaming could leave an empty file.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -41,17 +48,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_stale(folder: Path, seconds: float = STALE_SECONDS) -> None:
-    """Removes the temporary files that killed processes left in `folder` an hour ago or more, or
-    `seconds`; in a bucket there are none."""
+    """Removes temporary files of killed processes from `folder`, if older than `seconds`.
+
+    In a bucket there are none.
+    """
     if paths.is_remote(folder):
         return
-    for left in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime >= seconds:
-                left.unlink()
+    for temporary in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            if time.time() - temporary.stat().st_mtime >= seconds:
+                temporary.unlink()
 
 
 def _umask() -> int:
+    """Returns the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

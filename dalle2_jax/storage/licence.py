@@ -1,4 +1,8 @@
-"""The licence of weights: it stays with them wherever they go, and is shown once."""
+"""The licence of weights: a file in the model folder, which stays with whatever is made from them.
+
+Training that starts from weights, importing and exporting pass their licence on. A model folder may
+hold several, if its stages come from several sources; each is shown to the user once.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,19 @@ import sys
 from pathlib import Path
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.storage import paths
+from dalle2_jax.storage import cache, paths
 from dalle2_jax.storage.atomic import replacing
 
 NAME = "LICENSE.txt"
 OPENRAIL_M = Path(__file__).parent.parent / "assets" / "creativeml_openrail_m.txt"
-_BETWEEN = "\n" + "=" * 100 + "\n\n"
+_SEPARATOR = "\n" + "=" * 100 + "\n\n"
 
 
 def read(folder: Path) -> str:
-    """Returns the text of a model folder's licences; "" if it has none."""
+    """Returns the licences of a model folder, one after the other; "" if it has none.
+
+    Raises UserError if the file cannot be read.
+    """
     path = folder / NAME
     try:
         with paths.as_user_error("cannot read", path):
@@ -25,14 +32,14 @@ def read(folder: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def keep(text: str, folder: Path) -> None:
-    """Writes a licence, or several as `read` gives them, into a model folder, after those that
-    stand there; none twice.
+def add(text: str, folder: Path) -> None:
+    """Adds a licence, or several as `read` returns them, to those of a model folder.
 
-    Raises UserError for a folder that cannot be written.
+    One that is there already is not written again. Raises UserError for a folder that cannot be
+    written.
     """
     before = read(folder)
-    after = _BETWEEN.join(dict.fromkeys(_each(before) + _each(text)))
+    after = _SEPARATOR.join(dict.fromkeys(_split(before) + _split(text)))
     if after == before:
         return
     path = folder / NAME
@@ -44,29 +51,34 @@ def keep(text: str, folder: Path) -> None:
 
 
 def show_once(folder: Path) -> None:
-    """Tells the user on stderr under what licences a model folder's weights are, and for what they
-    may not be used; not again for the same licence."""
-    for text in _each(read(folder)):
-        _show_once(text, folder)
+    """Prints the titles and use restrictions of a model folder's licences to stderr.
+
+    A licence that this user has been shown before, with any weights, is not shown again.
+    """
+    for text in _split(read(folder)):
+        shown = cache.folder() / "licences" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if shown.exists():
+            continue
+        print(_summary(text, folder), file=sys.stderr)
+        try:
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            shown.touch()
+        except OSError:  # it will be shown again
+            continue
 
 
-def _each(text: str) -> list[str]:
-    """The licences that a file holds, one after the other."""
-    return [part for part in text.split(_BETWEEN) if part]
+def _split(text: str) -> list[str]:
+    """Returns the licences that a file holds."""
+    return [part for part in text.split(_SEPARATOR) if part]
 
 
-def _show_once(text: str, folder: Path) -> None:
-    shown = paths.cache() / "licences" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if shown.exists():
-        return
+def _summary(text: str, folder: Path) -> str:
+    """Returns a licence's title and, if it restricts use in an attachment, that attachment."""
     lines = [line for line in text.splitlines() if line.strip()]
     title = next((line for line in lines if "(c)" not in line.lower()), "one without a name")
-    told = f"The weights in {folder} come under this licence, which stays with all that is made"
-    told += f" from them: {title.strip()}. Its text is there in {NAME}."
-    _, attached, restrictions = text.partition("\nAttachment A")
-    print(told + (restrictions.rstrip() if attached else ""), file=sys.stderr)
-    try:
-        shown.parent.mkdir(parents=True, exist_ok=True)
-        shown.touch()
-    except OSError:  # it is shown again, then
-        return
+    _, attachment, restrictions = text.partition("\nAttachment A")  # as the RAIL licences have it
+    message = (
+        f"The weights in {folder} are under this licence, which stays with everything that is made "
+        f"from them: {title.strip()}. Its text is in {NAME} there."
+    )
+    return message + (restrictions.rstrip() if attachment else "")

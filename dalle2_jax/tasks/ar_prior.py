@@ -24,8 +24,12 @@ from dalle2_jax.tasks.decoder import disturb
 from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.arguments import whole
-from dalle2_jax.validation.sections import check_range, construct, plain
+from dalle2_jax.validation.sections import (
+    check_numbers,
+    check_whole_numbers,
+    construct,
+    to_json_values,
+)
 
 MOST_LOST = 0.01  # of z_img's variance: so many directions the paper keeps
 
@@ -55,11 +59,12 @@ class ARPriorTask:
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
-        check_range("config.task", 0, 1, drop_caption=self.drop_caption, noise=self.noise)
-        whole("config.task.candidates", self.candidates, 1)
-        whole("config.task.fit_batches", self.fit_batches, 1)
-        whole("config.model.buckets", self.network.buckets, 2)
-        whole("config.model.dims", self.network.dims, 1, self.network.dim)
+        check_numbers("config.task", 0, 1, drop_caption=self.drop_caption, noise=self.noise)
+        check_whole_numbers(
+            "config.task", 1, candidates=self.candidates, fit_batches=self.fit_batches
+        )
+        check_whole_numbers("config.model", 2, buckets=self.network.buckets)
+        check_whole_numbers("config.model", 1, self.network.dim, dims=self.network.dims)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])
@@ -209,6 +214,10 @@ def from_config(config: Any) -> ARPriorTask:
             f"config.task.fit_batches={task.fit_batches} are {count} images, which have no "
             f"{network.dims} directions (config.model.dims): raise it"
         )
-    sampling = plain(dataclasses.asdict(settings))
-    entry = {"model": plain(config.model), "sampling": sampling, "candidates": task.candidates}
+    sampling = to_json_values(dataclasses.asdict(settings))
+    entry = {
+        "model": to_json_values(config.model),
+        "sampling": sampling,
+        "candidates": task.candidates,
+    }
     return dataclasses.replace(task, entry={**entry, "clip": clip.hash})

@@ -17,7 +17,12 @@ from dalle2_jax.tasks.shared import previews, sam
 from dalle2_jax.tasks.shared.contrastive import contrast
 from dalle2_jax.tasks.shared.frozen_clip import check_captions, check_images, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.sections import check_range, construct, plain
+from dalle2_jax.validation.sections import (
+    check_numbers,
+    check_whole_numbers,
+    construct,
+    to_json_values,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +37,8 @@ class CLIPTask:
     optional_layer: str = dataclasses.field(default="", init=False)
 
     def __post_init__(self) -> None:
-        check_range("config.task", 0, max_shift=self.max_shift, sam_rho=self.sam_rho)
-        check_range("config.task", 2, sam_replica_batch=self.sam_replica_batch)
+        check_numbers("config.task", 0, max_shift=self.max_shift, sam_rho=self.sam_rho)
+        check_whole_numbers("config.task", 2, sam_replica_batch=self.sam_replica_batch)
 
     def init(self, key: Array) -> Params:
         return self.network.init(key, *self.network.init_inputs())["params"]
@@ -112,7 +117,9 @@ def from_config(config: Any) -> CLIPTask:
     check_images(config, network.image["image_size"], "config.model.image")
     for name in ("image", "text"):
         check_transformer(f"config.model.{name}", config.model[name], network.activation)
-    task = construct(CLIPTask, options, "config.task", network=network, model=plain(config.model))
+    task = construct(
+        CLIPTask, options, "config.task", network=network, model=to_json_values(config.model)
+    )
     if task.sam_rho and config.batch_size % task.sam_replica_batch:
         raise UserError(
             f"config.batch_size={config.batch_size} is not a multiple of "

@@ -34,7 +34,7 @@ from dalle2_jax.tasks.shared.frozen_clip import (
     check_transformer,
 )
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.sections import check_range, construct
+from dalle2_jax.validation.sections import check_numbers, check_whole_numbers, construct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,17 @@ class DecoderTask:
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
-        shares = {"drop_z_img": self.drop_z_img, "drop_caption": self.drop_caption}
-        shares |= {"nothing_known": self.nothing_known, "most_moved": self.most_moved}
-        check_range("config.task", 0, 1, **shares)
-        check_range("config.task", 0, noise_z_img=self.noise_z_img)
-        check_range("config.task", 1, image_size=self.image_size)
+        check_numbers(
+            "config.task",
+            0,
+            1,
+            drop_z_img=self.drop_z_img,
+            drop_caption=self.drop_caption,
+            nothing_known=self.nothing_known,
+            most_moved=self.most_moved,
+        )
+        check_numbers("config.task", 0, noise_z_img=self.noise_z_img)
+        check_whole_numbers("config.task", 1, image_size=self.image_size)
 
     def init(self, key: Array) -> Params:
         inputs = self.network.init_inputs(self.clip.network.text["width"])

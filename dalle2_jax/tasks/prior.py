@@ -24,7 +24,7 @@ from dalle2_jax.tasks.shared import previews
 from dalle2_jax.tasks.shared.denoising import denoising_loss, make_sampler, stage_entry
 from dalle2_jax.tasks.shared.frozen_clip import FrozenCLIP, check_transformer
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.sections import check_range, construct
+from dalle2_jax.validation.sections import check_numbers, check_whole_numbers, construct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ class PriorTask:
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
-        check_range("config.task", 0, 1, drop_caption=self.drop_caption)
-        check_range("config.task", 1e-6, embedding_scale=self.embedding_scale)
-        check_range("config.task", 1, candidates=self.candidates)
+        check_numbers("config.task", 0, 1, drop_caption=self.drop_caption)
+        check_numbers("config.task", 1e-6, embedding_scale=self.embedding_scale)
+        check_whole_numbers("config.task", 1, candidates=self.candidates)
         keeps_length = self.network.standardised or not self.clip.network.unit_length
         if keeps_length and self.embedding_scale != 1:
             raise UserError(

@@ -27,7 +27,7 @@ from dalle2_jax.tasks.shared.denoising import (
 )
 from dalle2_jax.tasks.shared.frozen_clip import check_images
 from dalle2_jax.types import Array, Batch, Metrics, Params
-from dalle2_jax.validation.sections import check_range, construct
+from dalle2_jax.validation.sections import check_numbers, check_whole_numbers, construct
 
 PARTS = ("first", "last")
 DEGRADATIONS = ("blur", *degradation.STRENGTHS)
@@ -72,11 +72,16 @@ class UpsamplerTask:
     SECTIONS: ClassVar = {"sampling": Settings}
 
     def __post_init__(self) -> None:
-        check_range("config.task", 1, low_size=self.low_size, image_size=self.image_size)
-        shares = {"crop_fraction": self.crop_fraction, "degraded_share": self.degraded_share}
-        shares["nothing_known"] = self.nothing_known
-        check_range("config.task", 0, 1, **shares)
-        check_range("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
+        check_whole_numbers("config.task", 1, low_size=self.low_size, image_size=self.image_size)
+        check_numbers(
+            "config.task",
+            0,
+            1,
+            crop_fraction=self.crop_fraction,
+            degraded_share=self.degraded_share,
+            nothing_known=self.nothing_known,
+        )
+        check_numbers("config.task", 0, blur_sigma=self.blur_sigma, noise_std=self.noise_std)
         if self.degradation not in DEGRADATIONS:
             near = near_miss(str(self.degradation), DEGRADATIONS)
             raise UserError(f"config.task.degradation={self.degradation!r} is unknown{near}")

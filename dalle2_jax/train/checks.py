@@ -48,7 +48,7 @@ def check_stands_alone(folder: Path, stage: str) -> None:
     With another CLIP they generate nothing: their weights would be lost. `write_stage` would refuse
     too, but only after the training.
     """
-    if standing := model_folder.standing_on(folder, stage):
+    if standing := model_folder.dependents(folder, stage):
         raise UserError(
             f"{folder} holds {' and '.join(standing)}, trained with the {stage} there, which this "
             "run would replace: give another --config.export_to, or move that folder away"

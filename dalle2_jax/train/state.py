@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
-from dalle2_jax.storage import model_folder
+from dalle2_jax.storage import model_folder, model_names
 from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.types import Array, Params, PyTree, Task
 from dalle2_jax.validation.sections import check_keys
@@ -195,7 +195,7 @@ def init_state(
 
 
 def _read(init_from: str, task: Task, template: TrainState) -> Params:
-    folder = model_folder.resolve(init_from)
+    folder = model_names.resolve(init_from)
     tensors = model_folder.read_params(folder, task.stage)
     if task.optional_layer:
         flat: dict[Any, Any] = traverse_util.flatten_dict(tensors)

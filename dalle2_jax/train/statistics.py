@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.storage import model_folder
+from dalle2_jax.storage import model_folder, model_names
 from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.train.outputs import Dataset
 from dalle2_jax.train.state import TrainState, init_state
@@ -69,7 +69,7 @@ def fresh_state(
 
 
 def _check_clip(init_from: str, task: Task, shapes: Params) -> None:
-    folder = model_folder.resolve(init_from)
+    folder = model_names.resolve(init_from)
     there, here = model_folder.read_stage(folder, task.stage), task.export(shapes)[0]
     if there.get("clip") != here.get("clip"):
         raise UserError(

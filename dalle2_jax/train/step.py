@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
-from dalle2_jax.parallel.fsdp import gathering, networks
+from dalle2_jax.parallel.fsdp import gathering, network_trees
 from dalle2_jax.train.optimizer import Optimizer, ema_update
 from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, shardings_of, to_host
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
@@ -33,8 +33,8 @@ def gathering_layers(
     `jax.sharding.get_abstract_mesh` finds the mesh within, for a loss that maps over shards itself.
     The shardings of jit's arguments are not visible while tracing, so the rules give them here.
     """
-    trees = [*networks(sharding.placed(params, rules, mesh))]
-    trees += [sharding.placed(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
+    trees = [*network_trees(sharding.with_shardings(params, rules, mesh))]
+    trees += [sharding.with_shardings(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
     with (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
         gathering(mesh, *trees),
@@ -44,7 +44,7 @@ def gathering_layers(
 
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     """This host's rows of a batch, NumPy [rows, ...] -> global arrays [b, ...] over the mesh."""
-    place, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
+    place, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
     held = sharding.local_shards(mesh)
 
     def spread(x: np.ndarray) -> Array:

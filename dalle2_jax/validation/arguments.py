@@ -1,43 +1,21 @@
-"""Checks of what a user hands to the library: plain values come back, or one line says why not."""
+"""Checks of what users pass to `DALLE2`: prompts, seeds, images, masks and embeddings.
+
+Each check returns the argument in the one form in which the rest of the program holds it, or raises
+a UserError that names the argument, the form it must have and the form it has.
+"""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from dalle2_jax.errors import UserError, near_miss
+from dalle2_jax.errors import UserError
+from dalle2_jax.validation.checks import whole_number
 
 MAX_RETURNED = 10_000
-"""Most images that one call returns: more would fill the memory."""
-
-
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Returns `value` as an int; raises UserError unless it is a whole number in low..high."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:  # an array has an __index__ too
-        number = None
-    if number is None or number < low or (high is not None and number > high):
-        limits = f"from {low}" + (f" to {high}" if high else "")
-        raise UserError(f"{name} must be a whole number {limits}, not {value!r}")
-    return number
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """Returns `value` as a float; raises UserError unless it is a number in low..high."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= high:
-        raise UserError(f"{name} must be a number within {low} and {high}, not {value!r}")
-    return float(value)
-
-
-def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises UserError, with the near miss, unless `value` is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{name} is {value!r}{near_miss(str(value), choices)}")
+"""The most images that one call returns: a mistyped number must not fill the memory."""
 
 
 def prompts(value: Any) -> list[str]:
@@ -66,25 +44,19 @@ def seeds(value: Any, count: int) -> np.ndarray:
     values = [value] * count if is_scalar else list(value)
     if len(values) != count:
         raise UserError(f"{len(values)} seeds for {count} prompts: give one for each")
-    return np.array([whole("seed", seed, 0, 2**32 - 1) for seed in values], np.uint32)
-
-
-def python_value(value: Any) -> Any:
-    """Returns scalars of NumPy and JAX as Python's, arrays as tuples: hashable and plain JSON."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(python_value(item) for item in value) if isinstance(value, list) else value
+    return np.array([whole_number("seed", seed, 0, 2**32 - 1) for seed in values], np.uint32)
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    """Returns `value` as an array; raises UserError for rows of several lengths."""
+    """Returns `value` as an array; raises UserError if its rows have different lengths."""
     try:
         return np.asarray(value)
-    except ValueError:  # what NumPy raises for them
+    except ValueError:
         raise UserError(f"{name} must be an array, all of its rows of one length") from None
 
 
-def finite(name: str, value: Any) -> np.ndarray:
-    """Returns `value` as float32; raises UserError unless all of its numbers are finite."""
+def finite_array(name: str, value: Any) -> np.ndarray:
+    """Returns `value` as float32; raises UserError unless all of its numbers are finite in it."""
     array = _array(name, value)
     if array.dtype.kind not in "USOc":  # texts, objects, complex numbers
         with np.errstate(over="ignore"):
@@ -100,7 +72,7 @@ def images(value: Any) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise UserError(f"images must be uint8 [b, h, w, 3], not {array.dtype} {list(array.shape)}")
     if not array.size:
-        raise UserError(f"images: there is none in uint8 {list(array.shape)}")
+        raise UserError(f"images is empty, uint8 {list(array.shape)}: give one image or more")
     return array
 
 
@@ -136,15 +108,15 @@ def edit_mask(value: Any, shape: Sequence[int]) -> np.ndarray:
     return array
 
 
-def known(value: Any, size: int, counts: Sequence[int]) -> np.ndarray:
-    """Returns images known in part, uint8 [one of counts, size, size, 4], known where alpha is 255.
+def known_images(name: str, value: Any, size: int, counts: Sequence[int]) -> np.ndarray:
+    """Returns partly known images, uint8 RGBA [one of counts, size, size, 4].
 
-    Raises UserError for anything else.
+    Pixels are known where alpha is 255. Raises UserError for anything else.
     """
-    array = _array("known", value)
+    array = _array(name, value)
     if array.dtype != np.uint8 or array.shape not in [(n, size, size, 4) for n in counts]:
         raise UserError(
-            f"known must be uint8 {[counts[0], size, size, 4]}, "
+            f"{name} must be uint8 {[counts[0], size, size, 4]}, "
             f"not {array.dtype} {list(array.shape)}"
         )
     return array
@@ -153,13 +125,21 @@ def known(value: Any, size: int, counts: Sequence[int]) -> np.ndarray:
 def embeddings(
     name: str, value: Any, dim: int, unit_length: bool, counts: Sequence[int]
 ) -> np.ndarray:
-    """Returns `value` as float32 [one of counts, dim], scaled to unit length if asked for.
+    """Returns `value` as float32 [one of counts, dim].
 
-    Raises UserError for anything else, and for a row that is all 0 or not finite.
+    Args:
+        name: the argument's name in messages.
+        value: rows of numbers, in any form that NumPy makes an array of.
+        dim: the length of CLIP's embeddings.
+        unit_length: whether to scale the rows to length 1, as this CLIP's embeddings are.
+        counts: the numbers of rows that are accepted; messages name the first.
+
+    Raises:
+        UserError: another shape, no numbers, or a row that is all 0 or not finite.
     """
     try:
         rows = np.asarray(value)
-        if rows.dtype.kind in "US":  # numpy would read "1.0" as a number
+        if rows.dtype.kind in "US":  # NumPy would read "1.0" as a number
             raise TypeError
         rows = rows.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -171,6 +151,6 @@ def embeddings(
     if bad.size:
         raise UserError(f"{name}[{bad[0]}] must be finite and not all 0")
     if unit_length:
-        rows = rows / largest  # first, as the squares of large numbers would overflow
+        rows = rows / largest  # first, because the squares of large numbers would overflow
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float32)

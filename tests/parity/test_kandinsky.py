@@ -90,6 +90,6 @@ def test_image(both):
 
 
 def test_it_cannot_draw_and_says_so(both):
-    told = "has no stage 'decoder'; there is: clip, prior$"
+    told = "has no stage 'decoder'; it has: clip, prior$"
     with pytest.raises(UserError, match=told):
         DALLE2.from_pretrained(str(both[1]))

@@ -21,7 +21,7 @@ from absl import logging
 from dalle2_jax.data.examples import Examples
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging.decode import SUFFIXES
-from dalle2_jax.storage import paths
+from dalle2_jax.storage import cache, paths
 
 TABLES = ("metadata.jsonl", "captions.csv")
 # Reads UTF-8 with or without the byte order mark that editors on Windows write.
@@ -45,7 +45,7 @@ def open_folder(path: str | os.PathLike[str], split: str = "train", held_out: st
     """
     path = paths.to_path(path)
     if paths.is_remote(path):
-        path = paths.local_copy(path)
+        path = cache.local_copy(path)
     if not os.path.isdir(path):  # False, where pathlib's raises, for a name that is too long
         raise UserError(f"{path}: no such folder")
     # Compared after resolving links, since a folder may also be reached by one from elsewhere.

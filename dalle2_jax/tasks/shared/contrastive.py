@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.parallel.shards import batch_shards, on_shards
+from dalle2_jax.parallel.shards import current_batch_axes, on_shards
 from dalle2_jax.types import Array
 
 COLUMNS = 1024  # of the logits at a time
@@ -58,14 +58,14 @@ def _pairs(z_img: Array, z_txt: Array, scale: Array) -> tuple[Array, Array, Arra
 
 
 def _pairs_fwd(z_img: Array, z_txt: Array, scale: Array) -> tuple[Any, Any]:
-    axes, n = batch_shards()
+    axes, n = current_batch_axes()
     run = on_shards(functools.partial(_forward, axes, n), axes)
     *out, lse_img, lse_txt = run(z_img, z_txt, scale)
     return tuple(out), (z_img, z_txt, scale, lse_img, lse_txt)
 
 
 def _pairs_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
-    axes, n = batch_shards()
+    axes, n = current_batch_axes()
     return on_shards(functools.partial(_backward, axes, n), axes)(*residuals, cotangents[0])
 
 

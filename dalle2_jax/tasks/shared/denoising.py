@@ -19,7 +19,7 @@ from dalle2_jax.imaging import masks
 from dalle2_jax.sampling.settings import Settings
 from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.types import Array, Metrics
-from dalle2_jax.validation.sections import construct, plain
+from dalle2_jax.validation.sections import construct, to_json_values
 
 Sampler = TypeVar("Sampler", bound=StageSampler)
 
@@ -110,7 +110,7 @@ def known_in_part(
 def stage_entry(config: Any, **extra: Any) -> Mapping[str, Any]:
     """Returns a diffusion stage's entry in `config.json`: what builds and samples it again."""
     sections = ("model", "diffusion")
-    return {name: plain(config[name]) for name in sections} | {
-        "sampling": plain(config.task.get("sampling") or {}),
-        **plain(extra),
+    return {name: to_json_values(config[name]) for name in sections} | {
+        "sampling": to_json_values(config.task.get("sampling") or {}),
+        **to_json_values(extra),
     }

@@ -18,10 +18,11 @@ from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.nets.transformer import ACTIVATIONS
 from dalle2_jax.sampling import load
-from dalle2_jax.storage import config_file, model_folder
+from dalle2_jax.storage import config_file, model_folder, model_names
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
-from dalle2_jax.validation.sections import check_keys, construct
+from dalle2_jax.validation.checks import one_of
+from dalle2_jax.validation.sections import construct
 
 
 def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
@@ -61,7 +62,7 @@ def check_transformer(where: str, section: Mapping[str, Any], activation: str) -
     width, heads = section.get("width", 1), section.get("heads", 1)
     if heads < 1 or width % heads:
         raise UserError(f"{where}.heads={heads} must divide {where}.width={width}")
-    check_keys([activation], ACTIVATIONS, "config.model.activation")
+    one_of("config.model.activation", activation, ACTIVATIONS)
 
 
 def _network_of(path: str) -> CLIP:
@@ -98,7 +99,7 @@ class FrozenCLIP:
         if re.search(r"\.py(:\w+)?$", config.clip_from):
             network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
         else:
-            folder = model_folder.resolve(config.clip_from)
+            folder = model_names.resolve(config.clip_from)
             network, weights = load.network(folder, "clip"), model_folder.stage_hash(folder, "clip")
         text, whose = network.text, f"the CLIP of {folder}"
         if network.image is None:

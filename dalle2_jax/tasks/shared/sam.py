@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.parallel.fsdp import on_whole
-from dalle2_jax.parallel.shards import batch_shards
+from dalle2_jax.parallel.fsdp import with_gathered_params
+from dalle2_jax.parallel.shards import current_batch_axes
 from dalle2_jax.types import Array, Params, PyTree
 
 # Leaves that Flax's layers cast to their dtype before use. Norms, biases and tables keep theirs.
@@ -53,7 +53,7 @@ def encode_perturbed(
 
     Raises UserError where a chip's part of the batch is no multiple of `replica_batch`.
     """
-    _, shards = batch_shards()
+    _, shards = current_batch_axes()
     batch_size = jax.tree.leaves(inputs)[0].shape[0]
     if batch_size % (shards * replica_batch):
         raise UserError(
@@ -85,4 +85,4 @@ def encode_perturbed(
         out = jax.lax.map(jax.checkpoint(replica) if recompute else replica, groups)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
-    return on_whole(shard, params, inputs, dtype=dtype)
+    return with_gathered_params(shard, params, inputs, dtype=dtype)
