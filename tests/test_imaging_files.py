@@ -131,17 +131,17 @@ def test_grid_of_one_and_mistakes():
 
 
 def test_wrapping_keeps_the_words_and_the_width():
-    font = files._font(14, [])
-    lines = files._wrap("a red apple\non a\x00 table", font, 70)
+    font = grids._font(14, [])
+    lines = grids._wrap("a red apple\non a\x00 table", font, 70)
     assert " ".join(lines) == "a red apple on a table"
     assert all(font.getlength(line) <= 70 for line in lines)
-    broken = files._wrap("x" * 30, font, 100)
+    broken = grids._wrap("x" * 30, font, 100)
     assert "".join(broken) == "x" * 30
-    cut = files._wrap("word " * 100, font, 100)
+    cut = grids._wrap("word " * 100, font, 100)
     assert len(cut) == 3
     assert cut[-1].endswith("…")
     assert all(font.getlength(line) <= 100 for line in cut)
-    assert files._wrap("é 🍎", files._font(14, ["é"]), 100)
+    assert grids._wrap("é 🍎", grids._font(14, ["é"]), 100)
 
 
 def test_slug():

@@ -74,7 +74,7 @@ def test_every_network_has_files_of_its_own_there(theirs):
 
 def test_a_folder_of_theirs_draws_as_it_is(karlo, theirs, cache):
     drawn = [
-        DALLE2.from_pretrained(str(folder)).generate("a red apple", steps=STEPS)
+        DALLE2.from_pretrained(str(folder)).with_settings(steps=STEPS).generate("a red apple")
         for folder in (karlo, theirs)
     ]
     np.testing.assert_array_equal(*drawn)
@@ -95,25 +95,26 @@ def test_its_256_px_go_on_to_a_larger_upsampler_of_ours(karlo, tmp_path):
     del entry["separate_last_step"]
     params = model_folder.read_params(karlo, "upsampler_16")["first"]
     model_folder.write_stage(folder, "upsampler_32", entry, params)
-    model = DALLE2.from_pretrained(str(folder))
-    drawn = model.generate("a red apple", steps=STEPS | {"upsampler_32": 2})
+    model = DALLE2.from_pretrained(str(folder)).with_settings(steps=STEPS | {"upsampler_32": 2})
+    drawn = model.generate("a red apple")
     assert drawn.shape == (1, 32, 32, 3)
 
 
 def test_an_image_depends_on_every_stage_and_on_the_caption(karlo, tmp_path):
     """Else the tests of whole images would show nothing."""
-    model = DALLE2.from_pretrained(str(karlo))
+    model = DALLE2.from_pretrained(str(karlo)).with_settings(steps=STEPS)
     other = DALLE2.from_pretrained(str(small_karlo.write(tmp_path / "other", seed=1)))
-    drawn = model.generate("a red apple", steps=STEPS)
+    drawn = model.generate("a red apple")
 
     def changed(images) -> float:
         return (np.abs(images.astype(int) - drawn) > 2).mean()
 
-    assert changed(model.generate("dog, flat", steps=STEPS)) > 0.1
+    assert changed(model.generate("dog, flat")) > 0.1
     for stage in model.cascade.params:
-        params = {**model.cascade.params, stage: other.params[stage]}
-        mixed = dataclasses.replace(model, params=params)
-        assert changed(mixed.generate("a red apple", steps=STEPS)) > 0.1, stage
+        params = {**model.cascade.params, stage: other.cascade.params[stage]}
+        cascade = dataclasses.replace(model.cascade, params=params)
+        mixed = dataclasses.replace(model, cascade=cascade)
+        assert changed(mixed.generate("a red apple")) > 0.1, stage
 
 
 def test_our_solvers_work_on_its_schedule(karlo):
@@ -121,8 +122,8 @@ def test_our_solvers_work_on_its_schedule(karlo):
     model = DALLE2.from_pretrained(str(karlo))
 
     def drawn(solver: str, steps: int) -> np.ndarray:
-        settings = {"solver": {"prior": solver}, "steps": {"prior": steps}}
-        return model.sample_prior(["a red apple", "dog, flat"], n=4, **settings)
+        set_so = model.with_settings(solver={"prior": solver}, steps={"prior": steps})
+        return set_so.sample_prior(["a red apple", "dog, flat"], n=4)
 
     end = drawn("ddim", 400)
 

@@ -77,9 +77,9 @@ def test_every_solver_takes_the_steps_that_suit_it(karlo):
     """Even steps end in one long stride, over which dpm++ runs away."""
     model = DALLE2.from_pretrained(str(karlo))
     for solver, same in (("ddpm", "ddim"), ("dpm++", "unipc")):
-        for stage, sampler in model.with_settings(solver=solver).samplers().items():
+        for stage, sampler in model.with_settings(solver=solver).cascade.samplers().items():
             steps = sampler.settings.schedule(sampler.process).timesteps
-            other = model.with_settings(solver=same).samplers()[stage]
+            other = model.with_settings(solver=same).cascade.samplers()[stage]
             np.testing.assert_array_equal(steps, other.settings.schedule(other.process).timesteps)
             even = len(set(np.diff(steps, 2))) <= 3  # but for rounding
             assert even == (solver == "ddpm"), (stage, steps)
@@ -117,7 +117,7 @@ def test_a_hub_id_to_train_on_is_told_what_to_do_before_its_weights_are_fetched(
 ):
     hub = Hub(tmp_path / "snapshot", theirs)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(UserError, match="pretrained import kakaobrain/small --out FOLDER"):
+    with pytest.raises(UserError, match="dalle2 weights import kakaobrain/small --out FOLDER"):
         model_names.resolve("kakaobrain/small")
     assert not list(hub.root.rglob("*.safetensors"))
 
