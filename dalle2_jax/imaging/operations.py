@@ -144,7 +144,7 @@ class _Bases(NamedTuple):
 
 @functools.cache
 def _bases(n: int) -> _Bases:
-    # The image is put on a circle of `period` pixels, with room for RADIUS mirrored ones at each end.
+    # The image is put on a circle of `period` pixels, with RADIUS mirrored ones at each end.
     period = n + 2 * RADIUS + n % 2
     frequencies = np.arange(period // 2 + 1)
     m = 2 * len(frequencies)
