@@ -1,4 +1,8 @@
-"""DALL-E 2 (unCLIP, arXiv 2204.06125) in JAX: train every stage, draw."""
+"""DALL-E 2 (unCLIP, arXiv 2204.06125) in JAX: train every stage, generate and edit images.
+
+from dalle2_jax import DALLE2
+images = DALLE2.from_pretrained("tiny").generate("a flat emoji of a red apple")
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,7 @@ __all__ = ["DALLE2", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DALLE2":  # late: the trainer and the data set builder need none of it
+    if name == "DALLE2":  # imported late: training and preparing data do not need it
         from dalle2_jax.pipelines.dalle2 import DALLE2
 
         return DALLE2

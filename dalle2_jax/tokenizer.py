@@ -1,9 +1,17 @@
-"""CLIP's byte-pair tokenizer over the kept library `tokenizers`, cut to any size of vocabulary.
+"""CLIP's byte-pair tokenizer, over the library `tokenizers`, with a vocabulary of any size.
 
-The vocabulary is 256 byte characters, the same 256 closing a word, one entry a merge, then
-start-of-text and end-of-text (CLIP, Radford et al. 2021, section 2.4: 49,408 in all). Merges are
-ordered by how frequent they were, so a small model keeps a prefix of them: words outside it split
-into more pieces, and an id below `vocab_size - 2` means the same piece at every size.
+Byte-pair encoding starts from the bytes of a text and joins the pair of pieces that comes first in
+a list of merges, again and again: "cat" -> c a t</w> -> ca t</w> -> cat</w>. The vocabulary is, in
+the order of its ids,
+
+    256                bytes, each as a printable character
+    256                the same bytes at the end of a word, as in "t</w>"
+    vocab_size - 514   one piece for each merge
+    2                  start-of-text and end-of-text
+
+49,408 in all (CLIP, Radford et al. 2021, section 2.4). Merges are in order of frequency, so a small
+model takes the first of them: rarer words are split into more pieces, and an id below
+`vocab_size - 2` means the same piece at every size.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ FULL_VOCAB_SIZE = 49408
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 _NUM_BYTE_TOKENS = 2 * 256
+# CLIP's words: special tokens, English endings, letters, single digits, other characters.
 _SPLIT = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -32,8 +41,11 @@ class Tokenizer:
     """Text -> token ids, equal to transformers' CLIPTokenizer at the full size.
 
     Args:
-      context_length: ids per text, start- and end-of-text included.
-      vocab_size: from 514 (bytes alone) to 49,408 (all of CLIP's merges).
+        context_length: ids of a text, including start- and end-of-text; at least 3.
+        vocab_size: from 514 (bytes only) to 49,408 (all of CLIP's merges).
+
+    Raises:
+        ValueError: a size out of range.
     """
 
     def __init__(self, context_length: int = 77, vocab_size: int = FULL_VOCAB_SIZE) -> None:
@@ -51,7 +63,7 @@ class Tokenizer:
         self._backend = _backend(vocab_size)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> int32 [n, context_length]: start, pieces (cut to fit), end, zeros."""
+        """Returns int32 [n, context_length]: start, pieces (cut to fit), end, zeros."""
         if isinstance(texts, str):
             raise TypeError("Tokenizer takes a list of texts, not one text: write tok([text])")
         room = self.context_length - 2
@@ -67,14 +79,17 @@ class Tokenizer:
         return tokens
 
     def length(self, text: str) -> int:
-        """Counts the tokens of the whole text, sot and eot among them.
+        """Returns the number of tokens of the whole text, including start- and end-of-text.
 
-        More than the context length are cut off.
+        `__call__` cuts off those beyond the context length.
         """
         return len(self._backend.encode(repair_text(text), add_special_tokens=False).ids) + 2
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """One row of ids [n] -> the lower-case text it stands for, up to the first end-of-text."""
+        """Returns the text, in lower case, of one row of ids [n], up to the first end-of-text.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         pieces = []
         for i in np.asarray(ids).tolist():
             if i == self.eot_id:
@@ -86,13 +101,16 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
             pieces.append(piece)
         to_byte = {char: byte for byte, char in _byte_characters().items()}
-        text = "".join(pieces).replace(WORD_END, " ")  # no byte's character is a space
+        text = "".join(pieces).replace(WORD_END, " ")  # no byte is written as a space
         raw = b"".join(b" " if char == " " else bytes([to_byte[char]]) for char in text)
         return raw.decode("utf-8", errors="replace").strip()
 
 
 def repair_text(text: str) -> str:
-    """Joins surrogate pairs and turns lone ones into U+FFFD: UTF-8 cannot hold a surrogate."""
+    """Returns `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD.
+
+    UTF-8 cannot encode a surrogate, but a Python string may hold one.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -102,11 +120,11 @@ def repair_text(text: str) -> str:
 
 @functools.cache
 def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(piece -> id, merges in order) of CLIP's BPE, cut to `vocab_size`; read-only."""
+    """Returns ({piece: id}, merges in order) for a size; cached, so not to be changed."""
     with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as lines:
         next(lines)  # the version
-        kept = vocab_size - _NUM_BYTE_TOKENS - 2
-        pairs = (next(lines).split() for _ in range(kept))
+        count = vocab_size - _NUM_BYTE_TOKENS - 2
+        pairs = (next(lines).split() for _ in range(count))
         merges = [(left, right) for left, right in pairs]
     characters = list(_byte_characters().values())
     pieces = characters + [c + WORD_END for c in characters] + ["".join(m) for m in merges]
@@ -116,7 +134,7 @@ def vocabulary(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 @functools.cache
 def _byte_characters() -> dict[int, str]:
-    """Byte -> a printable character, in CLIP's order: printable bytes stand for themselves."""
+    """Returns {byte: printable character} in CLIP's order; printable bytes are their own."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
@@ -125,6 +143,7 @@ def _byte_characters() -> dict[int, str]:
 
 @functools.cache
 def _backend(vocab_size: int) -> Backend:
+    """Returns the library's tokenizer; shared by all `Tokenizer`s of a size."""
     vocab, merges = vocabulary(vocab_size)
     backend = Backend(BPE(vocab, merges, end_of_word_suffix=WORD_END, unk_token=EOT))
     backend.normalizer = normalizers.Sequence(

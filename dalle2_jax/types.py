@@ -1,7 +1,9 @@
-"""Array aliases and the three protocols on which the rooms of the house agree.
+"""Names for arrays, and the three protocols on which the rooms of the package agree.
 
-`Task` is what the trainer knows of a stage, `Denoiser` what a solver knows of a network, and
-`Solver` what the sampling loop knows of a solver. Nothing here imports from the package.
+`Denoiser` is what a solver knows of a network, `Solver` what the sampling loop knows of a solver,
+and `Task` what the trainer knows of a stage. Each is on one side of a boundary, so that either side
+can be replaced without the other: a new solver needs no change of a network, a new stage none of
+the trainer. Nothing here imports from the package.
 """
 
 from __future__ import annotations
@@ -14,27 +16,42 @@ import jax
 Array = jax.Array
 PyTree = Any
 Params = Mapping[str, Any]
+"""Parameters of a network as Flax has them: mappings nested by module, with arrays as leaves."""
 Batch = Mapping[str, Array]
 """`image` uint8 [b, h, w, 3] and, for captioned data, `tokens` int32 [b, n]."""
 Metrics = dict[str, Array]
+"""float32 scalars by name."""
 
 
 class Prediction(NamedTuple):
-    """A denoiser's prediction at x_t: solvers need the first two, ancestral ones the third too."""
+    """A denoiser's prediction at x_t: solvers need the first two, ancestral ones the third too.
 
-    x_0: Array  # b ...
-    eps: Array  # b ..., consistent with x_0 and x_t
-    log_variance: Array | None = None  # b ..., of p(x_{t-1} | x_t), where it is learned
+    Attributes:
+        x_0: [b, ...], the predicted clean example.
+        eps: [b, ...], the noise in x_t, if that is x_0: the two are consistent.
+        log_variance: [b, ...], of p(x_{t-1} | x_t); None if the network does not learn it.
+    """
+
+    x_0: Array
+    eps: Array
+    log_variance: Array | None = None
 
 
 class Denoiser(Protocol):
+    """A network with its condition, guidance and parametrisation, as a solver calls it."""
+
     def __call__(self, x_t: Array, t: Array) -> Prediction:
-        """x_t [b, ...] and the index t [b] int32 into the schedule that is being sampled."""
+        """Predicts x_0 from a noisy x_t.
+
+        Args:
+            x_t: float [b, ...].
+            t: int32 [b], index into the schedule that is being sampled; T - 1 is pure noise.
+        """
         ...
 
 
 class Solver(Protocol):
-    """One step of sampling, a pure function that `lax.scan` carries from t = T-1 down to 0."""
+    """One step of sampling, as a pure function that `lax.scan` carries from t = T - 1 down to 0."""
 
     @property
     def evaluations(self) -> int:
@@ -42,18 +59,36 @@ class Solver(Protocol):
         ...
 
     def init(self, x_t: Array) -> PyTree:
-        """The solver's memory (past predictions); an empty tuple for a one-step solver."""
+        """Returns the memory before the first step: room for past predictions.
+
+        A solver that needs none returns ().
+        """
         ...
 
     def step(
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
     ) -> tuple[Array, PyTree]:
-        """x_t at scalar index t -> (x_{t-1}, memory). `noise` [b, ...] is standard normal."""
+        """Takes one step.
+
+        Args:
+            denoiser: evaluated once or several times.
+            x_t: [b, ...].
+            t: int32 scalar, index into the schedule.
+            noise: [b, ...], standard normal; a deterministic solver ignores it.
+            memory: what `init` or the step before returned.
+
+        Returns:
+            x_{t-1} [b, ...] and the memory for the next step.
+        """
         ...
 
 
 class Task(Protocol):
-    """A stage of training, as the trainer sees it: no stage is known there by name."""
+    """A stage of training, as the trainer sees it, which knows no stage by name.
+
+    A task holds networks and settings, but no parameters: those are arguments of its methods, so
+    that the trainer can shard, donate and average them.
+    """
 
     stage: str
     """The stage's name in a model folder: `clip`, `prior`, `decoder`, `upsampler_64`, ..."""
@@ -74,25 +109,46 @@ class Task(Protocol):
         ...
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters; called under `jax.eval_shape` and under `jax.jit`."""
+        """Returns fresh parameters; called under `jax.eval_shape` and under `jax.jit`."""
         ...
 
     def frozen(self) -> Params:
-        """Parameters used but not trained (CLIP's), handed to the step as an argument."""
+        """Returns parameters that are used but not trained, such as CLIP's.
+
+        They are an argument of the jitted step: as constants they would be compiled into it.
+        """
         ...
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        """Mean loss over the global batch (float32 scalar) and scalar metrics."""
+        """Returns the mean loss over the global batch, and metrics.
+
+        Args:
+            params: as `init` returns them.
+            frozen: as `frozen` returns them.
+            batch: arrays [b, ...] of all devices together.
+            key: for everything random in the loss.
+            train: False for evaluation: without dropout and augmentation.
+
+        Returns:
+            A float32 scalar and float32 scalars by name.
+        """
         ...
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """name -> uint8 [rows, columns, h, w, 3]: pictures of the first `rows` examples, or all."""
+        """Samples images that show how far training is.
+
+        Args:
+            rows: the number of examples of the batch to show; all if it has fewer.
+
+        Returns:
+            Name -> uint8 [rows, columns, h, w, 3], a grid for people to look at.
+        """
         ...
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
-        """(the stage's entry in `config.json`, its tensors) for a model folder."""
+        """Returns the stage's entry in `config.json` and its tensors, for a model folder."""
         ...

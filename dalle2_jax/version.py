@@ -1,3 +1,3 @@
-"""The package's version, said once: pyproject.toml reads it from here."""
+"""The package's version, in this one place: pyproject.toml reads it from here."""
 
 __version__ = "0.1.0"

@@ -298,7 +298,7 @@ def test_a_damaged_image_gives_way_to_the_next_and_is_reported(captioned):
         blue = pipeline.Tokenizer(8, 600)(["a blue square", "blue"])
         assert batch["tokens"][1].tolist() in blue.tolist()
     assert list(batches.damaged) == [str(captioned / "b.png")]
-    assert "not a readable picture" in batches.damaged[str(captioned / "b.png")]
+    assert "not a readable image" in batches.damaged[str(captioned / "b.png")]
 
 
 def test_damaged_images_are_counted_and_the_first_ten_named(caplog):

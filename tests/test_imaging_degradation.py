@@ -1,4 +1,4 @@
-"""BSR degradation: its operations against scipy, Pillow and jax.image, its chance by statistics."""
+"""BSR degradation: operations against SciPy, Pillow and jax.image, random choices by statistics."""
 
 import collections
 import io
@@ -11,30 +11,53 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from dalle2_jax.imaging import arrays, degradation
-from dalle2_jax.imaging.degradation import BLUR, JPEG, METHODS, NOISE, NOTHING, RADIUS, RESIZE
+from dalle2_jax.imaging import arrays, degradation, operations
+from dalle2_jax.imaging.operations import BLUR, JPEG, METHODS, NOISE, NOTHING, RADIUS, RESIZE
 
 SIDE = 32
-blur, jpeg, operate = map(jax.jit, (degradation.blur, degradation.jpeg, degradation.operate))
-resize = jax.jit(degradation.resize, static_argnames="method")
+operate = jax.jit(operations.operate)
 bsr = jax.jit(degradation.bsr, static_argnames=("low_size", "strength"))
 GENTLE = degradation.Strength(blurs=1, spread=0.02, noise=(0, 0), quality=(100, 100))
 
 
+@jax.jit
+def apply(images, op):
+    """Applies one operation to images [b, n, n, 3] that fill their canvas."""
+    side = jnp.int32(images.shape[1])
+
+    def one(x):
+        return operations.operate(x, side, op, jnp.zeros_like(x))[0]
+
+    return jnp.moveaxis(jax.vmap(one)(jnp.moveaxis(images, -1, 1)), 1, -1)
+
+
+def blur(images, kernel):
+    return apply(images, operations.operation(BLUR, kernel=kernel))
+
+
+def jpeg(images, quality):
+    return apply(images, operations.operation(JPEG, quality=quality))
+
+
+def resize(images, size, method, sigma=0.01):
+    index = METHODS.index(method)
+    return apply(images, operations.operation(RESIZE, size=size, method=index, sigma=sigma))
+
+
 def smooth(side, batch=3, sigma=2.0, seed=0):
-    """Pictures in [-0.9, 0.9] whose detail is `sigma` pixels wide."""
+    """Returns images in [-0.9, 0.9] whose details are about `sigma` pixels wide."""
     noise = np.random.default_rng(seed).normal(size=(batch, side, side, 3))
     x = ndimage.gaussian_filter(noise, (0, sigma, sigma, 0))
     return jnp.asarray(0.9 * x / abs(x).max(axis=(1, 2, 3), keepdims=True), jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return smooth(SIDE)
 
 
 def psnr(a, b):
-    """Of pictures in [-1, 1]."""
+    """Returns the peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return -10 * np.log10(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) / 4)
 
 
@@ -71,30 +94,30 @@ def test_blur_is_scipys(side, variances, angle):
 
 
 @pytest.mark.parametrize(("size", "sigma"), [(3, 0.6), (25, 2.0)])
-def test_an_isotropic_blur_is_gaussian_blur(pictures, size, sigma):
-    ours = blur(pictures, kernel((sigma**2, sigma**2), 1.0, size // 2))
-    np.testing.assert_allclose(ours, arrays.gaussian_blur(pictures, size, sigma), atol=2e-6)
+def test_an_isotropic_blur_is_gaussian_blur(images, size, sigma):
+    ours = blur(images, kernel((sigma**2, sigma**2), 1.0, size // 2))
+    np.testing.assert_allclose(ours, arrays.gaussian_blur(images, size, sigma), atol=2e-6)
 
 
-def test_a_blur_without_width_changes_nothing(pictures):
-    np.testing.assert_allclose(blur(pictures, kernel((0.0, 0.0), 0.3)), pictures, atol=2e-6)
+def test_a_blur_without_width_changes_nothing(images):
+    np.testing.assert_allclose(blur(images, kernel((0.0, 0.0), 0.3)), images, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [8, 9, 21, 32])
-def test_resizes_are_jax_images(pictures, method, size):
-    ours = resize(pictures, size, method)
-    want = jax.image.resize(pictures, (3, size, size, 3), method, antialias=False)
+def test_resizes_are_jax_images(images, method, size):
+    ours = resize(images, size, method)
+    want = jax.image.resize(images, (3, size, size, 3), method, antialias=False)
     np.testing.assert_allclose(ours[:, :size, :size], want, atol=3e-6)
 
 
 @pytest.mark.parametrize("size", [8, 11, 32])
-def test_area_is_the_mean_of_the_footprint(pictures, size):
-    ours = resize(pictures, size, "area")[:, :size, :size]
-    np.testing.assert_allclose(ours, arrays.resize(pictures, size, "area"), atol=3e-6)
+def test_area_is_the_mean_over_the_covered_area(images, size):
+    ours = resize(images, size, "area")[:, :size, :size]
+    np.testing.assert_allclose(ours, arrays.resize(images, size, "area"), atol=3e-6)
 
 
-def test_nearest_is_the_nearest_pixel_and_by_sigma_a_gaussian_before():
+def test_nearest_is_the_nearest_pixel_after_a_gaussian_of_sigma():
     x = smooth(33, sigma=0.5)
     want = jax.image.resize(x, (3, 11, 11, 3), "nearest")
     ours = resize(x, 11, "nearest")[:, :11, :11]
@@ -107,19 +130,19 @@ def test_nearest_is_the_nearest_pixel_and_by_sigma_a_gaussian_before():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sizes", [(32, 32), (9, 25)])
-def test_a_resize_keeps_flat_pictures_and_their_own_size_as_they_are(pictures, method, sizes):
+def test_flat_images_and_sizes_that_stay_are_not_changed(images, method, sizes):
     flat = jnp.full((3, SIDE, SIDE), 0.3)
-    op = degradation.operation(RESIZE, size=sizes[1], method=METHODS.index(method), sigma=0.8)
+    op = operations.operation(RESIZE, size=sizes[1], method=METHODS.index(method), sigma=0.8)
     out, side = operate(flat, jnp.int32(sizes[0]), op, flat)
     assert side == sizes[1]
     np.testing.assert_allclose(out[:, :side, :side], 0.3, atol=2e-6)
-    np.testing.assert_allclose(resize(pictures, SIDE, method), pictures, atol=3e-6)
+    np.testing.assert_allclose(resize(images, SIDE, method), images, atol=3e-6)
 
 
 def pillow_jpeg(x, quality):
-    def one(picture):
+    def one(image):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
         return np.asarray(Image.open(file))
 
     return arrays.to_float(jnp.stack([one(p) for p in np.asarray(arrays.to_uint8(x))]))
@@ -139,9 +162,9 @@ def test_jpeg_is_pillows(side, quality, sigma, grey, levels):
     assert abs(np.mean(ours - want)) < 0.2 / 127.5
 
 
-def test_jpeg_loses_the_more_the_lower_its_quality(pictures):
-    found = [psnr(jpeg(pictures, q), pictures) for q in (10, 30, 60, 95)]
-    assert found == sorted(found) and found[-1] - found[0] > 6
+def test_jpeg_loses_more_at_a_lower_quality(images):
+    ratios = [psnr(jpeg(images, q), images) for q in (10, 30, 60, 95)]
+    assert ratios == sorted(ratios) and ratios[-1] - ratios[0] > 6
 
 
 def test_a_flat_grey_survives_jpeg():
@@ -150,70 +173,70 @@ def test_a_flat_grey_survives_jpeg():
 
 
 OPERATIONS = {
-    "blur": degradation.operation(BLUR, kernel=kernel((5.0, 1.0), 0.7)),
-    "jpeg": degradation.operation(JPEG, quality=40),
-    "bicubic": degradation.operation(RESIZE, size=13, method=1),
-    "nearest": degradation.operation(RESIZE, size=9, method=3, sigma=1.2),
+    "blur": operations.operation(BLUR, kernel=kernel((5.0, 1.0), 0.7)),
+    "jpeg": operations.operation(JPEG, quality=40),
+    "bicubic": operations.operation(RESIZE, size=13, method=1),
+    "nearest": operations.operation(RESIZE, size=9, method=3, sigma=1.2),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("side", [1, 6, 16])
-def test_what_lies_beyond_the_picture_is_not_seen(pictures, name, side):
-    """A picture on a large canvas becomes what it does on one of its own size."""
-    beside = pictures[0].transpose(2, 0, 1)
-    picture = pictures[1].transpose(2, 0, 1)[:, :side, :side]
-    both = beside.at[:, :side, :side].set(picture)
+def test_the_canvas_beyond_the_image_does_not_affect_it(images, name, side):
+    """The result on a large canvas is that on one of the image's own size."""
+    around = images[0].transpose(2, 0, 1)
+    image = images[1].transpose(2, 0, 1)[:, :side, :side]
+    both = around.at[:, :side, :side].set(image)
     op = OPERATIONS[name]
     out, new_side = operate(both, jnp.int32(side), op, jnp.zeros_like(both))
     canvas = max(side, int(new_side))
-    alone = jnp.pad(picture, ((0, 0), (0, canvas - side), (0, canvas - side)))
+    alone = jnp.pad(image, ((0, 0), (0, canvas - side), (0, canvas - side)))
     want, _ = operate(alone, jnp.int32(side), op, jnp.zeros_like(alone))
     new = slice(0, int(new_side))
     np.testing.assert_allclose(out[:, new, new], want[:, new, new], atol=3e-6)
 
 
-def test_noise_and_nothing_add_what_they_say(pictures):
-    x = pictures[0].transpose(2, 0, 1)
+def test_noise_and_nothing(images):
+    x = images[0].transpose(2, 0, 1)
     noise = jax.random.normal(jax.random.key(0), x.shape)
     for kind, added in ((NOISE, noise), (NOTHING, 0.0)):
-        out, side = operate(x, jnp.int32(SIDE), degradation.operation(kind), noise)
+        out, side = operate(x, jnp.int32(SIDE), operations.operation(kind), noise)
         np.testing.assert_allclose(out, np.clip(x + added, -1, 1), atol=3e-6)
         assert side == SIDE
 
 
-def test_noise_is_grey_or_of_each_channel_or_correlated():
+def test_noise_is_grey_independent_or_correlated():
     keys = jax.random.split(jax.random.key(0), 1500)
     noise = np.asarray(jax.vmap(lambda k: degradation.random_noise(k, 24, (2, 25)))(keys))
     planes = noise.reshape(len(keys), 3, -1) * 127.5
     assert abs(planes.mean()) < 0.1
     stds = planes.std(axis=2)
-    found = collections.defaultdict(list)
+    levels = collections.defaultdict(list)
     for i, plane in enumerate(planes):
         correlations = np.corrcoef(plane)[np.triu_indices(3, 1)]
         if np.ptp(plane, axis=0).max() == 0:
-            found["grey"].append(stds[i].mean())
+            levels["grey"].append(stds[i].mean())
         elif abs(correlations).max() < 0.2 and np.ptp(stds[i]) < 0.15 * stds[i].mean():
-            found["channels"].append(stds[i].mean())
+            levels["independent"].append(stds[i].mean())
         else:
-            found["correlated"].append(np.sqrt(np.mean(stds[i] ** 2)))
-    shares = {kind: len(values) / len(keys) for kind, values in found.items()}
-    assert shares == pytest.approx({"grey": 0.4, "channels": 0.4, "correlated": 0.2}, abs=0.05)
-    for kind in ("grey", "channels"):  # a whole number from 2 to 25, each as often
-        assert np.mean(found[kind]) == pytest.approx(13.5, abs=1.0)
-        assert 1.8 < np.min(found[kind]) < 2.2 and 24 < np.max(found[kind]) < 27
+            levels["correlated"].append(np.sqrt(np.mean(stds[i] ** 2)))
+    shares = {kind: len(values) / len(keys) for kind, values in levels.items()}
+    assert shares == pytest.approx({"grey": 0.4, "independent": 0.4, "correlated": 0.2}, abs=0.05)
+    for kind in ("grey", "independent"):  # a whole number from 2 to 25, uniformly
+        assert np.mean(levels[kind]) == pytest.approx(13.5, abs=1.0)
+        assert 1.8 < np.min(levels[kind]) < 2.2 and 24 < np.max(levels[kind]) < 27
     # the mean variance of the axes, uniform up to 25^2
-    assert np.mean(np.square(found["correlated"])) == pytest.approx(25**2 / 2, rel=0.1)
+    assert np.mean(np.square(levels["correlated"])) == pytest.approx(25**2 / 2, rel=0.1)
 
 
 @pytest.fixture(scope="module")
 def chains():
     keys = jax.random.split(jax.random.key(3), 6000)
-    draw = jax.vmap(lambda key: degradation.random_chain(key, jnp.int32(64), 16, degradation.BSR))
-    return jax.tree.map(np.asarray, jax.jit(draw)(keys))
+    sample = jax.vmap(lambda key: degradation.random_chain(key, jnp.int32(64), 16, degradation.BSR))
+    return jax.tree.map(np.asarray, jax.jit(sample)(keys))
 
 
-def test_every_order_comes_as_often(chains):
+def test_every_order_is_equally_likely(chains):
     kinds = np.where(chains.kind == NOTHING, JPEG, chains.kind)
     orders = collections.Counter(map(tuple, kinds))
     assert set(orders) == set(itertools.permutations([BLUR, BLUR, RESIZE, RESIZE, NOISE, JPEG]))
@@ -222,7 +245,7 @@ def test_every_order_comes_as_often(chains):
     assert np.mean(chains.kind == NOTHING) * 6 == pytest.approx(0.1, abs=0.02)
 
 
-def test_a_chain_ends_at_the_low_size_by_way_of_any(chains):
+def test_a_chain_resizes_to_a_random_size_then_to_the_low_one(chains):
     sizes = chains.size[chains.kind == RESIZE].reshape(-1, 2)
     methods = chains.method[chains.kind == RESIZE].reshape(-1, 2)
     assert (sizes[:, 1] == 16).all()
@@ -235,7 +258,7 @@ def test_a_chain_ends_at_the_low_size_by_way_of_any(chains):
     assert np.bincount(methods[:, 1]).tolist() == pytest.approx([2000] * 3, abs=150)
 
 
-def test_a_chains_parameters_lie_within_their_bounds(chains):
+def test_a_chains_parameters_are_within_their_bounds(chains):
     used = {kind: chains.kind == kind for kind in (BLUR, JPEG)}
     quality = chains.quality[used[JPEG]]
     assert (quality.min(), quality.max()) == (30, 95)
@@ -253,7 +276,7 @@ def test_a_chains_parameters_lie_within_their_bounds(chains):
     assert abs(np.mean(xy[~isotropic] > 0) - 0.5) < 0.03  # any angle
 
 
-def test_pictures_come_out_small_within_range_each_in_its_own_way(pictures):
+def test_every_image_is_degraded_in_its_own_way():
     x = jnp.tile(smooth(64, batch=1), (6, 1, 1, 1))
     low = np.asarray(bsr(jax.random.key(0), x, 16, degradation.BSR))
     assert low.shape == (6, 16, 16, 3) and low.dtype == np.float32
@@ -264,16 +287,16 @@ def test_pictures_come_out_small_within_range_each_in_its_own_way(pictures):
     other = bsr(jax.random.key(1), x, 16, degradation.BSR)
     assert np.abs(other - low).mean((1, 2, 3)).min() > 0.005
 
-    # In another batch an example fares as before, also beside other pictures.
-    beside = bsr(jax.random.key(0), x.at[4:].set(-x[4:]), 16, degradation.BSR)
-    np.testing.assert_allclose(beside[:4], low[:4], atol=1e-5)
+    # An image's result depends on no other image of its batch.
+    other_rest = bsr(jax.random.key(0), x.at[4:].set(-x[4:]), 16, degradation.BSR)
+    np.testing.assert_allclose(other_rest[:4], low[:4], atol=1e-5)
     np.testing.assert_allclose(
         bsr(jax.random.key(0), x[:3], 16, degradation.BSR), low[:3], atol=1e-5
     )
 
 
-def test_on_a_mesh_no_picture_leaves_its_chip():
-    """Which a Fourier transform by `jnp.fft`, say, would have it do."""
+def test_on_a_mesh_no_image_leaves_its_chip():
+    """A Fourier transform by `jnp.fft`, for example, would gather the batch."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32, sharding=place)
@@ -285,12 +308,12 @@ def test_on_a_mesh_no_picture_leaves_its_chip():
 
 @pytest.mark.parametrize("low_size", [16, 20, 32])
 def test_a_gentle_chain_is_a_resize(low_size):
-    """Nothing is shifted, turned or shaded, whatever the order."""
+    """Nothing is shifted, turned or shaded, in any order of the operations."""
     x = smooth(64, batch=8, sigma=12.0)
     low = bsr(jax.random.key(0), x, low_size, GENTLE)
     want = arrays.resize(x, low_size, "area")
     assert min(psnr(a, b) for a, b in zip(low, want, strict=True)) > 30
-    for axis in (1, 2):  # by how many pixels it is shifted, to first order
+    for axis in (1, 2):  # its shift in pixels, to first order
         slope = np.gradient(np.asarray(want), axis=axis)
         shift = np.sum((low - want) * slope, (1, 2, 3)) / np.sum(slope**2, (1, 2, 3))
         assert abs(shift).max() < 0.2 and abs(shift.mean()) < 0.05

@@ -147,7 +147,7 @@ def test_small_images_are_continued_too(model):
             lambda m: m.outpaint(PICTURE, left=8, overlap=1),
             "overlap must be a number from 0.01 to 0.99, not 1",
         ),
-        (lambda m: m.outpaint(PICTURE, left=10**8), "at most 64 million pixels can be drawn"),
+        (lambda m: m.outpaint(PICTURE, left=10**8), "at most 64 million pixels can be generated"),
         (
             lambda m: next(m.cascade.generate("a cat", known=np.zeros((1, 8, 8, 4), np.uint8))),
             r"known must be uint8 \[1, 16, 16, 4\], not uint8 \[1, 8, 8, 4\]",
@@ -174,9 +174,9 @@ def test_a_model_tells_how_it_draws_parts(model, untaught):
 
 
 def test_upsamplers_draw_both_sides_of_an_edge(model, monkeypatch):
-    told, known_at = [], cascade.masks.known_at
+    told, resize = [], cascade.masks.resize_partly_known
     monkeypatch.setattr(
-        cascade.masks, "known_at", lambda k, *of: told.append(of) or known_at(k, *of)
+        cascade.masks, "resize_partly_known", lambda k, *of: told.append(of) or resize(k, *of)
     )
     model.inpaint(PICTURE, RIGHT, "a cat")
     assert told == [(8, 0), (16, 2)]  # of the ring one pixel of the small image

@@ -258,7 +258,7 @@ def test_weights_are_read_from_a_bucket(bucket):
 
 
 def test_images_are_written_into_a_bucket(bucket):
-    out = files.prepare_folder(f"{bucket}/out")
+    out = paths.prepare_folder(f"{bucket}/out")
     files.save_png(out / "cat.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a cat"})
     assert fake_bucket.names("bucket/out/") == ["bucket/out/cat.png"]
     assert fake_bucket.OBJECTS["bucket/out/cat.png"][0].startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: known ids, round trips, and what a smaller vocabulary keeps."""
+"""CLIP's tokenizer: reference ids, round trips, and smaller vocabularies."""
 
 import hashlib
 
@@ -7,8 +7,8 @@ import pytest
 
 from dalle2_jax.tokenizer import FULL_VOCAB_SIZE, MERGES_FILE, Tokenizer, repair_text, vocabulary
 
-# As printed by CLIP's own code and in transformers' tests.
-KNOWN = {
+# From CLIP's own code and transformers' tests.
+REFERENCE = {
     "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
     "a photo of a dog": [49406, 320, 1125, 539, 320, 1929, 49407],
     "a diagram": [49406, 320, 22697, 49407],
@@ -22,15 +22,15 @@ def tok():
     return Tokenizer()
 
 
-@pytest.mark.parametrize("text", KNOWN)
-def test_known_ids(tok, text):
+@pytest.mark.parametrize("text", REFERENCE)
+def test_reference_ids(tok, text):
     row = tok([text])[0]
-    want = KNOWN[text]
+    want = REFERENCE[text]
     assert row[: len(want)].tolist() == want
     assert not row[len(want) :].any()
 
 
-def test_asset_is_the_one_the_notice_names():
+def test_the_merges_are_those_that_the_readme_names():
     digest = hashlib.sha256(MERGES_FILE.read_bytes()).hexdigest()
     assert digest in (MERGES_FILE.parent / "README.md").read_text()
 
@@ -73,11 +73,11 @@ def test_prefix_vocabulary():
     pieces = {i: piece for piece, i in vocabulary(FULL_VOCAB_SIZE)[0].items()}
     for piece, i in vocabulary(4096)[0].items():
         assert i >= 4094 or pieces[i] == piece
-    # A text whose pieces all lie in the prefix has the same ids at both sizes.
+    # A text whose pieces are all in the smaller vocabulary has the same ids at both sizes.
     a, b = full(["a photo of the day"])[0], small(["a photo of the day"])[0]
     assert (a[1:6] == b[1:6]).all()
     assert a[1:6].max() < 4094
-    # One that does not is spelt in more pieces, all of them in the vocabulary.
+    # Another is split into more pieces, all of them in the vocabulary.
     row = small(["hippopotamus"])[0]
     assert row.max() == small.eot_id
     assert small.decode(row) == "hippopotamus"

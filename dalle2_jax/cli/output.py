@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_jax.imaging import canvas, files, grids
-from dalle2_jax.imaging.decode import crop_resize
+from dalle2_jax.imaging.crops import crop_resize
 from dalle2_jax.pipelines import requests
 from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pipelines.request import InputImage, Request
@@ -78,7 +78,7 @@ def _write_prompts(
         name = f"{one.row:03d}-{files.slug(one.label)}-s{request.seed}-{number}.png"
         file, metadata = out / name, one.metadata
         files.save_png(file, one.image, metadata)
-        thumbnails.append(crop_resize(one.image, min(len(one.image), _GRID_SIDE), (1.0, 0.5, 0.5)))
+        thumbnails.append(crop_resize(one.image, min(len(one.image), _GRID_SIDE)))
     if only is not None:
         return file
     grid = grids.labelled_grid(np.stack(thumbnails), request.n, row_labels=request.prompts)
@@ -106,7 +106,7 @@ def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, in
         return out / name
     if request.mode in _MOVING:
         files.save_animation(out / f"{request.mode}.webp", frames, _FRAME_MS)
-    grid = grids.labelled_grid(frames, len(frames) // len(rows), picture_labels=labels)
+    grid = grids.labelled_grid(frames, len(frames) // len(rows), image_labels=labels)
     files.save_png(out / f"{request.mode}.png", grid, _of_all(metadata))
     return out / f"{request.mode}.png"
 
@@ -115,9 +115,9 @@ def _given(model: DALLE2, request: Request, row: int) -> list[tuple[str, np.ndar
     """Returns (label, image) of what is shown before the generated images of a row."""
     size = requests.prepare(model, request).image_size
     if request.mode in ("reconstruct", "variations"):
-        return [("given", crop_resize(request.images[row].pixels, size, (1.0, 0.5, 0.5)))]
+        return [("given", crop_resize(request.images[row].pixels, size))]
     if request.mode == "inpaint":
-        image, mask = canvas.fitted(request.images[0].pixels, request.edit_mask, size)
+        image, mask = canvas.fit_square(request.images[0].pixels, request.edit_mask, size)
         return [("given", image), ("mask", _striped(image, mask))]
     return []
 
@@ -133,9 +133,9 @@ def write_mask_preview(request: Request, out: Path) -> Path:
     image = request.images[0].pixels
     if request.mode == "inpaint":
         side = min(image.shape[:2])
-        image, mask = canvas.fitted(image, request.edit_mask, side)
+        image, mask = canvas.fit_square(image, request.edit_mask, side)
     else:
-        image, known_mask, _ = canvas.extended(image, request.margins, 1)
+        image, known_mask, _ = canvas.extend(image, request.margins, 1)
         mask = ~known_mask
     files.save_png(out / "mask.png", _striped(image, mask))
     return out / "mask.png"

@@ -27,6 +27,7 @@ def main(mode: str) -> int:
     from dalle2_jax.pipelines.dalle2 import DALLE2
     from dalle2_jax.pipelines.metadata import check_weights, from_metadata
     from dalle2_jax.pipelines.request import Request
+    from dalle2_jax.storage import paths
 
     commands.keep_compiled_programs()
     out = Path(generate_flags.OUT.value)
@@ -42,7 +43,7 @@ def main(mode: str) -> int:
             raise UserError(f"--like={like}: {error}") from error
         if "n" in overrides or "prompts" in overrides:
             only = None
-    out = files.prepare_folder(generate_flags.OUT.value)
+    out = paths.prepare_folder(generate_flags.OUT.value)
     if "preview_mask" in flags.FLAGS and flags.FLAGS.preview_mask:
         print(output.write_mask_preview(request, out))
         return 0

@@ -17,9 +17,9 @@ from absl import logging
 from dalle2_jax.data.attributes import NUM_UNIFORMS, Choice, Shares, longest_addition
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import decode
+from dalle2_jax.imaging.crops import CENTRE, Crop, crop_resize
 from dalle2_jax.tokenizer import Tokenizer
 
-CENTRE = (1.0, 0.5, 0.5)
 _MAX_DAMAGED_IN_A_ROW = 100
 _MAX_NAMED = 10
 
@@ -151,7 +151,7 @@ class ImageCache:
         """Whether `get` need decode none of these."""
         return all(self._decoded[i] is not None for i in indices)
 
-    def get(self, index: int, crop: tuple[float, float, float] = CENTRE) -> tuple[np.ndarray, int]:
+    def get(self, index: int, crop: Crop = CENTRE) -> tuple[np.ndarray, int]:
         """Returns uint8 [size, size, 3 or 4] and its index: a damaged image gives way to the next.
 
         `crop` is as in `decode.decode`, and used only by a cache made with `crops`.
@@ -167,7 +167,7 @@ class ImageCache:
                     self._decoded[index] = decoded
                     self._budget -= decoded[0].nbytes
         image, used = decoded
-        return (decode.crop_resize(image, self._size, crop) if self._crops else image), used
+        return (crop_resize(image, self._size, crop) if self._crops else image), used
 
 
 class TokenTable:

@@ -39,10 +39,11 @@ from absl import logging
 from dalle2_jax.data import attributes, stream
 from dalle2_jax.data.attributes import Choice
 from dalle2_jax.data.config import DataConfig
-from dalle2_jax.data.examples import CENTRE, Damage, Examples, ImageCache, TokenTable
+from dalle2_jax.data.examples import Damage, Examples, ImageCache, TokenTable
 from dalle2_jax.data.sources import image_folder, tfds_folder
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import decode
+from dalle2_jax.imaging.crops import CENTRE
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.validation import sections
 

@@ -204,7 +204,7 @@ def held_out_grid(group: Group, images: np.ndarray) -> np.ndarray:
     both = np.stack([images, true], axis=1).reshape(-1, *images.shape[1:])
     labels = [text for caption in group.captions[:_GRID_PAIRS] for text in (caption, "(true)")]
     scale = max(1, -(-_GRID_SIDE // images.shape[1]))
-    return grids.labelled_grid(both, _GRID_COLUMNS, picture_labels=labels, scale=scale)
+    return grids.labelled_grid(both, _GRID_COLUMNS, image_labels=labels, scale=scale)
 
 
 def write(folder: Path, about: Mapping[str, Any], report: Report, grid: np.ndarray) -> None:

@@ -1,8 +1,9 @@
-"""One encoded picture -> uint8 RGB, upright, over white: Pillow, told what it gets wrong.
+"""Decoding one image file -> uint8 RGB, upright, over white.
 
-Taken care of: EXIF rotation, alpha and palette transparency over white, grey, CMYK, 16-bit grey
-(which Pillow clips to white), the first frame of GIF, WebP and APNG, and headers that claim more
-pixels than `MAX_PIXELS`, refused before anything is decoded.
+Pillow decodes. This module adds what it leaves to the caller or gets wrong: EXIF rotation, alpha
+and palette transparency over white, grey, CMYK, 16-bit grey (which Pillow clips to white), the
+first frame of GIF, WebP and APNG. A header that claims more pixels than `MAX_PIXELS` is refused
+before anything is decoded, because a small file may claim an image that fills the memory.
 """
 
 from __future__ import annotations
@@ -14,34 +15,39 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dalle2_jax.imaging.crops import CENTRE, Crop, crop_resize
+
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_LIMIT = f"above the limit of {MAX_PIXELS // 10**6} million pixels"
 
 
 class DamagedImage(ValueError):
-    """The bytes are no picture that can be used; the message says why."""
+    """The bytes are no image that can be used; the message says why."""
 
 
 def decode(
-    data: bytes,
-    size: int | None = None,
-    crop: tuple[float, float, float] = (1.0, 0.5, 0.5),
-    keep_alpha: bool = False,
+    data: bytes, size: int | None = None, crop: Crop = CENTRE, keep_alpha: bool = False
 ) -> np.ndarray:
-    """The picture as uint8 [h, w, 3], or [size, size, 3] where `size` is given.
+    """Decodes the bytes of an image file.
 
-    With `keep_alpha` it has four channels, RGBA, in place of RGB over white.
+    Args:
+        data: the file's bytes.
+        size: None: the whole image; else the side of the square that `crop` cuts out.
+        crop: see `crops.Crop`.
+        keep_alpha: whether to return RGBA in place of RGB over white.
 
-    `crop` = (scale, y, x): a square of `scale` times the shorter side, at the fractions y and x of
-    the room left, is cut out and resized to `size` (antialiased). The default is the centre square.
+    Returns:
+        uint8 [h, w, 3], or [size, size, 3]; four channels with `keep_alpha`.
 
     Raises:
-      DamagedImage: not a picture, cut short, or above MAX_PIXELS.
+        DamagedImage: not an image, cut short, or above MAX_PIXELS.
     """
     with _opened(data) as image:
         if image.format == "JPEG" and size is not None:
-            # Decode at half, a quarter or an eighth, never below twice the wanted size.
+            # A JPEG decodes fast at a half, a quarter or an eighth of its size. Twice the size that
+            # is needed is left for `crop_resize`, so that its filter decides how the result looks.
             image.draft(None, (int(2 * size / crop[0]), int(2 * size / crop[0])))
         upright = ImageOps.exif_transpose(image)
         pixels = _to_rgba(upright) if keep_alpha else _to_rgb(upright)
@@ -51,7 +57,7 @@ def decode(
 def transparent(data: bytes) -> np.ndarray:
     """Returns where an image's alpha is 0, bool [h, w], upright; nowhere if it has no alpha.
 
-    Raises as `decode`.
+    Raises DamagedImage as `decode` does.
     """
     with _opened(data) as image:
         upright = ImageOps.exif_transpose(image)
@@ -60,59 +66,40 @@ def transparent(data: bytes) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture's first frame; what goes wrong within is told as DamagedImage."""
+    """Yields the image's first frame; errors in the block become DamagedImage."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise DamagedImage(
-                f"{width} x {height}, above the limit of {MAX_PIXELS // 10**6} million pixels"
-            )
+            raise DamagedImage(f"{width} x {height}, {_LIMIT}")
         image.seek(0)
         yield image
     except DamagedImage:
         raise
-    except Image.DecompressionBombError as e:  # Pillow's own, higher limit
-        raise DamagedImage(f"above the limit of {MAX_PIXELS // 10**6} million pixels") from e
-    except UnidentifiedImageError as e:  # Pillow's message names the buffer that it was given
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
+        raise DamagedImage(_LIMIT) from error
+    except UnidentifiedImageError as error:  # Pillow's message would name a BytesIO object
         raise DamagedImage(
-            f"not a readable picture (cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
-        ) from e
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
-        raise DamagedImage(f"not a readable picture ({' '.join(str(e).split())[:120]})") from e
-    except Exception as e:  # Pillow's plugins raise struct.error, KeyError, ... on hostile bytes
-        raise DamagedImage(f"not a readable picture ({type(e).__name__})") from e
-
-
-def crop_resize(
-    image: Image.Image | np.ndarray, size: int, crop: tuple[float, float, float]
-) -> np.ndarray:
-    """The square `crop` of an RGB or RGBA picture at `size` -> uint8 [size, size, 3 or 4]; see
-    `decode`. Pillow resizes RGBA with its alpha multiplied in, so that no clear pixel's colour
-    bleeds into its neighbours."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    width, height = image.size
-    scale, y, x = crop
-    side = max(1, round(min(width, height) * scale))
-    top, left = round((height - side) * y), round((width - side) * x)
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return np.asarray(image.crop(box))
-    method = Image.Resampling.BOX if side % size == 0 else Image.Resampling.LANCZOS
-    return np.asarray(image.resize((size, size), method, box=box))
+            f"not a readable image (cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
+        ) from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        message = " ".join(str(error).split())[:120]
+        raise DamagedImage(f"not a readable image ({message})") from error
+    except Exception as error:  # on hostile bytes, plugins raise struct.error, KeyError, ...
+        raise DamagedImage(f"not a readable image ({type(error).__name__})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
+    """Converts an image of any mode to 8-bit RGB, over white if it has alpha."""
+    if image.mode.startswith("I") or image.mode == "F":  # grey of 16 or 32 bits, or floats
         wide = np.asarray(image).astype(np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(1.0, float(wide.max()))
-        grey = np.clip(np.round(wide * (255.0 / top)), 0, 255).astype(np.uint8)
+        white = 65535.0 if image.mode.startswith("I") else max(1.0, float(wide.max()))
+        grey = np.clip(np.round(wide * (255.0 / white)), 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if _has_alpha(image):
-        drawing = image.convert("RGBA")
-        white = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, drawing).convert("RGB")
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(paper, rgba).convert("RGB")
     return image.convert("RGB")
 
 

@@ -267,7 +267,7 @@ class Cascade:
         sampler = self.samplers()[stage]
         known = None
         if rows.known is not None and hasattr(sampler, "image_size"):  # it samples images
-            known = masks.known_at(rows.known, sampler.image_size, border)
+            known = masks.resize_partly_known(rows.known, sampler.image_size, border)
         steps = sampler(
             self.stage_params(stage), condition, keys[stage], rows.noise.get(stage), known
         )

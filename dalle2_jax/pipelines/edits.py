@@ -235,7 +235,7 @@ def inpaint(
 ) -> Iterator[Event]:
     image = arguments.image("image", image)[0]
     edit_mask = arguments.edit_mask(edit_mask, image.shape)
-    image, edit_mask = canvas.fitted(image, edit_mask, cascade.image_size)
+    image, edit_mask = canvas.fit_square(image, edit_mask, cascade.image_size)
     n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     z_img = cascade.encode_image(image[None]) if prompt is None else None
@@ -274,7 +274,7 @@ def outpaint(
     seed, size = checks.whole_number("seed", seed, 0, 2**32 - 1), cascade.image_size
     n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
-    extended, known_mask, window_of_result = canvas.extended(image, margins, size)
+    extended, known_mask, window_of_result = canvas.extend(image, margins, size)
     images = np.repeat(extended[None], n, axis=0)
     if prompt is None:
         z_img = cascade.encode_image(image[None])

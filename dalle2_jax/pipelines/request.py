@@ -38,7 +38,7 @@ class InputImage:
         """Reads a file; raises UserError. `name` is what the metadata call it; None: the path."""
         return cls(
             pixels=files.read(path),
-            transparent=files.read_erased(path),
+            transparent=files.read_transparent(path),
             name=str(path) if name is None else name,
             sha256=sha256_of(path),
         )

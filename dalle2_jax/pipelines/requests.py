@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle2_jax.imaging import arrays, canvas
-from dalle2_jax.imaging.decode import crop_resize
+from dalle2_jax.imaging.crops import crop_resize
 from dalle2_jax.pipelines import edits
 from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.dalle2 import DALLE2
@@ -244,7 +244,7 @@ def squares(model: DALLE2, request: Request) -> np.ndarray:
     """Returns the middle squares of the given images, at one size: uint8 [b, s, s, 3]."""
     tower = model.cascade.clip.image or {}
     side = max(model.image_size, tower.get("image_size", 0))
-    return np.stack([crop_resize(i.pixels, side, (1.0, 0.5, 0.5)) for i in request.images])
+    return np.stack([crop_resize(i.pixels, side) for i in request.images])
 
 
 def _labels(model: DALLE2, request: Request) -> list[str]:
@@ -309,7 +309,7 @@ def notes(model: DALLE2, request: Request) -> list[str]:
         )
     if request.mode == "outpaint":
         shape, size = request.images[0].pixels.shape, model.image_size
-        frames = canvas.estimate(shape, request.margins, size)
+        frames = canvas.estimate_frames(shape, request.margins, size)
         if frames > _MANY_FRAMES:
             lines.append(f"it takes some {frames} frames of {size} px")
     return lines

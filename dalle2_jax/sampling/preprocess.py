@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.imaging import arrays
-from dalle2_jax.imaging.files import middle_square
+from dalle2_jax.imaging.crops import clip_square
 from dalle2_jax.types import Array
 
 
@@ -22,7 +22,7 @@ def preprocess(images: np.ndarray, tower: Mapping[str, Any]) -> Array:
     """
     size = tower["image_size"]
     if tower.get("resize", "area") == "bicubic":
-        images = np.stack([middle_square(image, size) for image in images])
+        images = np.stack([clip_square(image, size) for image in images])
     return shrunk(middle(images), size)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -76,6 +77,27 @@ def make_folder(path: Path) -> None:
     """Makes a folder and its parents. A bucket has no folders, so there it does nothing."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def prepare_folder(name: str | os.PathLike[str]) -> Path:
+    """Makes a folder and checks that it can be written to, before work that would be lost.
+
+    Raises UserError if it cannot, or if the name is empty.
+    """
+    if not str(name).strip():  # pathlib would take the current folder
+        raise UserError("the folder to write to has no name: give one, or . for the current folder")
+    path = to_path(name)
+    if is_remote(path):
+        with as_user_error("cannot write to the folder", path):
+            (path / ".writable").write_bytes(b"")
+            (path / ".writable").unlink()
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path}: {error.strerror or error}") from error
 
 
 def move(source: Path, target: Path) -> None:

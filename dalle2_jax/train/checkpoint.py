@@ -30,7 +30,6 @@ from absl import logging
 from flax import traverse_util
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import files
 from dalle2_jax.parallel import sharding
 from dalle2_jax.storage import paths
 from dalle2_jax.train import hosts, manifest
@@ -62,7 +61,7 @@ class WorkdirLock:
         hosts.from_first(lambda: self._lock(workdir))
 
     def _lock(self, workdir: Path) -> int:
-        files.prepare_folder(workdir)
+        paths.prepare_folder(workdir)
         if paths.is_remote(workdir):
             self._file = BucketLock(workdir / ".lock")
             return 0
@@ -335,7 +334,7 @@ class Checkpoints:
         Orbax takes an empty folder named `7` for the newest step, and reads the scores of every
         step. What a killed run was about to remove is removed for good.
         """
-        files.prepare_folder(self._folder)
+        paths.prepare_folder(self._folder)
         self._remove_old()
         with paths.as_user_error("cannot read", self._folder):
             steps = [path for path in self._folder.glob("*") if path.name.isdigit()]

@@ -23,8 +23,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import files
 from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import paths
 from dalle2_jax.train import checks, hosts
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.metrics import Reporter, Window, last_saved
@@ -85,7 +85,7 @@ def train(
         if (checkpoints.latest_step() or 0) < config.num_steps:
             checks.check_stands_alone(model, task.stage)
         if config.export_to:
-            files.prepare_folder(model)  # not only after hours of training
+            paths.prepare_folder(model)  # not only after hours of training
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         recovery = Recovery(
             checkpoints,

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dalle2_jax.data.config import DataConfig
 from dalle2_jax.errors import UserError
-from dalle2_jax.imaging import files, grids
-from dalle2_jax.storage import licence, model_folder, model_names
+from dalle2_jax.imaging import grids
+from dalle2_jax.storage import licence, model_folder, model_names, paths
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.train import hosts
 from dalle2_jax.train.state import EVAL_STREAM, MEASURE_STREAM, PREVIEW_STREAM, on_device, stream
@@ -147,7 +147,7 @@ def keep_licences(config: Any, folder: Path) -> None:
         except UserError:  # gone since the first step, when it was kept
             continue
         if text := licence.read(source):
-            licence.add(text, files.prepare_folder(folder))
+            licence.add(text, paths.prepare_folder(folder))
 
 
 def _gather(params: Params) -> Params:

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
 
 from dalle2_jax.imaging import files  # noqa: E402
+from dalle2_jax.imaging.crops import clip_square  # noqa: E402
 
 SIZE = 224
 DRAWINGS = sorted(Path(__file__).parent.parent.parent.joinpath("docs", "images").glob("*.png"))
@@ -35,7 +36,7 @@ def shown_by_theirs(image: Image.Image) -> np.ndarray:
 def shown_by_ours(path: Path) -> np.ndarray:
     processor = transformers.CLIPImageProcessor()
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)
-    return (files.middle_square(files.read(path), SIZE) / 255 - mean) / std
+    return (clip_square(files.read(path), SIZE) / 255 - mean) / std
 
 
 def assert_same(path: Path, image: Image.Image) -> None:

@@ -15,7 +15,7 @@ import small_unclip  # noqa: E402
 from diffusers.schedulers import scheduling_unclip  # noqa: E402
 
 from dalle2_jax import DALLE2  # noqa: E402
-from dalle2_jax.imaging.files import middle_square  # noqa: E402
+from dalle2_jax.imaging.crops import clip_square  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.pretrained.export import export_model  # noqa: E402
@@ -114,7 +114,7 @@ def test_image_of_any_size(both):
         pixels = theirs.feature_extractor(images=image, return_tensors="pt").pixel_values
         section = ours.clip.image
         mean, std = np.array(section["mean"]), np.array(section["std"])
-        seen = (middle_square(image, 32) / 255 - mean) / std
+        seen = (clip_square(image, 32) / 255 - mean) / std
         np.testing.assert_allclose(seen, np.moveaxis(pixels[0].numpy(), 0, -1), atol=1e-4)
         expected = theirs.image_encoder(pixels).image_embeds
         assert_close(ours.encode_image(image[None]), expected)

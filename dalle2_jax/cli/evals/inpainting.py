@@ -35,15 +35,16 @@ def main() -> None:
     # Late, so that mistakes in the flags are reported, and Ctrl-C works, at once.
     from dalle2_jax.evals import report, seams
     from dalle2_jax.imaging import files, grids
-    from dalle2_jax.imaging.decode import crop_resize
+    from dalle2_jax.imaging.crops import crop_resize
+    from dalle2_jax.storage import paths
 
     commands.keep_compiled_programs()
-    out = files.prepare_folder(OUT.value)
+    out = paths.prepare_folder(OUT.value)
     model = shared.load_model()
     judge = shared.load_judge(model)
     group, concepts = shared.read_held_out_pairs(NUM.value)
     size = model.image_size
-    true = np.stack([crop_resize(image, size, (1.0, 0.5, 0.5)) for image in group.images])
+    true = np.stack([crop_resize(image, size) for image in group.images])
 
     generators, seam_rows, columns = {}, [], [true]
     for name, edit_mask in seams.edit_masks(size).items():

@@ -41,10 +41,10 @@ def main() -> None:
     # Late, so that mistakes in the flags are reported at once.
     from dalle2_jax.evals import generation, report
     from dalle2_jax.evals.groups import HELD_OUT
-    from dalle2_jax.imaging import files
+    from dalle2_jax.storage import paths
 
     commands.keep_compiled_programs()
-    out = files.prepare_folder(OUT.value)
+    out = paths.prepare_folder(OUT.value)
     model = shared.load_model().with_settings(STEPS.value, CFG_SCALE.value, SAMPLER.value)
     judge = shared.load_judge(model)
     groups, concepts = shared.read_groups(NUM.value)

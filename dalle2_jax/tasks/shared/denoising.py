@@ -102,8 +102,8 @@ def known_in_part(
     place = jax.random.uniform(key_nothing, (b, 1, 1, 1))
     if most_moved:
         moves = place >= (1 + nothing_known) / 2
-        x_0 = jnp.where(moves, masks.moved(key_moved, x_0, most_moved), x_0)
-    mask = jnp.where(place >= nothing_known, masks.random_masks(key_mask, b, size), 0)
+        x_0 = jnp.where(moves, masks.random_shifts(key_moved, x_0, most_moved), x_0)
+    mask = jnp.where(place >= nothing_known, masks.random_known_masks(key_mask, b, size), 0)
     return x_0, masks.partly_known(x_0, mask)
 
 
