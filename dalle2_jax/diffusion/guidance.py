@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from dalle2_jax.diffusion.schedules import Schedule
 from dalle2_jax.errors import UserError
@@ -31,9 +32,9 @@ Apply = Callable[[Array, Array], Array]
 def guided(
     cond: Array,
     uncond: Array,
-    w: float | Array,
+    w: ArrayLike,
     learned_variance: bool = False,
-    rescale: float | Array = 0.0,
+    rescale: ArrayLike = 0.0,
 ) -> Array:
     """Equations (1) and (5) on raw outputs [b, ...].
 
@@ -76,9 +77,9 @@ def guide(
     apply: Callable[[Array, Array, PyTree], Array],
     cond: PyTree,
     uncond: PyTree,
-    w: float | Array,
+    w: ArrayLike,
     learned_variance: bool = False,
-    rescale: float | Array = 0.0,
+    rescale: ArrayLike = 0.0,
     where: np.ndarray | Array | None = None,
 ) -> Apply:
     """The guided network as a function of (x_t, t) alone, one doubled batch a call.

@@ -33,10 +33,10 @@ def to_metadata(request: Request) -> dict[str, Any]:
         elif field.name == "mask" and value is not None:
             value = {"name": value.name, "sha256": value.sha256}
         elif field.name == "options":
-            options = dataclasses.asdict(value)
+            options = dataclasses.asdict(request.options)
             value = {k: _plain(v) for k, v in options.items() if v is not None}
         elif field.name == "prompts":
-            value = list(value)
+            value = list(request.prompts)
         metadata[field.name] = value
     return metadata
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -34,7 +34,7 @@ class InputImage:
     sha256: str
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
+    def open(cls, path: str | Path, name: str | None = None) -> Self:
         """Reads a file; raises UserError. `name` is what the metadata call it; None: the path."""
         return cls(
             pixels=files.read(path),
@@ -53,7 +53,7 @@ class InputMask:
     sha256: str
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], name: str | None = None) -> Self:
+    def open(cls, path: str | Path, name: str | None = None) -> Self:
         """Reads a mask file, see `imaging.files.read_mask`; raises UserError."""
         return cls(files.read_mask(path), str(path) if name is None else name, sha256_of(path))
 
@@ -152,7 +152,7 @@ class Request:
         return image.transparent
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
+def sha256_of(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes; raises UserError if it cannot be read."""
     path = paths.to_path(path)
     with paths.as_user_error("cannot read", path):

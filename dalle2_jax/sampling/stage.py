@@ -19,7 +19,6 @@ import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -86,7 +85,7 @@ class StageSampler:
     needs_clip: ClassVar[bool] = False
     """Whether it works only with the CLIP that it was trained with."""
 
-    network: nn.Module
+    network: Any  # the nn.Module of the stage: DiffusionPrior, Decoder or Upsampler
     process: Process
     settings: Settings
     x_0_error: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)

@@ -43,7 +43,7 @@ def is_whole_number(value: Any, low: int | None = None, high: int | None = None)
 
 def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
     """Returns whether `value` is a number in low..high; a bool is none, NaN is in no range."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value <= high)
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value <= high)  # pyright: ignore[reportOperatorIssue]
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
