@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ CHUNK = "dalle2_jax"
 
 
 def save_png(
-    path: str | Path, image: np.ndarray, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], image: np.ndarray, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a PNG file, whole or not at all; the same arguments give the same bytes.
 
@@ -52,7 +53,7 @@ def save_png(
 
 
 def save_animation(
-    path: str | Path, frames: Sequence[np.ndarray] | np.ndarray, milliseconds: int
+    path: str | os.PathLike[str], frames: Sequence[np.ndarray] | np.ndarray, milliseconds: int
 ) -> None:
     """Writes a WebP that plays frames forwards and backwards, endlessly; whole or not at all.
 
@@ -65,7 +66,7 @@ def save_animation(
         UserError: the file cannot be written.
     """
     forwards = [Image.fromarray(np.asarray(frame)) for frame in frames]
-    images = [*forwards, *forwards[-2:0:-1]]
+    images = [*forwards, *forwards[-2:0:-1]]  # the ends once each
     ends = (0, len(forwards) - 1)
     durations = [milliseconds * (4 if i in ends else 1) for i in range(len(images))]
     with _written(paths.to_path(path)) as temporary:
@@ -91,7 +92,7 @@ def _written(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the metadata that `save_png` wrote into a PNG; raises UserError if there are none."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -112,7 +113,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def read(path: str | Path) -> np.ndarray:
+def read(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file of any mode as uint8 [h, w, 3]: upright, over white, 16 bits as 8.
 
     Training reads images in the same way, see `imaging.decode`.
@@ -123,7 +124,7 @@ def read(path: str | Path) -> np.ndarray:
     return _read(path, decode)
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a mask file as an `edit_mask`, bool [h, w], True where pixels are to be regenerated.
 
     These are its transparent pixels (alpha 0) or, if it has none, its white ones. Raises UserError
@@ -133,12 +134,12 @@ def read_mask(path: str | Path) -> np.ndarray:
     return edit_mask if edit_mask.any() else read(path).mean(axis=-1) > 127.5
 
 
-def read_transparent(path: str | Path) -> np.ndarray:
+def read_transparent(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns where the alpha of an image file is 0, bool [h, w]. Raises UserError as `read`."""
     return _read(path, transparent)
 
 
-def _read(path: str | Path, decoder: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def _read(path: str | os.PathLike[str], decoder: Callable[[bytes], np.ndarray]) -> np.ndarray:
     path = paths.to_path(path)
     try:
         with paths.as_user_error("cannot read", path):

@@ -46,12 +46,14 @@ def labelled_grid(
     if image_labels and len(image_labels) != len(images):
         raise ValueError(f"{len(image_labels)} labels for {len(images)} images")
     h, w = (side * scale for side in np.shape(images[0])[:2])
+    # Gaps and fonts grow with the images, so that grids of large ones stay legible.
     gap = max(8, w // 16)
     width = columns * (w + gap) + gap
     row_font = load_font(max(13, min(22, w // 8), w // 32), row_labels)
     image_font = load_font(max(11, min(16, w // 10), w // 32), image_labels)
     above = [wrap(label, row_font, width - 2 * gap) for label in row_labels] or [[]] * rows
     below = [wrap(label, image_font, w) for label in image_labels] or [[]] * len(images)
+    # A row is as high as its longest label needs.
     longest = [max(below[row * columns : (row + 1) * columns], key=len) for row in range(rows)]
     tops, height = _layout(above, longest, row_font, image_font, h, gap)
 

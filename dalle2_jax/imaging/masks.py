@@ -52,6 +52,7 @@ def _boxes(key: Array, batch: int, position: Array) -> Array:
     corner = jax.random.uniform(key_corner, (batch, _MAX_BOXES, 2)) * (1 - side)
     low, high = corner[..., None], (corner + side)[..., None]
     inside = (low <= position[None, None, None]) & (position[None, None, None] < high)  # b k 2 size
+    # A box is where its rows meet its columns.
     boxes = inside[:, :, 0, :, None] & inside[:, :, 1, None, :]  # b k h w
     exists = jnp.arange(_MAX_BOXES)[None] < count
     return (boxes & exists[..., None, None]).any(axis=1)
@@ -66,6 +67,7 @@ def _strokes(key: Array, batch: int, position: Array) -> Array:
     points = jnp.concatenate([start, jnp.clip(start + jnp.cumsum(steps, axis=2), 0, 1)], axis=2)
     radius = jax.random.uniform(key_radius, (batch, _MAX_STROKES), minval=0.03, maxval=0.12)
     pixels = jnp.stack(jnp.meshgrid(position, position, indexing="ij"), axis=-1)  # h w 2
+    # A stroke is everything near its polyline; one segment at a time, to save memory.
     erased = jnp.zeros((batch, len(position), len(position)), bool)
     for stroke in range(_MAX_STROKES):
         for bend in range(_BENDS):

@@ -130,7 +130,7 @@ class _Interceptor:
         cast = {name: params[name].astype(dtype or params[name].dtype) for name in specs}
         params = {**params, **cast}
 
-        def apply(params: Mapping[str, Array], *args: Array) -> Array:
+        def apply(params: Mapping[str, Array], *args: Array) -> Any:
             gathered = {
                 name: _gather(p, specs[name], self.rings) if name in specs else p
                 for name, p in params.items()

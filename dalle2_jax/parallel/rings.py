@@ -30,13 +30,14 @@ def ring_groups(devices: Sequence[Any]) -> list[Groups | None]:
     [None], one stage over all, where devices have no coordinates or do not lie in rows.
     """
     coords: Any = [getattr(device, "coords", None) for device in devices]
+    # Two cores of one chip have the same coordinates: they are no ring.
     if None in coords or len(set(map(tuple, coords))) < len(coords):
         return [None]
     stages, n = [], len(coords)
     block = 1  # devices whose slices former stages have gathered
     while block < n:
         length = _ring_length(coords, block)
-        if length == 1:
+        if length == 1:  # the next device is in no line with the block: no rows
             return [None]
         stages.append(_rings(n, block, length))
         block *= length

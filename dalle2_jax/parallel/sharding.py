@@ -73,6 +73,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"{where}: sizes are positive, and at most one may be -1 (the rest)")
     if -1 in shape:
+        # At least 1, so that sizes that are too large fail below, with the message for them.
         shape[shape.index(-1)] = max(len(devices) // math.prod(s for s in shape if s > 0), 1)
     if math.prod(shape) != len(devices):
         raise UserError(
@@ -215,6 +216,7 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
             unknown or does not suit a shape. A mistyped regex would else silently replicate a
             large model.
     """
+    # Before they are used: a rule may be wrong and take no path.
     for regex, tactic in rules:
         if not isinstance(tactic, str):
             raise UserError(f"config.sharding_rules: {tactic!r} is no tactic; known: {_TACTICS}")
@@ -228,7 +230,7 @@ def param_shardings(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for i, (regex, tactic) in enumerate(rules):
+        for i, (regex, tactic) in enumerate(rules):  # the first that matches decides
             if re.search(regex, name):
                 used[i] = True
                 return NamedSharding(mesh, _spec(tuple(leaf.shape), tactic, mesh, name))
@@ -268,7 +270,7 @@ def inherit_shardings(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mes
     param_places = flatten(shardings)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
+        for start in range(len(path)):  # the longest ending first
             name = path_name(path[start:])
             if shapes.get(name) == tuple(leaf.shape):
                 return param_places[name]
@@ -287,6 +289,7 @@ def check_split(params: PyTree, mesh: Mesh) -> None:
     fraction = replicated_bytes_fraction(params, jax.tree.map(lambda x: x.sharding, params))
     if mesh.shape["fsdp"] == 1 or sum(sizes.values()) < LARGE_MODEL or fraction <= MAX_REPLICATED:
         return
+    # The message names the largest, which is most worth splitting.
     replicated_names = [k for k, x in leaves.items() if x.sharding.is_fully_replicated]
     name = max(replicated_names, key=lambda k: sizes[k])
     raise UserError(

@@ -26,6 +26,7 @@ def current_batch_axes() -> tuple[tuple[str, ...], int]:
     ((), 1) if it is not split. That is so, too, within `on_shards`, where a function sees one shard
     as its whole batch.
     """
+    # Within shard_map its axes are manual, no longer auto.
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
     count = math.prod(mesh.shape[axis] for axis in axes)

@@ -63,6 +63,7 @@ def local_copy(remote_folder: Path, patterns: Sequence[str] = ()) -> Path:
         UserError: the bucket cannot be read, or holds no such file.
     """
     fs, root = cast(Any, remote_folder).fs, cast(Any, remote_folder).path.rstrip("/")
+    # Folders of one name in two buckets must not share a copy.
     address_hash = hashlib.sha256(str(remote_folder).encode()).hexdigest()[:16]
     copy = folder() / "gs" / address_hash / (remote_folder.name or "bucket")
     copy.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def local_copy(remote_folder: Path, patterns: Sequence[str] = ()) -> Path:
         if not remote:
             raise UserError(f"{remote_folder} does not exist or holds nothing to read")
         index = copy / _INDEX
+        # An index of a killed run lists only what was fetched completely.
         local = json.loads(index.read_text()) if index.exists() else {}
         for name in local.keys() - remote.keys():
             (copy / name).unlink(missing_ok=True)
@@ -111,6 +113,7 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def _write_index(path: Path, versions: Mapping[str, str]) -> None:
+    # By renaming, as in `atomic`: half an index would be no JSON.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(versions, file)
     os.replace(file.name, path)

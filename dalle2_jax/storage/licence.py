@@ -39,6 +39,7 @@ def add(text: str, folder: Path) -> None:
     written.
     """
     before = read(folder)
+    # A dict keeps the order and drops repeats.
     after = _SEPARATOR.join(dict.fromkeys(_split(before) + _split(text)))
     if after == before:
         return
@@ -74,6 +75,7 @@ def _split(text: str) -> list[str]:
 
 def _summary(text: str, folder: Path) -> str:
     """Returns a licence's title and, if it restricts use in an attachment, that attachment."""
+    # The first line that is not a copyright notice names the licence, in those we have met.
     lines = [line for line in text.splitlines() if line.strip()]
     title = next((line for line in lines if "(c)" not in line.lower()), "one without a name")
     _, attachment, restrictions = text.partition("\nAttachment A")  # as the RAIL licences have it

@@ -193,6 +193,7 @@ def write_stage(
     tensors = {
         name: _to_storage(name, tensor, _DTYPES[dtype]) for name, tensor in _flatten(params).items()
     }
+    # An OSError over a local folder is reported below, any error of a bucket by `as_user_error`.
     try:
         paths.make_folder(folder)
         remove_stale(folder)
@@ -200,6 +201,7 @@ def write_stage(
             with replacing(stage_path(folder, stage)) as temporary:
                 # One entry of metadata: the order of several would differ from run to run.
                 save_file(tensors, temporary, metadata={"stage": stage})
+                # Only now is the hash known; raising here leaves the old file in place.
                 _check_dependents(folder, stage, _hash(temporary))
             with replacing(folder / CONFIG_NAME) as temporary:
                 # Read again: another process may have exported a stage here meanwhile.

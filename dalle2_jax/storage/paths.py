@@ -36,7 +36,7 @@ def to_path(name: str | os.PathLike[str] | Path) -> Path:
     if not is_remote(name):
         return Path(name)
     if not isinstance(name, str):
-        return cast(Any, name)
+        return cast(Any, name)  # a UPath
     if not name.startswith("gs://") or not name.removeprefix("gs://").strip("/"):
         raise UserError(f"{name}: name a folder of this machine or gs://BUCKET/FOLDER")
     try:
@@ -89,6 +89,7 @@ def prepare_folder(name: str | os.PathLike[str]) -> Path:
     path = to_path(name)
     if is_remote(path):
         with as_user_error("cannot write to the folder", path):
+            # Rights to write are seen by writing only.
             (path / ".writable").write_bytes(b"")
             (path / ".writable").unlink()
         return path

@@ -40,6 +40,7 @@ def seeds(value: Any, count: int) -> np.ndarray:
 
     Raises UserError for anything else.
     """
+    # Not np.ndim of a list: NumPy refuses ragged ones, which `whole_number` reports.
     is_scalar = not isinstance(value, list | tuple) and np.ndim(value) == 0
     values = [value] * count if is_scalar else list(value)
     if len(values) != count:

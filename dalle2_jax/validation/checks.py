@@ -43,7 +43,13 @@ def is_whole_number(value: Any, low: int | None = None, high: int | None = None)
 
 def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
     """Returns whether `value` is a number in low..high; a bool is none, NaN is in no range."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(low <= value <= high)  # pyright: ignore[reportOperatorIssue]
+    # Compared as they are: float() would fail for an integer that is larger than any float.
+    return _is_real(value) and bool(low <= value <= high)
+
+
+def _is_real(value: Any) -> bool:
+    # Python's numbers and NumPy's scalars are Real, arrays and texts are not.
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -58,6 +64,7 @@ def number(name: str, value: Any, low: float = -LARGEST, high: float = LARGEST) 
 
     Infinity is accepted where `math.inf` is a bound.
     """
+    # "finite" only where a value may fail by being infinite alone, not with bounds on both sides.
     requirement = "a finite number" if LARGEST in (-low, high) else "a number"
     if low > -LARGEST:
         requirement += f" from {low}"
@@ -82,5 +89,5 @@ def to_python_values(value: Any) -> Any:
 
     The result is hashable, so that it can be a setting of a jitted function.
     """
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = value.tolist() if hasattr(value, "tolist") else value  # scalars have it, too
     return tuple(to_python_values(item) for item in value) if isinstance(value, list) else value

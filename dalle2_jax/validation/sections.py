@@ -71,6 +71,7 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **arguments:
         UserError: an unknown or missing key, or a value of the wrong kind.
     """
     fields = _fields(cls)
+    # Keys of inner sections are checked here, too: their class is constructed later, or by Flax.
     check_keys(section, [f.name for f in fields if f.name not in arguments], where)
     for name, inner in _inner_sections(cls).items():
         check_keys(section.get(name) or (), [f.name for f in _fields(inner)], f"{where}.{name}")
@@ -81,7 +82,7 @@ def construct(cls: type[T], section: Mapping[str, Any], where: str, **arguments:
             raise UserError(f"{where}: the key {f.name!r} is missing")
     try:
         return cls(**arguments)
-    except UserError:
+    except UserError:  # from the class's own checks, which name the setting
         raise
     except (TypeError, ValueError) as error:  # for example a text where a number belongs
         raise UserError(f"{where}: {error}") from error
