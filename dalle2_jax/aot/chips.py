@@ -179,6 +179,6 @@ def prepare() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the TPU that libtpu promises
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UserError(f"--topology asks the TPU compiler: {INSTALL}") from None

@@ -38,7 +38,7 @@ def main(slice_name: str) -> int:
     """Reports on the TPU slice `slice_name`, as v5e:8x8; returns the exit status."""
     if (CONFIG.value is None) == (WEIGHTS.value is None):
         raise UserError("give --config=configs/STAGE.py:VARIANT or --weights=MODEL, one of them")
-    topology.TOPOLOGY.value = slice_name
+    topology.TOPOLOGY.value = slice_name  # pyright: ignore[reportAttributeAccessIssue]
     commands.keep_compiled_programs()
     if CONFIG.value is not None:
         from dalle2_jax.aot import training  # late, so that mistakes are reported at once

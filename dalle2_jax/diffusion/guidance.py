@@ -57,12 +57,12 @@ def guided(
     return jnp.concatenate([out, variance], axis=-1)
 
 
-def _rescaled(out: Array, cond: Array, phi: float | Array) -> Array:
+def _rescaled(out: Array, cond: Array, phi: ArrayLike) -> Array:
     """Equation (5)."""
     if isinstance(phi, int | float) and phi == 0:
         return out
     std, wanted = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
-    return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out
+    return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out  # pyright: ignore[reportReturnType]
 
 
 def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:

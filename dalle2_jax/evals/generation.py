@@ -9,7 +9,7 @@ import numpy as np
 from dalle2_jax.data.emoji.words import unit_hash
 from dalle2_jax.pipelines.dalle2 import DALLE2
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of images that have just been generated."""
 
 

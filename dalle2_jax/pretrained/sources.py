@@ -113,7 +113,7 @@ def _safetensors(path: Path) -> Tensors:
 
 def _pickled(path: Path) -> Tensors:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"{path} is a pickle, which torch reads: give safetensors or, in the project's folder, "
