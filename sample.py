@@ -18,16 +18,18 @@ from absl import flags
 
 from dalle2_jax.cli import edit_flags, generate_flags, request, sampling_flags, topology
 
+MODES = [request.GENERATE, *edit_flags.MODE_NAMES]
 MODE = flags.DEFINE_enum(
-    "mode", request.GENERATE, [request.GENERATE, *edit_flags.MODE_NAMES], "What to do."
+    "mode", request.GENERATE, MODES, "What to do: generate, or edit images; see docs/editing.md."
 )
 AUTO_BATCH = topology.only_with_topology("auto_batch", "the most images at a time that fit.")
 
 
 def main() -> int:
+    """Generates, edits or, with --topology, compiles by the flags; returns the exit status."""
     if topology.TOPOLOGY.value is None:
         topology.check()
-        return request.main(MODE.value)
+        return request.main(MODE.value if MODE.present else None, MODES)
     from dalle2_jax.aot import sampling  # late: a mistake in the flags is reported at once
 
     return topology.report(

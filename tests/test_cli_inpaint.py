@@ -70,7 +70,7 @@ def test_what_takes_long_and_what_is_not_read_is_said(files, folder, tmp_path):
     flags += ["--n=1", "--steps=1", f"--weights={folder}", f"--out={tmp_path / 'out'}"]
     done = sample(tmp_path / "cache", *flags)
     assert done.returncode == 0, done.stderr
-    assert "note: it takes some 25 frames of 16 px" in done.stderr
+    assert "note: this takes about 25 frames of 16 px" in done.stderr
     assert "note: a prompt is too long, only" in done.stderr
 
 

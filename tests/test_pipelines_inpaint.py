@@ -149,8 +149,10 @@ def test_small_images_are_continued_too(model):
         ),
         (lambda m: m.outpaint(PICTURE, left=10**8), "at most 64 million pixels can be generated"),
         (
-            lambda m: next(m.cascade.generate("a cat", known=np.zeros((1, 8, 8, 4), np.uint8))),
-            r"known must be uint8 \[1, 16, 16, 4\], not uint8 \[1, 8, 8, 4\]",
+            lambda m: next(
+                m.cascade.generate("a cat", known_images=np.zeros((1, 8, 8, 4), np.uint8))
+            ),
+            r"known_images must be uint8 \[1, 16, 16, 4\], not uint8 \[1, 8, 8, 4\]",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import files
 from dalle2_jax.pipelines import metadata as metadata_module
-from dalle2_jax.pipelines import requests
+from dalle2_jax.pipelines import notes, requests
 from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pipelines.modes import MODES, MODES_OF
 from dalle2_jax.pipelines.request import InputImage, InputMask, Request
@@ -163,7 +163,7 @@ def test_inputs_that_are_missing_or_changed_are_refused(folder_of_inputs, tmp_pa
 
 
 def test_older_files_and_other_weights_are_refused(model):
-    with pytest.raises(UserError, match="written by an older version"):
+    with pytest.raises(UserError, match="written by another version"):
         metadata_module.from_metadata({"prompt": "a cat", "seed": 3}, None)
     with pytest.raises(UserError, match=rf"weights tiny \(abc\), not .* \({model.weights_hash}\)"):
         metadata_module.check_weights({"weights": "tiny", "hash": "abc"}, model)
@@ -186,7 +186,7 @@ def test_metadata_hold_what_the_mode_takes(model, folder_of_inputs):
         ({"mode": "generat"}, "mode must be one of .*, not 'generat'; did you mean 'generate'"),
         ({}, "mode=generate: 0 x prompt; it takes a prompt"),
         ({"prompts": ("a", " ")}, "a prompt is empty"),
-        ({"prompts": ("a",), "n": 3, "best_of": 2}, "best_of=2 must be n=3 at least"),
+        ({"prompts": ("a",), "n": 3, "best_of": 2}, "best_of=2 must be at least n=3"),
         ({"mode": "probe"}, "mode=probe: 0 x image; it takes an image"),
         ({"mode": "interpolate", "prompts": ("a",)}, "takes two images, or an image and a prompt"),
     ],
@@ -199,12 +199,12 @@ def test_a_request_that_makes_no_sense_is_refused(fields, message):
 
 def test_notes_say_what_is_not_read(model, folder_of_inputs):
     long = request_of("outpaint", folder_of_inputs, prompts=("cat " * 20,), right=200)
-    lines = requests.notes(model, long)
+    lines = notes.lines(model, long)
     assert len(lines) == 3
     assert "a prompt is too long, only" in lines[0]
     assert "was not trained to inpaint" in lines[1]
     assert "frames of 16 px" in lines[2]
-    assert requests.notes(model, Request(prompts=("a cat",))) == []
+    assert notes.lines(model, Request(prompts=("a cat",))) == []
 
 
 def test_a_written_file_is_read_back(model, tmp_path):

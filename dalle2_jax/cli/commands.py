@@ -29,9 +29,9 @@ except ModuleNotFoundError:  # another Python than that of .venv, without any li
     )
     sys.exit(2)
 
-NOISY = ("orbax", "xla_bridge")  # lines that say nothing to a user: which backends there are not
+# Modules whose log lines do not help a user: they list, for instance, the backends that are absent.
+NOISY = ("orbax", "xla_bridge")
 TRAINING_LIBRARIES = ("tensorflow", "tensorflow_datasets", "clu", "optax", "orbax", "resvg_py")
-
 
 _program = ""  # the name shown before messages; "": that of the script
 
@@ -53,22 +53,23 @@ def run(
 
     Args:
         main: called with the words that stand beside the flags.
-        words: what these must be, as in ("import", "SOURCE"): those in capitals are the user's, the
-            others stand as they are.
+        words: what these must be, as in ("import", "SOURCE"): a word in capitals stands for any
+            word, another for itself.
         program: the name shown before messages; None: that of the script.
     """
     global _program
     _program = program or ""
 
     def guarded(argv: list[str]) -> int:
-        given = argv[1:]
-        if not words and given:
-            return say(f"unknown argument {given[0]!r}: flags start with --")
-        fits = [word.isupper() or word == own for word, own in zip(words, given, strict=False)]
-        if len(given) != len(words) or not all(fits):
-            return say(f"write {' '.join(words)} beside the flags, not {' '.join(given)!r}")
+        arguments = argv[1:]
+        if not words and arguments:
+            return say(f"unknown argument {arguments[0]!r}: flags start with --")
+        pairs = zip(words, arguments, strict=False)
+        fits = all(word.isupper() or word == argument for word, argument in pairs)
+        if len(arguments) != len(words) or not fits:
+            return say(f"write {' '.join(words)} beside the flags, not {' '.join(arguments)!r}")
         try:
-            return main(*given) or 0
+            return main(*arguments) or 0
         except UserError as error:
             return say(error, error.exit_status)
         except ModuleNotFoundError as error:
@@ -85,6 +86,7 @@ def run(
 
 
 def _say_stopped() -> int:
+    """Prints that Ctrl-C stopped the command; returns its exit status."""
     print(file=sys.stderr)  # ends the line of ^C or of a bar
     return say("stopped", 128 + signal.SIGINT)
 
@@ -98,16 +100,19 @@ def stop(number: int = signal.SIGINT, *_: object) -> None:
     """
     try:
         _say_stopped()
-    finally:  # in the midst of another print a handler cannot print
+    finally:  # a handler that interrupts another print cannot print, but has to end the process
         os._exit(0 if number == signal.SIGTERM else 128 + signal.SIGINT)
 
 
 def stop_at_once() -> None:
-    """Makes Ctrl-C act as `stop` does, even while XLA compiles: a handler would wait for its end.
+    """Makes Ctrl-C act as `stop` does, even while XLA compiles.
 
-    A file that is being written then stays behind as a hidden .tmp file.
+    A signal handler in Python runs only between two bytecodes, so it would wait until XLA is done;
+    a thread that waits for the signal does not. A file that is being written then stays behind as
+    a hidden .tmp file.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in threads to come as well
+    # Blocked here and in all threads that start later, so that only `wait` receives the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def wait() -> None:
         signal.sigwait({signal.SIGINT})
@@ -117,17 +122,19 @@ def stop_at_once() -> None:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """Returns what to install; raises `error` again unless it is a library of training."""
+    """Returns which library to install; raises `error` again unless it is one of training's."""
     if (error.name or "").split(".")[0] not in TRAINING_LIBRARIES:
         raise error
     return f"{error.name} is not installed: in the project's folder, pip install -e '.[train]'"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags, shows the help, and prints a mistake as one line; returns the words."""
     if not {"-h", "-help", "--help"}.isdisjoint(argv[1:]):  # absl knows no -h, and exits with 1
         for module, defined in flags.FLAGS.flags_by_module_dict().items():
             for flag in defined if module.startswith("dalle2_jax.") else ():
-                flags.FLAGS.register_key_flag_for_module(argv[0], flag)  # or it shows none of them
+                # absl shows only the flags of the main module, and of those registered here.
+                flags.FLAGS.register_key_flag_for_module(argv[0], flag)
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
     try:
@@ -156,7 +163,7 @@ def by_stage(flag: flags.FlagHolder, read: Callable[[str], object], form: str) -
             f"--{flag.name}={flag.value}: write {form}, or one for each STAGE=...,..."
         ) from None
     if len(values) < len(pairs):
-        raise UserError(f"--{flag.name}={flag.value}: a stage stands there twice")
+        raise UserError(f"--{flag.name}={flag.value}: a stage is named twice")
     return values
 
 

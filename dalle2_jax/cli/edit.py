@@ -29,4 +29,4 @@ def main() -> int:
     """Edits by the flags and returns the exit status."""
     if MODE.value is None and generate_flags.LIKE.value is None:
         raise UserError(f"--mode is missing: one of {', '.join(edit_flags.MODE_NAMES)}")
-    return request.main(MODE.value or edit_flags.MODE_NAMES[0])
+    return request.main(MODE.value, edit_flags.MODE_NAMES)

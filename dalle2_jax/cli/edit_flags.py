@@ -1,4 +1,4 @@
-"""Flags of editing given images. What each is for is in brackets; other modes refuse it."""
+"""Flags of editing images. In brackets stands which modes a flag is for; other modes refuse it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ MODE_NAMES = (
     "outpaint",
 )
 
-IMAGE = flags.DEFINE_multi_string("image", [], "Image file; may be given several times.")
+IMAGE = flags.DEFINE_multi_string(
+    "image",
+    [],
+    "(all modes but generate) The image to edit: a PNG, JPEG, WebP, GIF, BMP or TIFF of any size. "
+    "interpolate takes two, reconstruct and variations any number: repeat the flag.",
+)
 MASK = flags.DEFINE_string(
     "mask",
     None,
-    "(inpaint) Mask image. Transparent pixels, or white ones if none are transparent, are "
-    "regenerated. Default: the transparent pixels of --image.",
+    "(inpaint) Mask image of the size of --image. Transparent pixels, or white ones if none are "
+    "transparent, are regenerated. Default: the transparent pixels of --image.",
 )
 PREVIEW_MASK = flags.DEFINE_bool(
     "preview_mask",
@@ -29,8 +34,8 @@ PREVIEW_MASK = flags.DEFINE_bool(
 FEATHER = flags.DEFINE_integer(
     "feather",
     None,
-    "(inpaint, outpaint) Width in pixels over which generated pixels blend into kept ones. "
-    "Default: a 16th of the image's side.",
+    "(inpaint, outpaint) Width in pixels, within the regenerated part, over which generated pixels "
+    "blend into kept ones. Default: a 16th of the side of the generated image.",
     0,
 )
 SIDES = {
@@ -46,15 +51,22 @@ FRAMES = flags.DEFINE_integer(
     "frames", 7, "(interpolate, text_diff) Number of images from one end to the other.", 2
 )
 ETA = flags.DEFINE_float(
-    "eta", 0.6, "(variations) DDIM's noise, 0 to 1: 0 changes the image least, 1 most."
+    "eta", 0.6, "(variations) DDIM's noise, from 0, which changes the image least, to 1."
 )
 THETA = flags.DEFINE_float(
-    "theta", 0.5, "(text_diff) Share of the angle to the new text that is gone, 0 to 1."
+    "theta",
+    0.5,
+    "(text_diff) Share of the angle towards the new text that the last image reaches, 0 to 1.",
 )
-OLD_PROMPT = flags.DEFINE_string("old_prompt", "a photo", "(text_diff) What --image shows now.")
+OLD_PROMPT = flags.DEFINE_string(
+    "old_prompt",
+    "a photo",
+    "(text_diff) A text that says what --image shows now. The image changes from it to --prompt.",
+)
 X_T = flags.DEFINE_enum(
     "x_t",
     "slerp",
     ["slerp", "fixed"],
-    "(interpolate) Between two images: move x_T too, or keep one x_T, sampled from --seed.",
+    "(interpolate) Between two images: slerp moves x_T too, so that the ends are reconstructions; "
+    "fixed keeps one x_T, sampled from --seed.",
 )

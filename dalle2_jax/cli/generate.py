@@ -14,4 +14,4 @@ prepare = commands.stop_at_once
 
 def main() -> int:
     """Generates by the flags and returns the exit status."""
-    return request.main(request.GENERATE)
+    return request.main(request.GENERATE, [request.GENERATE])

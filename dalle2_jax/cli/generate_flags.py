@@ -1,5 +1,6 @@
-"""Flags of generating images: what is asked for, with which model, and where it is written.
+"""Flags of generating images: what to generate, with which model, and where to write it.
 
+`dalle2 edit` has them too; in brackets stands which modes a flag is for, if not for all.
 Nothing that takes time is imported here, so mistakes in the flags are reported, and Ctrl-C works,
 at once.
 """
@@ -12,32 +13,57 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.storage import paths
 
 PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "What the image is to show; may be given several times."
+    "prompt",
+    [],
+    "(generate, interpolate, text_diff, inpaint, outpaint) A text that says what the image is to "
+    "show. generate takes several: repeat the flag.",
 )
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one prompt a line.")
-N = flags.DEFINE_integer("n", 4, "Images for each prompt.")
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file",
+    None,
+    "(as --prompt) A text file with one prompt a line, after those of --prompt.",
+)
+N = flags.DEFINE_integer(
+    "n", 4, "(generate, variations, inpaint, outpaint) Images for each prompt or image."
+)
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of all noise: image i of a seed is always the same, but for rounding."
+    "seed", 0, "Seed of all noise, 0 to 4294967295. One seed gives the same images every time."
 )
-OUT = flags.DEFINE_string("out", "out", "Folder for the images, or gs://BUCKET/FOLDER.")
+OUT = flags.DEFINE_string(
+    "out", "out", "Folder to write the images to, or gs://BUCKET/FOLDER. It is created."
+)
 WEIGHTS = flags.DEFINE_string(
-    "weights", "tiny", "'tiny', a model folder, a folder of Karlo's, or a hub id."
+    "weights",
+    "tiny",
+    "The model: 'tiny' (in the package), a model folder, a folder of Karlo's, or a hub id.",
 )
 SIZE = flags.DEFINE_integer(
-    "size", None, "Side of the images in pixels, as 128, 512 or 1024. Default: the model's."
+    "size",
+    None,
+    "Side of the generated images in pixels, as 128, 512 or 1024. Default: the model's.",
 )
 PRIOR = flags.DEFINE_enum(
     "prior",
     None,
     ["diffusion", "ar", "none"],
-    "The prior that turns a prompt into z_img; none decodes z_txt in its place.",
+    "(generate, interpolate, inpaint, outpaint) The prior that samples z_img for a prompt; none "
+    "decodes z_txt in its place. Default: the model's.",
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images generated at a time.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Images generated at a time: more take more memory."
+)
 BEST_OF = flags.DEFINE_integer(
-    "best_of", None, "Generate so many for each prompt and keep the --n nearest to it by CLIP.", 1
+    "best_of",
+    None,
+    "(generate) Generate so many images for each prompt and keep the --n nearest to it by CLIP. "
+    "Default: keep all.",
+    1,
 )
 LIKE = flags.DEFINE_string(
-    "like", None, "A PNG that this program wrote: generate it again. Other flags override."
+    "like",
+    None,
+    "A PNG that this program wrote: generate that image again. Other flags override what it says; "
+    "with --prompt, --n, --best_of or --frames all images of its request are generated.",
 )
 
 

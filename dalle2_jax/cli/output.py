@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from dalle2_jax.imaging import canvas, files, grids
 from dalle2_jax.imaging.crops import crop_resize
-from dalle2_jax.pipelines import requests
+from dalle2_jax.pipelines import notes, requests
 from dalle2_jax.pipelines.dalle2 import DALLE2
-from dalle2_jax.pipelines.request import InputImage, Request
+from dalle2_jax.pipelines.events import StageProgress
+from dalle2_jax.pipelines.modes import GENERATE
+from dalle2_jax.pipelines.request import Request
 from dalle2_jax.pipelines.requests import Generated
 
-_GRID_SIDE = 256  # most pixels of an image in a grid, as there may be many
-_FRAME_MS = 150  # of an animation
-_MOVING = ("interpolate", "text_diff", "probe")  # their images are steps of one motion
+_GRID_SIDE = 256  # largest side in pixels of an image in grid.png, which may show many
+_FRAME_MS = 150  # how long a frame of an animation shows
+_MOVING = ("interpolate", "text_diff", "probe")  # modes whose images are steps of one motion
 
 
 class Bars:
@@ -44,31 +46,31 @@ def write(model: DALLE2, request: Request, out: Path, only: tuple[int, int] | No
     of another seed stay beside it. Notes on prompts that are cut go to stderr.
 
     Args:
-        only: (row, index) of the one image to generate; None: all.
+        only: (row, index) of the one image to generate, see `requests.run`; None: all.
 
     Returns:
         The path of the grid of all images, or of the one image.
     """
-    for line in requests.notes(requests.prepare(model, request), request):
+    for line in notes.lines(requests.prepare(model, request), request):
         print(f"note: {line}", file=sys.stderr)
-    if request.mode == requests.GENERATE:
-        return _write_prompts(model, request, out, only)
-    return _write_edits(model, request, out, only)
+    write_images = _write_prompts if request.mode == GENERATE else _write_edits
+    return write_images(model, request, out, only)
 
 
 def _run(model: DALLE2, request: Request, only: tuple[int, int] | None) -> Iterator[Generated]:
+    """Yields the images of a request, and shows its progress on stderr."""
     bars = Bars()
     for event in requests.run(model, request, only=only):
         if isinstance(event, Generated):
             yield event
-        elif isinstance(event, requests.StageProgress):
+        elif isinstance(event, StageProgress):
             bars.update(event.stage, event.done, event.total)
 
 
 def _write_prompts(
     model: DALLE2, request: Request, out: Path, only: tuple[int, int] | None
 ) -> Path:
-    """Writes each image as soon as it is done, then grid.png with a row a prompt."""
+    """Writes each image as soon as it is done, then grid.png with a row for each prompt."""
     thumbnails: list[np.ndarray] = []
     file, metadata, rank, row = out, {}, 0, -1
     for one in _run(model, request, only):
@@ -87,23 +89,32 @@ def _write_prompts(
 
 
 def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, int] | None) -> Path:
-    """Writes the images, MODE.png with all of them and the given ones, and a moving MODE.webp."""
+    """Writes the images, MODE.png with all of them, and an animation of those that move.
+
+    Before the results of an input image, MODE.png shows the image itself, and what its mask marks.
+    """
     rows: dict[int, list[Generated]] = {}
     for one in _run(model, request, only):
         rows.setdefault(one.row, []).append(one)
-    frames, labels, metadata = [], [], {}
+    file, frames, labels, metadata = out, [], [], {}
     for row, generated in rows.items():
-        before = [] if only is not None else _given(model, request, row)
-        images = [*before, *((one.label, one.image) for one in generated)]
-        for place, (label, image) in enumerate(images):
-            metadata = generated[max(place - len(before), 0)].metadata
-            about = metadata if place >= len(before) else _of_all({**metadata, "label": label})
-            name = f"{request.mode}-s{request.seed}-{row:03d}-{place:02d}-{files.slug(label)}.png"
-            files.save_png(out / name, image, about)
-            frames.append(image)
-            labels.append(label)
+        inputs = _inputs(model, request, row)
+        prefix = f"{request.mode}-s{request.seed}-{row:03d}"
+        metadata = generated[0].metadata
+        if only is None:
+            for number, (label, image) in enumerate(inputs):
+                name = f"{prefix}-{number:02d}-{files.slug(label)}.png"
+                files.save_png(out / name, image, _of_all(metadata) | {"label": label})
+                frames.append(image)
+                labels.append(label)
+        for one in generated:
+            number = len(inputs) + one.index
+            file = out / f"{prefix}-{number:02d}-{files.slug(one.label)}.png"
+            files.save_png(file, one.image, one.metadata)
+            frames.append(one.image)
+            labels.append(one.label)
     if only is not None:
-        return out / name
+        return file
     if request.mode in _MOVING:
         files.save_animation(out / f"{request.mode}.webp", frames, _FRAME_MS)
     grid = grids.labelled_grid(frames, len(frames) // len(rows), image_labels=labels)
@@ -111,14 +122,14 @@ def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, in
     return out / f"{request.mode}.png"
 
 
-def _given(model: DALLE2, request: Request, row: int) -> list[tuple[str, np.ndarray]]:
-    """Returns (label, image) of what is shown before the generated images of a row."""
+def _inputs(model: DALLE2, request: Request, row: int) -> list[tuple[str, np.ndarray]]:
+    """Returns (label, image) of what is shown before the results of input image `row`."""
     size = requests.prepare(model, request).image_size
     if request.mode in ("reconstruct", "variations"):
         return [("given", crop_resize(request.images[row].pixels, size))]
     if request.mode == "inpaint":
-        image, mask = canvas.fit_square(request.images[0].pixels, request.edit_mask, size)
-        return [("given", image), ("mask", _striped(image, mask))]
+        image, edit_mask = canvas.fit_square(request.images[0].pixels, request.edit_mask, size)
+        return [("given", image), ("mask", _striped(image, edit_mask))]
     return []
 
 
@@ -129,33 +140,32 @@ def _of_all(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_mask_preview(request: Request, out: Path) -> Path:
-    """Writes mask.png: the image, with what would be regenerated in stripes. Needs no model."""
+    """Writes mask.png, the image with stripes where it would be regenerated. Needs no model."""
     image = request.images[0].pixels
     if request.mode == "inpaint":
         side = min(image.shape[:2])
-        image, mask = canvas.fit_square(image, request.edit_mask, side)
+        image, edit_mask = canvas.fit_square(image, request.edit_mask, side)
     else:
         image, known_mask, _ = canvas.extend(image, request.margins, 1)
-        mask = ~known_mask
-    files.save_png(out / "mask.png", _striped(image, mask))
+        edit_mask = ~known_mask
+    files.save_png(out / "mask.png", _striped(image, edit_mask))
     return out / "mask.png"
 
 
-def _striped(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns uint8 [h, w, 3] with stripes of red and white where bool [h, w] is True."""
-    places = np.indices(mask.shape).sum(axis=0) // max(4, min(mask.shape) // 32)
-    stripes = np.where(places[..., None] % 2, [255, 0, 0], [255, 255, 255])
-    tinted = (0.4 * image + 0.6 * stripes).astype(np.uint8)
-    return np.where(mask[..., None], tinted, image)
-
-
-def open_image(path: str, out: Path) -> InputImage:
-    """Opens a given image, named in metadata relative to the folder `out`."""
-    return InputImage.open(path, name_in(path, out))
+def _striped(image: np.ndarray, edit_mask: np.ndarray) -> np.ndarray:
+    """Returns uint8 [h, w, 3] with diagonal stripes of red and white where `edit_mask` is True."""
+    width = max(4, min(edit_mask.shape) // 32)
+    stripe = np.indices(edit_mask.shape).sum(axis=0) // width  # number of a pixel's stripe [h, w]
+    colours = np.where(stripe[..., None] % 2, [255, 0, 0], [255, 255, 255])
+    tinted = (0.4 * image + 0.6 * colours).astype(np.uint8)
+    return np.where(edit_mask[..., None], tinted, image)
 
 
 def name_in(path: str, out: Path) -> str:
-    """Returns `path` relative to the folder `out`, if both are on this machine."""
+    """Returns the name of an input in metadata: relative to `out`, if both are on this machine.
+
+    So a folder that holds the images and their inputs can be moved.
+    """
     if "://" in path or "://" in str(out):
         return path
     try:

@@ -1,6 +1,7 @@
-"""Flags of how the stages are sampled, as `SamplingOptions` takes them.
+"""Flags of how the stages are sampled, as `SamplingOptions` takes them; docs/sampling.md.
 
-Each is one value, or STAGE=VALUE,... Nothing that takes time is imported here.
+Each is one value, which is the decoder's (that of --sampler every stage's), or STAGE=VALUE,...
+Without a flag, what the model folder says holds. Nothing that takes time is imported here.
 """
 
 from __future__ import annotations
@@ -15,26 +16,35 @@ STEPS = flags.DEFINE_string(
     "steps",
     None,
     "Sampling steps: 50 for the decoder, or per stage as prior=16,decoder=50. 10:10:3:2:2 sets the "
-    "steps in each fifth of the schedule.",
+    "steps in each fifth of the schedule, from the cleanest to the noisiest. Default: the model's; "
+    "50 to invert and decode an image.",
 )
 CFG_SCALE = flags.DEFINE_string(
-    "cfg_scale", None, "Guidance scale of the decoder, or STAGE=SCALE,...; 1 is off."
+    "cfg_scale",
+    None,
+    "Guidance scale of the decoder, or STAGE=SCALE,...; 1 is off. Default: the model's.",
 )
 SAMPLER = flags.DEFINE_string(
     "sampler",
     None,
-    "Solver of all stages: ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,...",
+    "Solver of all stages: ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun; or STAGE=NAME,... "
+    "Default: the model's.",
 )
 CFG_INTERVAL = flags.DEFINE_string(
     "cfg_interval",
     None,
-    "LOW:HIGH, the noise levels sigma / alpha between which guidance acts; or STAGE=LOW:HIGH,...",
+    "LOW:HIGH, the noise levels sigma / alpha between which guidance acts; or STAGE=LOW:HIGH,... "
+    "Default: the model's.",
 )
 CFG_RESCALE = flags.DEFINE_string(
-    "cfg_rescale", None, "How far guidance keeps the contrast, 0 to 1; or STAGE=SHARE,..."
+    "cfg_rescale",
+    None,
+    "How far guidance keeps the contrast, 0 to 1; or STAGE=SHARE,... Default: the model's.",
 )
 VARIANCE = flags.DEFINE_string(
-    "variance", None, "Variance of ddpm's noise: small, large or analytic; or STAGE=NAME,..."
+    "variance",
+    None,
+    "Variance of ddpm's noise: small, large or analytic; or STAGE=NAME,... Default: the model's.",
 )
 
 

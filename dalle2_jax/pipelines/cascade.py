@@ -16,7 +16,7 @@ from dalle2_jax.imaging import arrays, masks
 from dalle2_jax.nets.clip import CLIP, TextEncoding
 from dalle2_jax.nets.conditioning import Condition, decoder_condition, prior_condition
 from dalle2_jax.nets.forward import forward
-from dalle2_jax.pipelines import placement
+from dalle2_jax.pipelines import limits, placement
 from dalle2_jax.pipelines.events import Batch, Event, Steps, run_stage
 from dalle2_jax.sampling.ar_prior import ARPriorSampler
 from dalle2_jax.sampling.decoder import DecoderSampler
@@ -29,37 +29,60 @@ from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.sampling.upsampler import UpsamplerSampler
 from dalle2_jax.tokenizer import Tokenizer
 from dalle2_jax.types import Array, Params
-from dalle2_jax.validation import arguments, checks
+from dalle2_jax.validation import arguments
 
 Prior = PriorSampler | ARPriorSampler | NoPrior
 
 
 class Captions(NamedTuple):
-    """b captions as the text encoders read them."""
+    """b captions as the text encoders read them.
 
-    clip: Array | np.ndarray  # tokens int32 [b, n]
-    decoder: Array | np.ndarray  # tokens int32 [b, n]; CLIP's if the decoder shares its text tower
-    present: Array | np.ndarray  # bool [b]; False: no caption, the tokens are the empty one's
+    Attributes:
+        clip: CLIP's tokens, int32 [b, n].
+        decoder: the decoder's tokens, int32 [b, n]; CLIP's if the decoder shares its text tower.
+        present: bool [b]; False: there is no caption, and the tokens are those of an empty one.
+    """
+
+    clip: Array | np.ndarray
+    decoder: Array | np.ndarray
+    present: Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Cascade:
     """The cascade: caption -> CLIP -> prior -> decoder -> upsamplers (unCLIP, figure 2).
 
-    Made by `loading.load_cascade`. Parameters are replicated over all devices, or wait in the
-    host's memory, from where each stage's come to the devices while it runs.
+        tokens int32 [b, n] --CLIP--> z_txt [b, dim], txt_enc [b, n, width]
+        z_txt, txt_enc --prior--> z_img [b, dim]
+        z_img, caption --decoder--> image [b, s, s, 3] --upsampler--> [b, S, S, 3] --> ...
+
+    `loading.load_cascade` makes one. It is a plain value: methods that change something return
+    another cascade, which shares the parameters. Parameters are replicated over all devices, or
+    wait in the host's memory, from where those of a stage come to the devices while it runs.
+
+    Attributes:
+        tokenizer: CLIP's.
+        clip: the network that encodes texts and images.
+        prior: samples z_img from a caption; None: the model decodes z_img of given images only.
+        decoder: samples the smallest image.
+        upsamplers: stage -> sampler, in the order in which they run.
+        params: stage -> parameters.
+        weights: the name that the model was loaded by.
+        weights_hash: 16 hex digits that identify configuration and tensors.
+        size: side of the generated images in pixels; None: that of the last stage.
+        priors: all priors of the model folder, stage -> sampler, to choose `prior` from.
     """
 
     tokenizer: Tokenizer
     clip: CLIP
-    prior: Prior | None  # None: the model generates from z_img of other images only
+    prior: Prior | None
     decoder: DecoderSampler
     upsamplers: Mapping[str, UpsamplerSampler]
     params: Mapping[str, Params]
     weights: str
     weights_hash: str
-    size: int | None = None  # side of the images; None: as the last stage samples them
-    priors: Mapping[str, Prior] = dataclasses.field(default_factory=dict)  # by stage
+    size: int | None = None
+    priors: Mapping[str, Prior] = dataclasses.field(default_factory=dict)
 
     @property
     def image_size(self) -> int:
@@ -77,14 +100,16 @@ class Cascade:
         return {**prior, "decoder": self.decoder, **self.upsamplers}
 
     def with_samplers(self, samplers: Mapping[str, Any]) -> Self:
-        """Returns the cascade with these samplers in place of its own."""
-        upsamplers = dict(samplers)
-        prior = upsamplers.pop(self.prior.stage) if self.prior else None
-        decoder = upsamplers.pop("decoder")
-        return dataclasses.replace(self, prior=prior, decoder=decoder, upsamplers=upsamplers)
+        """Returns the cascade with these samplers, one for each stage of `samplers()`."""
+        return dataclasses.replace(
+            self,
+            prior=samplers[self.prior.stage] if self.prior else None,
+            decoder=samplers["decoder"],
+            upsamplers={stage: samplers[stage] for stage in self.upsamplers},
+        )
 
     def with_options(self, options: SamplingOptions) -> Self:
-        """Returns the cascade with sampling options; raises UserError, see there."""
+        """Returns the cascade with sampling options; raises UserError as `options.apply`."""
         return self.with_samplers(options.apply(self.samplers()))
 
     def with_prior(self, name: str | None) -> Self:
@@ -99,7 +124,7 @@ class Cascade:
 
         Raises UserError if none does.
         """
-        size = checks.whole_number("size", size, 1)
+        size = limits.whole_number("size", size)
         stages = list(self.upsamplers.items())[: num_upsamplers(size, self.sizes)]
         return dataclasses.replace(self, upsamplers=dict(stages), size=size)
 
@@ -111,7 +136,7 @@ class Cascade:
         *,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
-        known: np.ndarray | None = None,
+        known_images: np.ndarray | None = None,
         batch_size: int = 8,
         skip: int = 0,
     ) -> Iterator[Event]:
@@ -119,16 +144,17 @@ class Cascade:
 
         Args:
             prompts, n, seed, z_img, noise, batch_size: see `DALLE2.stream`.
-            known: uint8 [len(prompts) * n, s, s, 4] of `image_size` s, or one a prompt: images
-                that are known where alpha is 255; the rest is generated to fit. Known pixels come
-                back nearly unchanged: `masks.paste` makes them exact.
+            known_images: uint8 [len(prompts) * n, s, s, 4] of `image_size` s, or one a prompt:
+                colours, and the known_mask as alpha: 255 where pixels are kept; the rest is
+                generated to fit. Kept pixels come back nearly unchanged: `masks.paste` makes them
+                exact.
             skip: batches that hold only images before this one are not generated.
 
         Raises:
             UserError: see `DALLE2.generate`.
         """
         for start, keys, captions, rows in self._batches(
-            prompts, n, seed, batch_size, skip, z_img=z_img, noise=noise, known=known
+            prompts, n, seed, batch_size, skip, z_img=z_img, noise=noise, known_images=known_images
         ):
             images = yield from self._run(keys, captions, rows)
             images = np.asarray(arrays.to_uint8(images))
@@ -164,9 +190,14 @@ class Cascade:
         *,
         z_img: np.ndarray | None = None,
         noise: Mapping[str, np.ndarray] | None = None,
-        known: np.ndarray | None = None,
+        known_images: np.ndarray | None = None,
     ) -> Iterator[tuple[int, dict[str, Array], Captions, _Rows]]:
-        """Checks the arguments of `generate` and yields (first row, keys, captions, rows)."""
+        """Checks the arguments of `generate`; yields (first row, keys, captions, rows) of batches.
+
+        Image number p of all belongs to prompt p // n and is image p % n of it. Every input has a
+        row for each image, or one for all n images of a prompt; a batch takes the rows of its
+        images and puts them on the devices, split over them.
+        """
         if prompts is not None:
             prompts = arguments.prompts(prompts)
         elif z_img is None:
@@ -176,7 +207,7 @@ class Cascade:
                 f"{self.weights} has no prior, which samples z_img from a prompt: take prior "
                 "'none', give z_img, as encode_image returns it, or import a model that has one"
             )
-        n = checks.whole_number("n", n, 1, 2**32)
+        n = limits.whole_number("n", n)
         num_z = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
         captions = self.captions([None] * num_z if prompts is None else prompts)
         count = len(captions.present)
@@ -186,8 +217,10 @@ class Cascade:
             unit_length = self.clip.unit_length
             z_img = arguments.embeddings("z_img", z_img, self.clip.dim, unit_length, (total, count))
         noise = self._noise_rows(noise, total)
-        if known is not None:
-            known = arguments.known_images("known", known, self.image_size, (total, count))
+        if known_images is not None:
+            known_images = arguments.known_images(
+                "known_images", known_images, self.image_size, (total, count)
+            )
         for start, places in placement.batches(total, batch_size):
             if start + len(places) <= skip:
                 continue
@@ -199,7 +232,7 @@ class Cascade:
                 return None if values is None else values[places // (total // len(values))]
 
             texts = jax.tree.map(lambda tokens, caption=caption: tokens[caption], captions)
-            batch = (seeds[caption], index, texts, rows_of(z_img), rows_of(known))
+            batch = (seeds[caption], index, texts, rows_of(z_img), rows_of(known_images))
             seed_rows, index, texts, z_rows, known_rows = jax.device_put(
                 batch, placement.by_batch()
             )
@@ -208,7 +241,7 @@ class Cascade:
                 batch=start // len(places),
                 num_batches=-(-total // len(places)),
                 z_img=z_rows,
-                known=known_rows,
+                known_images=known_rows,
                 noise={
                     stage: values[:, places].reshape(len(values), -1, *values.shape[3:])
                     for stage, values in noise.items()
@@ -217,7 +250,11 @@ class Cascade:
             yield start, _keys(seed_rows, index, list(self.samplers())), texts, rows
 
     def _noise_rows(self, noise: Mapping[str, np.ndarray] | None, total: int) -> dict[str, Any]:
-        """Checks `noise`; returns {stage: [1 + steps, total, samples an image, ...]}."""
+        """Checks the `noise` of `generate`.
+
+        Returns {stage: float32 [1 + steps, total, r, ...]}, where r is the number of samples that
+        the stage takes for an image: the prior's candidates, 1 elsewhere.
+        """
         samplers, checked = self.samplers(), {}
         for stage, values in (noise or {}).items():
             if stage not in samplers:
@@ -255,6 +292,7 @@ class Cascade:
         empty: TextEncoding | None,
         rows: _Rows,
     ) -> Steps[Array]:
+        """Samples z_img [b, dim] of a batch of encoded captions."""
         assert self.prior is not None
         condition: Condition = text._asdict()
         if isinstance(self.prior, PriorSampler):
@@ -264,17 +302,26 @@ class Cascade:
     def _run_stage(
         self, stage: str, keys: Mapping[str, Array], condition: Any, rows: _Rows, border: int = 0
     ) -> Steps[Array]:
+        """Runs one stage on a batch, and returns what it samples.
+
+        Args:
+            condition: what the stage's sampler takes.
+            border: width in pixels by which the known region is shrunk for this stage.
+        """
         sampler = self.samplers()[stage]
-        known = None
-        if rows.known is not None and hasattr(sampler, "image_size"):  # it samples images
-            known = masks.resize_partly_known(rows.known, sampler.image_size, border)
+        known_images = None
+        if rows.known_images is not None and hasattr(sampler, "image_size"):  # it samples images
+            known_images = masks.resize_partly_known(rows.known_images, sampler.image_size, border)
         steps = sampler(
-            self.stage_params(stage), condition, keys[stage], rows.noise.get(stage), known
+            self.stage_params(stage), condition, keys[stage], rows.noise.get(stage), known_images
         )
         return (yield from run_stage(stage, steps, rows.batch, rows.num_batches))
 
     def stage_params(self, stage: str) -> Params:
-        """Returns a stage's parameters on the devices; {} if it has none."""
+        """Returns a stage's parameters on the devices; {} if it has none.
+
+        Those that waited on the host are copied, and freed when the caller drops them.
+        """
         return jax.device_put(self.params.get(stage, {}), placement.replicated())
 
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
@@ -331,13 +378,21 @@ class Cascade:
 
 
 class _Rows(NamedTuple):
-    """The rows of a batch beside its captions, on the devices."""
+    """The rows of a batch beside its captions, on the devices.
 
-    total: int  # images in all batches
-    batch: int  # number of this batch
+    Attributes:
+        total: number of images in all batches.
+        batch: number of this batch, of `num_batches`.
+        z_img: [b, dim], in place of what the prior samples.
+        known_images: uint8 [b, s, s, 4], see `Cascade.generate`.
+        noise: stage -> standard normal [1 + steps, b, ...], in place of that of the keys.
+    """
+
+    total: int
+    batch: int
     num_batches: int
     z_img: Array | None = None
-    known: Array | None = None
+    known_images: Array | None = None
     noise: Mapping[str, Array] = {}
 
 
@@ -348,19 +403,22 @@ def tokenizer_of(text: Mapping[str, Any]) -> Tokenizer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_text(clip: CLIP, params: Params, tokens: Array) -> TextEncoding:
-    """tokens [b, n] -> CLIP's encoding of them."""
+    """Returns CLIP's encoding of tokens int32 [b, n]."""
     return forward(clip, params, tokens, method="encode_text")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_image(clip: CLIP, params: Params, images: Array) -> Array:
+    """Returns CLIP's z_img [b, dim] of preprocessed images [b, s, s, 3]."""
     return forward(clip, params, images, method="encode_image")
 
 
 def _keys(seed: Array, index: Array, stages: Sequence[str]) -> dict[str, Array]:
-    """Returns a stage's key for every image: a function of its seed, its index and the stage.
+    """Returns a key for every image, {stage: typed keys [b]}.
 
-    Were the keys of two stages equal, the noise of one would begin with that of the other.
+    A key is a function of the image's seed, its index within its prompt and the stage alone, so an
+    image is the same in any batch and on any number of devices. If two stages had one key, the
+    noise of one would begin with that of the other.
     """
 
     def key_of(place: int, seed: Array, i: Array) -> Array:

@@ -1,11 +1,20 @@
 """Editing images (unCLIP section 3; GLIDE 2112.10741, section 2.3), as generators of events.
 
-An image is (z_img, x_T): CLIP's embedding, and the noise from which the decoder samples the image
-under it (`inversion`). Variations, interpolations, text diffs and probes move one of the two, or
-both. Inpainting and outpainting keep some pixels and generate the others.
+Inversion describes an image by a pair (z_img, x_T): CLIP's embedding, which says what the image
+shows, and the noise from which the decoder samples exactly this image under it. The edits of unCLIP
+are movements of one or both, followed by decoding:
 
-Each function yields the events of all networks that it runs and, as a `Batch`, its images. Public
-descriptions of the arguments are those of the methods of `DALLE2`.
+    edit         z_img                                              x_T
+    reconstruct  stays                                              stays
+    variations   stays                                              stays, but DDIM adds noise: eta
+    interpolate  slerp(z_a, z_b, share)                             slerp(x_a, x_b, share)
+    text_diff    slerp(z_img, z_new - z_old, share * theta)         stays
+    probe        mean + its first k principal directions            stays
+
+Inpainting and outpainting are another thing: they keep some pixels and generate the others.
+
+Each function yields the events of all networks that it runs and, as a `Batch`, its images. The
+arguments are documented at the methods of `DALLE2` with the same names.
 """
 
 from __future__ import annotations
@@ -18,22 +27,31 @@ import numpy as np
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.imaging import canvas, masks
+from dalle2_jax.pipelines import limits
 from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.embeddings import normalise, project, slerp
 from dalle2_jax.pipelines.events import Batch, Event, StageProgress, Steps
 from dalle2_jax.pipelines.inversion import Latents, decode, for_inversion, invert
+from dalle2_jax.pipelines.limits import MAX_RETURNED
+from dalle2_jax.pipelines.modes import MARGINS, X_T_CHOICES
 from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.validation import arguments, checks
 
-_REPEATS = 5  # of a step, by a decoder that was not trained to inpaint
+_REPEATS = 5  # how often a decoder that was not trained to inpaint takes each step
 
 
 class Ranked(NamedTuple):
-    """One of the best images of a prompt."""
+    """One of the best images of a prompt.
 
-    image: np.ndarray  # uint8 [h, w, 3]
-    index: int  # among all images generated for its prompt
-    score: float  # cosine of CLIP's embeddings of image and prompt
+    Attributes:
+        image: uint8 [h, w, 3].
+        index: number among all images generated for its prompt.
+        score: cosine of CLIP's embeddings of image and prompt.
+    """
+
+    image: np.ndarray
+    index: int
+    score: float
 
 
 def rank(
@@ -46,7 +64,8 @@ def rank(
     batch_size: int = 8,
 ) -> Iterator[StageProgress | list[Ranked]]:
     """Yields progress and, prompt by prompt, the n of `best_of` images nearest to the prompt."""
-    best_of = checks.whole_number("best_of", best_of, checks.whole_number("n", n, 1))
+    n = limits.whole_number("n", n)
+    best_of = limits.whole_number("best_of", best_of, lowest=n)
     if prompts is None:
         raise UserError("best_of ranks images by their prompt: give prompts")
     if cascade.clip.image is None:
@@ -63,7 +82,8 @@ def rank(
             if index == 0:
                 (z_txt,) = normalise(cascade.encode_text([prompts[prompt]]))
             best.append(Ranked(image.copy(), index, float(np.vdot(z, z_txt))))
-            best = sorted(best, key=lambda one: -one.score)[:n]  # stable: the earlier of equals
+            # Only n images are held. The sort is stable: of equal ones the earlier stays.
+            best = sorted(best, key=lambda one: -one.score)[:n]
             place += 1
             if place % best_of == 0:
                 yield best
@@ -73,6 +93,7 @@ def rank(
 def reconstruct(
     cascade: Cascade, images: np.ndarray, steps: int | None = None, batch_size: int = 8
 ) -> Iterator[Event]:
+    """Inverts images and decodes them again; see `DALLE2.reconstruct`."""
     latents = yield from invert(cascade, images, steps, batch_size=batch_size)
     yield from decode(cascade, latents, steps, batch_size)
 
@@ -80,7 +101,10 @@ def reconstruct(
 def for_variations(
     cascade: Cascade, eta: float, steps: int | None = None, cfg_scale: float | None = None
 ) -> Cascade:
-    """Returns the cascade with the settings that `variations` decodes with."""
+    """Returns the cascade with the settings that `variations` decodes with.
+
+    Those of inversion, but for the noise that DDIM adds, and guidance.
+    """
     cfg_scale = cascade.decoder.settings.cfg_scale if cfg_scale is None else cfg_scale
     options = SamplingOptions(cfg_scale=cfg_scale, eta=eta)
     return for_inversion(cascade, steps).with_options(options)
@@ -97,9 +121,11 @@ def variations(
     cfg_scale: float | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
+    """Decodes images again with noise; see `DALLE2.variations`."""
     # Mistakes are reported before the inversion, which takes long.
     varying = for_variations(cascade, eta, steps, cfg_scale)
-    n, images = checks.whole_number("n", n, 1, arguments.MAX_RETURNED), arguments.images(images)
+    n = limits.whole_number("n", n, highest=MAX_RETURNED)
+    images = arguments.images(images)
     seeds = arguments.seeds(seed, len(images)).tolist()
     latents = yield from invert(cascade, images, steps, batch_size=batch_size)
     x_T = np.repeat(latents.x_T, n, axis=0)[None]
@@ -119,9 +145,10 @@ def interpolate(
     steps: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
-    checks.one_of("x_T", x_T, ("slerp", "fixed"))
-    shares = np.linspace(0, 1, checks.whole_number("frames", frames, 2, arguments.MAX_RETURNED))
-    seed, a = checks.whole_number("seed", seed, 0, 2**32 - 1), arguments.image("a", a)
+    """Goes from image `a` to image or text `b`; see `DALLE2.interpolate`."""
+    checks.one_of("x_T", x_T, X_T_CHOICES)
+    shares = np.linspace(0, 1, limits.whole_number("frames", frames, lowest=2))
+    seed, a = limits.whole_number("seed", seed), arguments.image("a", a)
     if isinstance(b, str):
         z_b = yield from cascade.sample_prior(b, 1, seed, batch_size=batch_size)
         z_a, x_a = yield from invert(cascade, a, steps, batch_size=batch_size)
@@ -148,14 +175,16 @@ def text_diff(
     steps: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
-    frames = checks.whole_number("frames", frames, 1, arguments.MAX_RETURNED)
-    shares = np.linspace(0, checks.number("theta", theta, 0, 1), frames)
+    """Turns the image towards a text; see `DALLE2.text_diff`."""
+    frames = limits.whole_number("frames", frames)
+    shares = np.linspace(0, limits.number("theta", theta), frames)
     z_new, z_old = normalise(cascade.encode_text([new, old]))
     if np.allclose(z_new, z_old, atol=1e-6):
         raise UserError(f"{new!r} and {old!r} are read alike: there is no direction to go")
     z_img, x_T = yield from invert(
         cascade, arguments.image("image", image), steps, batch_size=batch_size
     )
+    # The difference of two unit vectors has another length than z_img: only its direction counts.
     towards = (z_new - z_old)[None] * np.linalg.norm(z_img)
     z_img = _between("the image and the difference of the texts", z_img, towards, shares)
     latents = Latents(z_img, np.repeat(x_T, len(shares), axis=0))
@@ -170,6 +199,7 @@ def probe(
     steps: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
+    """Decodes ever more of the image's z_img; see `DALLE2.probe`."""
     dims = probe_dims(cascade) if dims is None else dims
     mean, components = _directions(cascade)
     if not isinstance(dims, Sequence | np.ndarray) or not len(dims):
@@ -233,10 +263,11 @@ def inpaint(
     feather: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
+    """Regenerates the pixels of `edit_mask`; see `DALLE2.inpaint`."""
     image = arguments.image("image", image)[0]
     edit_mask = arguments.edit_mask(edit_mask, image.shape)
     image, edit_mask = canvas.fit_square(image, edit_mask, cascade.image_size)
-    n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
+    n = limits.whole_number("n", n, highest=MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     z_img = cascade.encode_image(image[None]) if prompt is None else None
     images = yield from _fill(
@@ -264,21 +295,32 @@ def outpaint(
     feather: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[Event]:
-    """`margins` are (left, right, up, down) in pixels."""
+    """Extends an image beyond its sides; see `DALLE2.outpaint`.
+
+    The canvas grows frame by frame:
+
+        canvas, known_mask = the image with margins, True where the image is
+        for each window of image_size, chosen by `canvas.frames`:
+            canvas[window] = generated where known_mask[window] is False
+            known_mask[window] = True
+
+    Args:
+        margins: (left, right, up, down) in pixels.
+    """
     image = arguments.image("image", image)[0]
-    sides = zip(("left", "right", "up", "down"), margins, strict=True)
-    margins = [checks.whole_number(side, margin, 0) for side, margin in sides]
+    sides = zip(MARGINS, margins, strict=True)
+    margins = [limits.whole_number(side, margin) for side, margin in sides]
     if not any(margins):
         raise UserError("nothing is to be added: give left, right, up or down, in pixels")
-    overlap = checks.number("overlap", overlap, 0.01, 0.99)
-    seed, size = checks.whole_number("seed", seed, 0, 2**32 - 1), cascade.image_size
-    n = checks.whole_number("n", n, 1, arguments.MAX_RETURNED)
+    overlap = limits.number("overlap", overlap)
+    seed, size = limits.whole_number("seed", seed), cascade.image_size
+    n = limits.whole_number("n", n, highest=MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     extended, known_mask, window_of_result = canvas.extend(image, margins, size)
     images = np.repeat(extended[None], n, axis=0)
     if prompt is None:
         z_img = cascade.encode_image(image[None])
-    else:  # once, as all frames are to show one thing
+    else:  # sampled once, because all frames are to show one thing
         z_img = yield from cascade.sample_prior(prompt, n, seed, batch_size=batch_size)
     for frame, window in enumerate(canvas.frames(known_mask, size, overlap)):
         # With one seed the frames would begin from the same noise, and look alike.
@@ -307,17 +349,24 @@ def _fill(
     feather: int | None,
     batch_size: int,
 ) -> Steps[np.ndarray]:
-    """Returns images [n, s, s, 3] of `image_size` s with their unknown pixels generated.
+    """Generates the unknown pixels of images, yielding progress.
 
-    `known_mask` bool [s, s] is True where pixels are kept.
+    Args:
+        images: uint8 [n, s, s, 3] of `image_size` s.
+        known_mask: bool [s, s], True where pixels are kept.
+        feather: see `DALLE2.inpaint`.
+        prompt, z_img, seed, batch_size: see `Cascade.generate`.
+
+    Returns:
+        uint8 [n, s, s, 3], equal to `images` where known_mask is True.
     """
     n, size = len(images), cascade.image_size
-    feather = size // 16 if feather is None else checks.whole_number("feather", feather, 0)
+    feather = size // 16 if feather is None else limits.whole_number("feather", feather)
     alpha = np.broadcast_to(known_mask[..., None] * np.uint8(255), (n, size, size, 1))
-    known = np.concatenate([images, alpha], axis=-1)
+    known_images = np.concatenate([images, alpha], axis=-1)
     generated = []
     events = for_inpainting(cascade).generate(
-        prompt, n, seed, z_img=z_img, known=known, batch_size=batch_size
+        prompt, n, seed, z_img=z_img, known_images=known_images, batch_size=batch_size
     )
     for event in events:
         if isinstance(event, Batch):

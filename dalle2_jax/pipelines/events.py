@@ -21,17 +21,29 @@ Result = TypeVar("Result")
 
 
 class StageProgress(NamedTuple):
-    """Steps of a stage, over all batches."""
+    """Progress of a stage, in sampling steps over all batches.
+
+    Attributes:
+        stage: the stage's name.
+        done: steps done.
+        total: steps in all.
+        x_0: the stage's present prediction [b, ...] for the running batch: images in [-1, 1], or
+            z_img. None before the first step, and while an image is inverted.
+    """
 
     stage: str
     done: int
     total: int
     x_0: Array | None = None
-    """The stage's present prediction [b, ...]: images in [-1, 1], or z_img; None at the start."""
 
 
 class Batch(NamedTuple):
-    """Finished images uint8 [b, h, w, 3], of which the first is number `start` of all."""
+    """Finished images.
+
+    Attributes:
+        start: number of the first one among all images.
+        images: uint8 [b, h, w, 3].
+    """
 
     start: int
     images: np.ndarray
@@ -50,7 +62,9 @@ def run_stage(
 ) -> Steps[Result]:
     """Runs a stage's sampler on batch number `batch`, counting steps over all batches.
 
-    The mesh is visible only while the sampler computes, not while the caller holds an event.
+    The mesh is visible only while the sampler computes, not while the caller holds an event: the
+    caller may run another model in between. Each event waits for the devices, so that it reports
+    steps that are done and not steps that are queued.
     """
     while True:
         with placement.visible(placement.mesh()):

@@ -1,4 +1,16 @@
-"""An image as the pair (z_img, x_T), from which the decoder samples it again (unCLIP section 3)."""
+"""An image as the pair (z_img, x_T), from which the decoder samples it again (unCLIP section 3).
+
+    image --CLIP--> z_img                    what the image shows
+    x_0 = image at the decoder's size
+    for t from clean to noisy:               DDIM backwards, under z_img, unguided
+        eps = decoder(x_t, t, z_img)
+        x_{t+1} = DDIM's step from x_t with this eps, the other way
+    x_T                                      all that z_img leaves open
+
+DDIM at eta 0 is a discretised differential equation, so its steps can be taken in either direction.
+Backwards, eps is evaluated at the wrong end of each step; more steps, or `iterations` that evaluate
+it again where the step arrives, make the error smaller.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +22,33 @@ import jax
 import numpy as np
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipelines import placement
+from dalle2_jax.pipelines import limits, placement
 from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.events import Event, Steps, run_stage
 from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.sampling.preprocess import middle, shrunk
-from dalle2_jax.validation import arguments, checks
+from dalle2_jax.validation import arguments
 
 DEFAULT_STEPS = 50  # of the decoder, each way
 
 
 class Latents(NamedTuple):
-    """b images as the decoder sees them: from both together it samples them again."""
+    """The latents of b images, from which the decoder samples them again.
 
-    z_img: np.ndarray  # float32 [b, dim]: what the image shows
-    x_T: np.ndarray  # float32 [b, s, s, 3]: all that z_img leaves open
+    Attributes:
+        z_img: float32 [b, dim], what the images show.
+        x_T: float32 [b, s, s, 3] at the decoder's size s, all that z_img leaves open.
+    """
+
+    z_img: np.ndarray
+    x_T: np.ndarray
 
 
 def for_inversion(cascade: Cascade, steps: int | None = None) -> Cascade:
     """Returns the cascade whose decoder is invertible: DDIM at eta 0, without guidance.
 
-    Only unguided DDIM is. `steps` None: 50, as keeping an image takes more than generating one.
+    Guidance is left out because only unguided DDIM is invertible. `steps` None is 50, since keeping
+    an image takes more steps than generating one.
     """
     if steps is None:
         steps = min(DEFAULT_STEPS, cascade.decoder.process.num_timesteps)
@@ -49,7 +67,7 @@ def invert(
 ) -> Steps[Latents]:
     """Finds the latents of images, yielding progress; see `DALLE2.invert`."""
     z_img, squares = cascade.encode_image(images), middle(arguments.images(images))
-    iterations = checks.whole_number("iterations", iterations, 1)
+    iterations = limits.whole_number("iterations", iterations)
     decoder, x_T = for_inversion(cascade, steps).decoder, []
     total, batches = len(squares), list(placement.batches(len(squares), batch_size))
     no_captions = cascade.captions([None] * len(batches[0][1]))

@@ -1,9 +1,19 @@
-"""Loading a cascade: which stages of a model folder it needs, and where their weights go."""
+"""Loading a cascade: which stages of a model folder it needs, and where their weights go.
+
+A folder may hold more stages than a size needs, and has to hold REQUIRED. Stages are built from
+config.json first, which is cheap, so that the sizes of all upsamplers are known before any of
+their weights are read:
+
+    clip, decoder     always
+    prior, ar_prior   each one that the folder has: `Cascade.with_prior` chooses
+    upsampler_<px>    those of the chain decoder -> ... up to the first that reaches `size`
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,10 +26,9 @@ from dalle2_jax.pretrained import find
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.priors import NAMES
 from dalle2_jax.storage import model_folder
-from dalle2_jax.types import Params
 from dalle2_jax.validation import checks
 
-REQUIRED = ("clip", "decoder")  # a prior and upsamplers are used if the folder has them
+REQUIRED = ("clip", "decoder")
 
 
 def load_cascade(
@@ -36,30 +45,22 @@ def load_cascade(
         model_folder.read_stage(folder, stage)  # its error lists the stages that there are
     dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
     checks.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
-    params: dict[str, Params] = {}
-
-    def load_params(stage: str) -> None:
-        params[stage] = placement.cast(load.params(folder, stage), dtype)
-
     clip: CLIP = load.network(folder, "clip", dtype)
-    load_params("clip")
-
-    def load_sampler(stage: str) -> Any:
-        sampler = load.sampler(folder, stage, clip, dtype)
-        load_params(stage)
-        return sampler
-
     entries = model_folder.read_config(folder)["stages"]
-    priors = {stage: load_sampler(stage) for stage in NAMES.values() if stage in entries}
-    decoder = load_sampler("decoder")
+
+    def samplers_of(stages: Iterable[str]) -> dict[str, Any]:
+        return {stage: load.sampler(folder, stage, clip, dtype) for stage in stages}
+
+    priors = samplers_of(stage for stage in NAMES.values() if stage in entries)
+    (decoder,) = samplers_of(["decoder"]).values()
+    upsamplers = samplers_of(load.upsampler_chain(entries, decoder.image_size))
     size = load.image_size(folder, size)
-    chain = load.upsampler_chain(entries, decoder.image_size)
-    sizes = [decoder.image_size]
-    samplers = {stage: load.sampler(folder, stage, clip, dtype) for stage in chain}
-    sizes += [sampler.image_size for sampler in samplers.values()]
-    needed = chain[: load.num_upsamplers(size, sizes)]
-    for stage in needed:
-        load_params(stage)
+    sizes = [sampler.image_size for sampler in (decoder, *upsamplers.values())]
+    needed = list(upsamplers)[: load.num_upsamplers(size, sizes)]
+    params = {
+        stage: placement.cast(load.params(folder, stage), dtype)
+        for stage in (*REQUIRED, *priors, *needed)
+    }
     if offload is None:
         stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
         offload = placement.should_offload(params, stats.get("bytes_limit", math.inf))
@@ -69,7 +70,7 @@ def load_cascade(
         prior=next(iter(priors.values()), None),
         priors=priors,
         decoder=decoder,
-        upsamplers={stage: samplers[stage] for stage in needed},
+        upsamplers={stage: upsamplers[stage] for stage in needed},
         params=params if offload else jax.device_put(params, placement.replicated()),
         weights=str(weights),
         weights_hash=model_folder.weights_hash(folder),

@@ -1,4 +1,4 @@
-"""The modes of a request: what each takes. Plain data, so that flags are checked at once."""
+"""The modes of a request and what each takes. Plain data, so that flags are checked at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 
 class Mode(NamedTuple):
-    """Numbers of images and prompts that a mode takes, from and to, and an example in words."""
+    """What a mode takes.
+
+    Attributes:
+        images: least and most number of images.
+        prompts: least and most number of prompts.
+        example: both in words, for messages.
+    """
 
     images: tuple[int, int]
     prompts: tuple[int, int]
@@ -26,7 +32,8 @@ MODES = {
     "outpaint": Mode((1, 1), (0, 1), "an image, a margin and a prompt"),
 }
 MARGINS = ("left", "right", "up", "down")
-# The modes that a field is for; fields that are not listed are for all.
+X_T_CHOICES = ("slerp", "fixed")
+# field of a Request -> the modes that take it; every mode takes a field that is not listed.
 MODES_OF = {
     "prior": (GENERATE, "interpolate", "inpaint", "outpaint"),
     "n": (GENERATE, "variations", "inpaint", "outpaint"),
@@ -41,3 +48,8 @@ MODES_OF = {
     **dict.fromkeys(MARGINS, ("outpaint",)),
     "overlap": ("outpaint",),
 }
+
+
+def takes(mode: str, field: str) -> bool:
+    """Returns whether a mode takes a field of a Request."""
+    return mode in MODES_OF.get(field, (mode,))

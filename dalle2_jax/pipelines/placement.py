@@ -12,15 +12,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax.parallel import sharding
+from dalle2_jax.pipelines import limits
 from dalle2_jax.types import Params, PyTree
-from dalle2_jax.validation import checks
 
 
 def cast(params: Params, dtype: Any) -> Params:
     """Returns `params` as sampling stores them: matrices in `dtype`, vectors in float32.
 
     `dtype` is what the networks compute in; bfloat16 halves the memory. Biases and norms are
-    vectors. Shapes may stand for arrays.
+    vectors, whose memory does not count and whose precision does. Leaves may be
+    `jax.ShapeDtypeStruct` in place of arrays.
     """
 
     def cast_one(x: Any) -> Any:
@@ -62,12 +63,14 @@ def by_batch() -> NamedSharding:
 
 
 def batches(total: int, batch_size: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, its rows) of each batch of `total` rows.
+    """Yields (first row, int [b] numbers of its rows) of each batch of `total` rows.
 
-    All batches have one size, a multiple of the number of devices, so that one program serves them;
-    the last is filled up with its last row.
+    All batches have one size, a multiple of the number of devices, so that one compiled program
+    serves them; the last batch repeats its last row. As in batches of 4 of 6 rows:
+
+        (0, [0 1 2 3]), (4, [4 5 5 5])
     """
-    size = min(checks.whole_number("batch_size", batch_size, 1), total)
+    size = min(limits.whole_number("batch_size", batch_size), total)
     size = -(-size // jax.device_count()) * jax.device_count()
     for start in range(0, total, size):
         yield start, np.minimum(np.arange(start, start + size), total - 1)

@@ -1,10 +1,12 @@
 """Answering a `Request`: `run` generates what a person asks for, whoever carries the request.
 
 The command line maps flags to a Request and writes files; a server maps JSON and forms to a Request
-and streams. Neither knows how a mode works, and nothing here knows of flags, places of files or
-HTTP.
+and streams. Neither knows how a mode works, and nothing here knows of flags, folders or HTTP.
 
-    for event in run(model, request):       StageProgress, Preview or Generated, as they come
+    for event in run(model, Request(prompts=("a cat",), n=4), preview_every=5):
+        StageProgress   a stage has done some of its steps: for a progress bar
+        Preview         what the images look like so far: for impatient people
+        Generated       an image is done, with its metadata: write or send it
 
 The metadata of a generated image are its Request, so that it can be generated again (`metadata`).
 """
@@ -17,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_jax.imaging import arrays, canvas
+from dalle2_jax.errors import UserError
+from dalle2_jax.imaging import arrays
 from dalle2_jax.imaging.crops import crop_resize
-from dalle2_jax.pipelines import edits
+from dalle2_jax.pipelines import edits, limits
 from dalle2_jax.pipelines.cascade import Cascade
 from dalle2_jax.pipelines.dalle2 import DALLE2
 from dalle2_jax.pipelines.events import Batch, Event, StageProgress
@@ -27,15 +30,17 @@ from dalle2_jax.pipelines.inversion import for_inversion
 from dalle2_jax.pipelines.metadata import to_metadata
 from dalle2_jax.pipelines.modes import GENERATE
 from dalle2_jax.pipelines.request import Request
-from dalle2_jax.tokenizer import Tokenizer
-from dalle2_jax.validation import checks
+from dalle2_jax.sampling.stage import StageSampler
 from dalle2_jax.version import __version__
-
-_MANY_FRAMES = 20
 
 
 class Preview(NamedTuple):
-    """The present predictions of the images of a batch, uint8 [b, h, w, 3], while a stage runs."""
+    """The images of the running batch as a stage predicts them now.
+
+    Attributes:
+        stage, done, total: as in `StageProgress`.
+        images: uint8 [b, s, s, 3] at the size s of the stage.
+    """
 
     stage: str
     done: int
@@ -44,13 +49,21 @@ class Preview(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """A finished image."""
+    """A finished image.
 
-    image: np.ndarray  # uint8 [h, w, 3]
-    row: int  # number of the prompt or of the given image that it belongs to
-    index: int  # number within the row; of best_of images, that among all of them
-    label: str  # a few words on what distinguishes it in its row
-    metadata: dict[str, Any]  # plain JSON
+    Attributes:
+        image: uint8 [h, w, 3].
+        row: number of the prompt or input image that it belongs to.
+        index: number within the row; with `best_of`, the number among all that were generated.
+        label: a few words on what distinguishes it in its row.
+        metadata: plain JSON values: the request, and what `_generated` adds.
+    """
+
+    image: np.ndarray
+    row: int
+    index: int
+    label: str
+    metadata: dict[str, Any]
 
 
 def run(
@@ -69,11 +82,11 @@ def run(
             that it was part of, so that it comes out the same to the bit.
 
     Raises:
-        UserError: an argument out of range, or something that the model cannot do.
+        UserError: something that the model cannot do, or the request has no image `only`.
     """
     model = prepare(model, request)
     if preview_every:
-        steps = checks.whole_number("preview_every", preview_every, 1)
+        steps = limits.whole_number("preview_every", preview_every)
         model = dataclasses.replace(model, cascade=_reporting(model.cascade, steps))
     if request.mode == GENERATE and (request.best_of is None or only is not None):
         events = _generate(model, request, only)
@@ -81,18 +94,23 @@ def run(
         events = _rank(model, request)
     else:
         events = _edit(model, request)
-    previewed: dict[str, int] = {}
+    is_found = only is None
+    steps_before: dict[str, int] = {}  # stage -> steps done at its last event
     for event in events:
         if isinstance(event, Generated):
             if only is None or (event.row, event.index) == only:
+                is_found = True
                 yield event
             continue
         yield event
+        # ndim 4: images. A prior's x_0 [b, dim] cannot be shown.
         if preview_every and event.x_0 is not None and event.x_0.ndim == 4:
-            if event.done // preview_every > previewed.get(event.stage, 0) // preview_every:
+            if event.done // preview_every > steps_before.get(event.stage, 0) // preview_every:
                 images = np.asarray(arrays.to_uint8(event.x_0))
                 yield Preview(event.stage, event.done, event.total, images)
-            previewed[event.stage] = event.done
+            steps_before[event.stage] = event.done
+    if not is_found:
+        raise UserError(f"the request has no image (row, index) = {only}")
 
 
 def prepare(model: DALLE2, request: Request) -> DALLE2:
@@ -104,19 +122,23 @@ def prepare(model: DALLE2, request: Request) -> DALLE2:
 
 
 def _reporting(cascade: Cascade, steps: int) -> Cascade:
-    """Returns the cascade whose samplers report after at most so many steps."""
-    samplers = {
-        name: dataclasses.replace(s, steps_a_call=min(s.steps_a_call, steps))
-        if hasattr(s, "steps_a_call")
-        else s
-        for name, s in cascade.samplers().items()
-    }
+    """Returns the cascade whose samplers report after at most so many steps.
+
+    A sampler reports between calls of its compiled program, which takes `steps_a_call` steps. Their
+    number is an argument of the program, so that another one compiles nothing anew.
+    """
+    samplers = cascade.samplers()
+    for stage, sampler in samplers.items():
+        if isinstance(sampler, StageSampler):
+            steps_a_call = min(sampler.steps_a_call, steps)
+            samplers[stage] = dataclasses.replace(sampler, steps_a_call=steps_a_call)
     return cascade.with_samplers(samplers)
 
 
 def _generate(
     model: DALLE2, request: Request, only: tuple[int, int] | None
 ) -> Iterator[StageProgress | Generated]:
+    """Generates images from prompts; they come batch by batch."""
     n = request.n if request.best_of is None else request.best_of
     skip = 0 if only is None else only[0] * n + only[1]
     events = model.cascade.generate(
@@ -134,6 +156,7 @@ def _generate(
 
 
 def _rank(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated]:
+    """Generates `best_of` images of each prompt; the best n come prompt by prompt."""
     assert request.best_of is not None
     events = edits.rank(
         model.cascade,
@@ -155,7 +178,7 @@ def _rank(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated
 
 
 def _edit(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated]:
-    """Runs a mode that edits; its images come after all of its stages."""
+    """Runs a mode that edits images; the results come batch by batch."""
     settings = for_mode(model, request).settings()
     labels = _labels(model, request)
     for event in _edit_events(model, request):
@@ -168,62 +191,75 @@ def _edit(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated
 
 
 def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
-    cascade, size = model.cascade, request.batch_size
-    options: dict[str, Any] = {"batch_size": size}
-    if request.mode not in ("inpaint", "outpaint"):
-        options["steps"] = decoder_steps(request)
-    if request.mode == "reconstruct":
-        return edits.reconstruct(cascade, squares(model, request), **options)
-    if request.mode == "variations":
-        images = squares(model, request)
-        return edits.variations(
-            cascade, images, request.n, request.seed, eta=request.eta, **options
-        )
-    if request.mode == "interpolate":
-        a, b = [*squares(model, request), *request.prompts]
-        return edits.interpolate(
-            cascade, a, b, request.frames, request.seed, x_T=request.x_T, **options
-        )
-    if request.mode == "text_diff":
-        (image,) = squares(model, request)
-        return edits.text_diff(
-            cascade,
-            image,
-            request.prompts[0],
-            request.old_prompt,
-            request.frames,
-            theta=request.theta,
-            **options,
-        )
-    if request.mode == "probe":
-        (image,) = squares(model, request)
-        return edits.probe(cascade, image, None, **options)
-    image = request.images[0].pixels
-    options["feather"] = request.feather
+    """Returns the events of the request's edit: its fields as arguments of the function."""
+    cascade, batch_size, steps = model.cascade, request.batch_size, decoder_steps(request)
     if request.mode == "inpaint":
         return edits.inpaint(
             cascade,
-            image,
+            request.images[0].pixels,
             request.edit_mask,
             request.prompt,
             request.n,
             request.seed,
-            **options,
+            feather=request.feather,
+            batch_size=batch_size,
         )
-    return edits.outpaint(
-        cascade,
-        image,
-        request.prompt,
-        request.n,
-        request.seed,
-        margins=request.margins,
-        overlap=request.overlap,
-        **options,
-    )
+    if request.mode == "outpaint":
+        return edits.outpaint(
+            cascade,
+            request.images[0].pixels,
+            request.prompt,
+            request.n,
+            request.seed,
+            margins=request.margins,
+            overlap=request.overlap,
+            feather=request.feather,
+            batch_size=batch_size,
+        )
+    images = squares(model, request)
+    if request.mode == "reconstruct":
+        return edits.reconstruct(cascade, images, steps, batch_size)
+    if request.mode == "variations":
+        return edits.variations(
+            cascade,
+            images,
+            request.n,
+            request.seed,
+            eta=request.eta,
+            steps=steps,
+            batch_size=batch_size,
+        )
+    if request.mode == "interpolate":
+        a, b = [*images, *request.prompts]
+        return edits.interpolate(
+            cascade,
+            a,
+            b,
+            request.frames,
+            request.seed,
+            x_T=request.x_T,
+            steps=steps,
+            batch_size=batch_size,
+        )
+    if request.mode == "text_diff":
+        return edits.text_diff(
+            cascade,
+            images[0],
+            request.prompts[0],
+            request.old_prompt,
+            request.frames,
+            theta=request.theta,
+            steps=steps,
+            batch_size=batch_size,
+        )
+    return edits.probe(cascade, images[0], None, steps=steps, batch_size=batch_size)
 
 
 def for_mode(model: DALLE2, request: Request) -> DALLE2:
-    """Returns the model with the settings that the request's mode samples with."""
+    """Returns the model with the settings that the request's mode samples with.
+
+    The metadata hold these settings. The edits choose them themselves, by the same functions.
+    """
     cascade, steps = model.cascade, decoder_steps(request)
     if request.mode == "variations":
         cascade = edits.for_variations(cascade, request.eta, steps)
@@ -235,16 +271,20 @@ def for_mode(model: DALLE2, request: Request) -> DALLE2:
 
 
 def decoder_steps(request: Request) -> Any:
-    """Returns the decoder's steps that the request asks for; None: the default."""
+    """Returns the decoder's steps in the request's options; None: the default of the mode."""
     steps = request.options.steps
     return steps.get("decoder") if isinstance(steps, Mapping) else steps
 
 
 def squares(model: DALLE2, request: Request) -> np.ndarray:
-    """Returns the middle squares of the given images, at one size: uint8 [b, s, s, 3]."""
+    """Returns the middle squares of the input images at one size, uint8 [b, s, s, 3].
+
+    The size is the larger of what the model generates and of what CLIP reads, so that neither sees
+    less of them than it can.
+    """
     tower = model.cascade.clip.image or {}
     side = max(model.image_size, tower.get("image_size", 0))
-    return np.stack([crop_resize(i.pixels, side) for i in request.images])
+    return np.stack([crop_resize(image.pixels, side) for image in request.images])
 
 
 def _labels(model: DALLE2, request: Request) -> list[str]:
@@ -273,6 +313,12 @@ def _generated(
     settings: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Generated:
+    """Returns a finished image with its metadata: the request, and how it was answered.
+
+    Args:
+        settings: how each stage was sampled; None: by the model's settings.
+        **more: further metadata.
+    """
     metadata = {
         **to_metadata(request),
         "row": row,
@@ -289,34 +335,3 @@ def _generated(
     else:
         metadata["label"] = label
     return Generated(image, row, index, label, metadata)
-
-
-def notes(model: DALLE2, request: Request) -> list[str]:
-    """Returns lines on what a user may not expect: texts cut, slow modes."""
-    lines = []
-    texts = [*request.prompts, *([request.old_prompt] if request.mode == "text_diff" else [])]
-    for text in texts:
-        clip, decoder = (_text_read(tokenizer, text) for tokenizer in model.cascade.tokenizers())
-        if clip == decoder and clip is not None:
-            lines.append(f"a prompt is too long, only {clip!r} is read")
-        elif clip != decoder:
-            reads = ["all of it" if part is None else f"only {part!r}" for part in (clip, decoder)]
-            lines.append(f"a prompt is too long, CLIP reads {reads[0]}, the decoder {reads[1]}")
-    if request.mode in ("inpaint", "outpaint") and not model.inpaints:
-        lines.append(
-            f"the decoder of {model.weights} was not trained to inpaint: each step is repeated, by "
-            "ddim (RePaint)"
-        )
-    if request.mode == "outpaint":
-        shape, size = request.images[0].pixels.shape, model.image_size
-        frames = canvas.estimate_frames(shape, request.margins, size)
-        if frames > _MANY_FRAMES:
-            lines.append(f"it takes some {frames} frames of {size} px")
-    return lines
-
-
-def _text_read(tokenizer: Tokenizer, text: str) -> str | None:
-    """Returns the part of a text that is read; None: all of it."""
-    if tokenizer.length(text) <= tokenizer.context_length:
-        return None
-    return tokenizer.decode(tokenizer([text])[0])
