@@ -1,4 +1,4 @@
-"""sample.py: files that tell how they were drawn, and a mistake in one line with status 2."""
+"""sample.py: files that say how they were generated, and mistakes in one line with status 2."""
 
 import os
 import signal
@@ -12,6 +12,8 @@ from PIL import Image
 
 from dalle2_jax import DALLE2, __version__
 from dalle2_jax.imaging import files
+from dalle2_jax.pipelines.metadata import to_metadata
+from dalle2_jax.pipelines.request import InputImage, Request
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +31,11 @@ def sample(cache: Path, *arguments: str, own_cache: bool = False) -> subprocess.
     )
 
 
-def test_images_carry_what_draws_them_again(folder, tmp_path):
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_images_carry_what_generates_them_again(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("dog, flat\n\n")
     out = tmp_path / "new" / "out"
     done = sample(
@@ -41,35 +47,42 @@ def test_images_carry_what_draws_them_again(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out / "grid.png")
-    names = [
-        f"{prompt}-s3-{number}.png"  # the seed's: another seed's stay beside them
-        for prompt in ("000-a-cat", "001-dog-flat")
-        for number in (0, 1)
+    names = [  # with the seed, so that the images of another seed stay beside them
+        f"{prompt}-s3-{number}.png" for prompt in ("000-a-cat", "001-dog-flat") for number in (0, 1)
     ]
     assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png"]
     for stage in ("prior", "decoder", "upsampler_16"):
-        assert stage in done.stderr  # a bar each
+        assert stage in done.stderr  # a progress bar for each
 
-    about = files.read_metadata(out / names[3])
-    assert (about["prompt"], about["seed"], about["index"]) == ("dog, flat", 3, 1)
-    assert about["version"] == __version__ and about["weights"] == folder
+    metadata = files.read_metadata(out / names[3])
+    assert (metadata["prompt"], metadata["seed"], metadata["index"]) == ("dog, flat", 3, 1)
+    assert metadata["version"] == __version__ and metadata["weights"] == folder
     model = DALLE2.from_pretrained(folder)
-    assert about["hash"] == model.weights_hash
+    assert metadata["hash"] == model.weights_hash
     settings = {
-        name: {stage: s[name] for stage, s in about["settings"].items()}
+        name: {stage: s[name] for stage, s in metadata["settings"].items()}
         for name in ("steps", "cfg_scale", "solver")
     }
     assert settings["steps"]["decoder"] == 3 and settings["cfg_scale"]["decoder"] == 4.0
     assert set(settings["solver"].values()) == {"dpm++"}
-    again = model.with_settings(**settings).generate(about["prompt"], n=2, seed=about["seed"])
-    again = again[about["index"]]
-    saved = np.asarray(Image.open(out / names[3]))
+    again = model.with_settings(**settings).generate(metadata["prompt"], n=2, seed=metadata["seed"])
+    again = again[metadata["index"]]
+    saved = pixels(out / names[3])
     assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
     assert files.read_metadata(out / "grid.png")["prompts"] == ["a cat", "dog, flat"]
     assert any((tmp_path / "cache" / "dalle2_jax" / "jax").iterdir())  # the next start is fast
 
+    # --like generates this image alone, under the same name.
+    repeated = tmp_path / "repeated"
+    done = sample(tmp_path / "cache", f"--like={out / names[3]}", f"--out={repeated}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(repeated / names[3])
+    assert [p.name for p in repeated.iterdir()] == [names[3]]
+    np.testing.assert_array_equal(pixels(repeated / names[3]), saved)
+    assert files.read_metadata(repeated / names[3]) == metadata
 
-def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
+
+def test_the_best_of_many_carry_their_score_and_their_number(folder, tmp_path):
     out = tmp_path / "out"
     done = sample(
         tmp_path / "cache",
@@ -86,9 +99,10 @@ def test_the_best_of_many_carry_their_score_and_their_place(folder, tmp_path):
     assert prior["variance"] == "large" and decoder["variance"] == "small"
     names = ("cfg_interval", "cfg_rescale", "variance", "solver")
     settings = {n: {stage: s[n] for stage, s in first["settings"].items()} for n in names}
-    every = DALLE2.from_pretrained(folder).with_settings(**settings).generate("a cat", n=5, seed=3)
-    saved = np.asarray(Image.open(out / "000-a-cat-s3-0.png")).astype(int)
-    assert np.abs(saved - every[first["index"]].astype(int)).max() <= 2
+    model = DALLE2.from_pretrained(folder).with_settings(**settings)
+    best = model.generate("a cat", n=5, seed=3)[first["index"]]
+    saved = pixels(out / "000-a-cat-s3-0.png").astype(int)
+    assert np.abs(saved - best.astype(int)).max() <= 2
 
 
 def test_images_of_another_size(folder, tmp_path):
@@ -96,9 +110,9 @@ def test_images_of_another_size(folder, tmp_path):
     done = sample(tmp_path / "cache", "--prompt=a cat", *options)
     assert done.returncode == 0, done.stderr
     file = tmp_path / "out" / "000-a-cat-s0-0.png"
-    saved, about = np.asarray(Image.open(file)), files.read_metadata(file)
-    assert about["size"] == 12 and saved.shape == (12, 12, 3)
-    again = DALLE2.from_pretrained(folder, size=about["size"]).generate("a cat", seed=0)[0]
+    saved, metadata = pixels(file), files.read_metadata(file)
+    assert metadata["size"] == 12 and saved.shape == (12, 12, 3)
+    again = DALLE2.from_pretrained(folder, size=metadata["size"]).generate("a cat", seed=0)[0]
     assert np.abs(saved.astype(int) - again.astype(int)).max() <= 1
 
     done = sample(
@@ -118,17 +132,17 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
     with subprocess.Popen(
         [*command, f"--weights={folder}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:
-        while "prior" not in process.stderr.readline():  # a bar: it is compiled meanwhile
+        while "prior" not in process.stderr.readline():  # its bar shows while XLA compiles
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
+        messages = process.stderr.read()
     assert process.returncode == 130
-    assert told.endswith("\nsample.py: stopped\n") and "Traceback" not in told
+    assert messages.endswith("\nsample.py: stopped\n") and "Traceback" not in messages
     assert not (tmp_path / "out" / "grid.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], 'give --prompt "..." or --prompts_file FILE'),
         (["--prompt=  "], "a prompt is empty"),
@@ -156,18 +170,18 @@ def test_ctrl_c_is_one_line(folder, tmp_path):
         (["--prompt=a", "--prior=dalle"], "value should be one of <diffusion|ar|none>"),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, arguments, told):
-    given = [f"--weights={folder}", f"--out={tmp_path}/out", *arguments]
-    done = sample(tmp_path / "cache", *given)
+def test_mistakes_are_one_line(folder, tmp_path, arguments, message):
+    flags = [f"--weights={folder}", f"--out={tmp_path}/out", *arguments]
+    done = sample(tmp_path / "cache", *flags)
     assert done.returncode == 2
-    assert told in done.stderr and "Traceback" not in done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stdout == ""
 
 
 @pytest.fixture
-def given(tmp_path) -> list[str]:
-    """--image flags of an image, and of one of another shape in a line of pixels."""
+def image_flags(tmp_path) -> list[str]:
+    """--image flags of an image, and of another one that is three pixels wide."""
     rng = np.random.default_rng(0)
     flags = []
     for name, shape in (("a", (20, 30, 3)), ("b", (10_000, 3, 3))):
@@ -176,11 +190,11 @@ def given(tmp_path) -> list[str]:
     return flags
 
 
-def test_a_mode_writes_its_images_a_strip_and_an_animation(folder, given, tmp_path):
+def test_a_mode_writes_its_images_a_grid_and_an_animation(folder, image_flags, tmp_path):
     out = tmp_path / "out"
     done = sample(
         tmp_path / "cache",
-        *("--mode=interpolate", *given, "--frames=3", "--steps=2", "--seed=5"),
+        *("--mode=interpolate", *image_flags, "--frames=3", "--steps=2", "--seed=5"),
         *(f"--weights={folder}", f"--out={out}"),
     )
     assert done.returncode == 0, done.stderr
@@ -189,17 +203,51 @@ def test_a_mode_writes_its_images_a_strip_and_an_animation(folder, given, tmp_pa
         f"interpolate-s5-000-0{i}-{label}.png" for i, label in enumerate(("0-00", "0-50", "1-00"))
     ]
     assert sorted(p.name for p in out.iterdir()) == [*frames, "interpolate.png", "interpolate.webp"]
-    about = files.read_metadata(out / frames[1])
-    assert (about["mode"], about["label"], about["seed"]) == ("interpolate", "0.50", 5)
-    names = [Path(flag.partition("=")[2]).name for flag in given]
-    assert [entry["name"] for entry in about["images"]] == [f"../{name}" for name in names]
-    assert about["settings"]["decoder"]["steps"] == 2
-    with Image.open(out / "interpolate.webp") as moving:
-        assert moving.n_frames == 4 and moving.size == (16, 16)  # there and back
+    metadata = files.read_metadata(out / frames[1])
+    assert (metadata["mode"], metadata["label"], metadata["seed"]) == ("interpolate", "0.50", 5)
+    names = [Path(flag.partition("=")[2]).name for flag in image_flags]
+    assert [entry["name"] for entry in metadata["images"]] == [f"../{name}" for name in names]
+    assert metadata["settings"]["decoder"]["steps"] == 2
+    with Image.open(out / "interpolate.webp") as animation:
+        assert animation.n_frames == 4 and animation.size == (16, 16)  # there and back
+
+    # --like opens the inputs again and writes this frame alone, under the same name.
+    repeated = tmp_path / "repeated"
+    done = sample(tmp_path / "cache", f"--like={out / frames[1]}", f"--out={repeated}")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in repeated.iterdir()] == [frames[1]]
+    np.testing.assert_array_equal(pixels(repeated / frames[1]), pixels(out / frames[1]))
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("mode", "flags", "message"),
+    [
+        (
+            "probe",
+            ["--mode=variations"],
+            "the image is one of mode=probe: leave out --mode=variations",
+        ),
+        ("probe", ["--n=2"], "--n goes with --mode=generate or variations or inpaint or outpaint"),
+        ("probe", ["--prompt=x"], "mode=probe: 1 x prompt; it takes an image"),
+        ("probe", ["--image=no.png"], "cannot read no.png"),
+        ("generate", ["--best_of=1"], "best_of=1 must be at least n=2, the number of images kept"),
+        ("old", [], "was written by another version of dalle2_jax"),
+    ],
+)
+def test_like_refuses_what_does_not_fit_its_file(mode, flags, message, image_flags, tmp_path):
+    images = (InputImage.open(image_flags[0].partition("=")[2], "a.png"),)
+    fields = {"prompts": ("a",), "n": 2} if mode == "generate" else {"images": images}
+    metadata = {"prompt": "a", "seed": 1}
+    if mode != "old":
+        metadata = to_metadata(Request(mode=mode, **fields)) | {"row": 0, "index": 0}
+    files.save_png(tmp_path / "like.png", np.zeros((8, 8, 3), np.uint8), metadata)
+    done = sample(tmp_path, f"--like={tmp_path}/like.png", f"--out={tmp_path}/out", *flags)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
     [
         (["--mode=varations"], "value should be one of <generate|reconstruct|variations|"),
         (["--mode=variations"], "mode=variations: 0 x image; it takes an image"),
@@ -216,8 +264,8 @@ def test_a_mode_writes_its_images_a_strip_and_an_animation(folder, given, tmp_pa
         (["--mode=interpolate", "A", "B", "--frames=1"], "--frames=1: 1 is not integer >= 2"),
     ],
 )
-def test_what_a_mode_does_not_take_is_told_in_one_line(flags, told, given, tmp_path):
-    flags = [{"A": given[0], "B": given[1]}.get(flag, flag) for flag in flags]
+def test_what_a_mode_does_not_take_is_refused_in_one_line(flags, message, image_flags, tmp_path):
+    flags = [{"A": image_flags[0], "B": image_flags[1]}.get(flag, flag) for flag in flags]
     done = sample(tmp_path, *flags)
-    assert done.returncode == 2 and told in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

@@ -1,7 +1,8 @@
-"""Requests: what every mode takes, the events that it yields, and its metadata, which repeat it."""
+"""Requests: what each mode takes, the events that it yields, and metadata that repeat it."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dalle2_jax.imaging import files
 from dalle2_jax.pipelines import metadata as metadata_module
 from dalle2_jax.pipelines import notes, requests
 from dalle2_jax.pipelines.dalle2 import DALLE2
-from dalle2_jax.pipelines.modes import MODES, MODES_OF
+from dalle2_jax.pipelines.modes import MODES, takes
 from dalle2_jax.pipelines.request import InputImage, InputMask, Request
 from dalle2_jax.pipelines.requests import Generated
 from dalle2_jax.sampling.overrides import SamplingOptions
@@ -38,6 +39,7 @@ def folder_of_inputs(tmp_path_factory):
 
 
 STEPS = SamplingOptions(steps=2)
+IMAGE = InputImage(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), "a.png", "")
 EXAMPLES = {
     "generate": dict(prompts=("a cat", "dog, flat"), n=2),
     "reconstruct": dict(images=("a.png", "b.png")),
@@ -95,10 +97,9 @@ def test_only_the_batch_of_the_image_is_generated(model):
     events = list(requests.run(model, request, only=(0, 17)))
     (image,) = [event for event in events if isinstance(event, Generated)]
     assert image.index == 17
-    batch = model.cascade.generate("a cat", 40, 3, batch_size=8, skip=16)
-    decoded = {event.done for event in events if getattr(event, "stage", "") == "decoder"}
-    assert len(decoded) < 10  # of 5 batches, one
-    batch.close()
+    steps = [event for event in events if getattr(event, "stage", "") == "decoder"]
+    # 2 steps in each of 5 batches of 8: the third batch takes steps 5 and 6 of 10.
+    assert {(step.done, step.total) for step in steps} == {(4, 10), (6, 10)}
 
 
 def test_events_come_in_order_with_previews(model, folder_of_inputs):
@@ -114,11 +115,11 @@ def test_events_come_in_order_with_previews(model, folder_of_inputs):
     ]
     assert all(p.images.dtype == np.uint8 and p.images.ndim == 4 for p in previews)
     assert isinstance(events[-1], Generated)
-    # Showing them changes nothing.
+    # Previews do not change the images.
     plain = generated(model, request)
     for a, b in zip(plain, [e for e in events if isinstance(e, Generated)], strict=True):
         np.testing.assert_array_equal(a.image, b.image)
-    # An inversion has no prediction to show; what is decoded has.
+    # An inversion has no prediction to show; decoding has.
     edit = requests.run(model, request_of("reconstruct", folder_of_inputs), preview_every=1)
     assert {e.stage for e in edit if isinstance(e, requests.Preview)} == {"decoder", "upsampler_16"}
 
@@ -139,6 +140,27 @@ def test_options_of_a_file_are_overridden_one_by_one(model):
     )
     assert changed.options == SamplingOptions(steps=5, cfg_scale=4.0)
     assert (changed.seed, changed.prompts) == (9, ("a cat",))
+
+
+def test_an_override_that_changes_how_many_images_there_are_repeats_all(folder_of_inputs):
+    request = request_of("variations", folder_of_inputs)
+    metadata = metadata_module.to_metadata(request) | {"row": 1, "index": 0}
+    image = InputImage.open(folder_of_inputs / "b.png")
+    for overrides, only in (
+        ({"eta": 0.1, "seed": 4}, (1, 0)),
+        ({"images": (image, image)}, (1, 0)),
+        ({"images": (image,)}, None),
+        ({"n": 3}, None),
+    ):
+        assert metadata_module.from_metadata(metadata, folder_of_inputs, **overrides)[1] == only
+    of_grid = metadata_module.to_metadata(request)  # without a row and an index
+    assert metadata_module.from_metadata(of_grid, folder_of_inputs)[1] is None
+
+
+def test_an_image_that_the_request_does_not_have_is_an_error(model):
+    request = Request(prompts=("a cat",), n=2, options=STEPS)
+    with pytest.raises(UserError, match=r"the request has no image \(row, index\) = \(1, 0\)"):
+        list(requests.run(model, request, only=(1, 0)))
 
 
 def test_inputs_that_are_missing_or_changed_are_refused(folder_of_inputs, tmp_path):
@@ -165,17 +187,20 @@ def test_inputs_that_are_missing_or_changed_are_refused(folder_of_inputs, tmp_pa
 def test_older_files_and_other_weights_are_refused(model):
     with pytest.raises(UserError, match="written by another version"):
         metadata_module.from_metadata({"prompt": "a cat", "seed": 3}, None)
+    damaged = {"format": metadata_module.FORMAT, "mode": "probe", "images": [{"sha256": ""}]}
+    for metadata in (damaged, damaged | {"images": 3}, damaged | {"prompts": 3}):
+        with pytest.raises(UserError, match="the metadata of the file are damaged"):
+            metadata_module.from_metadata(metadata, Path("."))
     with pytest.raises(UserError, match=rf"weights tiny \(abc\), not .* \({model.weights_hash}\)"):
         metadata_module.check_weights({"weights": "tiny", "hash": "abc"}, model)
     metadata_module.check_weights({"weights": "any", "hash": model.weights_hash}, model)
 
 
-def test_metadata_hold_what_the_mode_takes(model, folder_of_inputs):
+def test_metadata_hold_what_the_mode_takes(folder_of_inputs):
     for mode in MODES:
         metadata = metadata_module.to_metadata(request_of(mode, folder_of_inputs))
         for field in dataclasses.fields(Request):
-            taken = mode in MODES_OF.get(field.name, (mode,))
-            assert (field.name in metadata) == taken, (mode, field.name)
+            assert (field.name in metadata) == takes(mode, field.name), (mode, field.name)
     entry = metadata_module.to_metadata(request_of("probe", folder_of_inputs))["images"][0]
     assert entry["name"] == "a.png" and len(entry["sha256"]) == 64
 
@@ -189,6 +214,32 @@ def test_metadata_hold_what_the_mode_takes(model, folder_of_inputs):
         ({"prompts": ("a",), "n": 3, "best_of": 2}, "best_of=2 must be at least n=3"),
         ({"mode": "probe"}, "mode=probe: 0 x image; it takes an image"),
         ({"mode": "interpolate", "prompts": ("a",)}, "takes two images, or an image and a prompt"),
+        ({"prompts": "a cat"}, "prompts must be a list of texts"),
+        ({"prompts": ("a",), "eta": 0.3}, "eta goes with mode=variations, not generate"),
+        (
+            {"mode": "variations", "best_of": 4},
+            "best_of goes with mode=generate, not variations",
+        ),
+        ({"prompts": ("a",), "n": 0}, "n must be a whole number from 1"),
+        ({"prompts": ("a",), "seed": -1}, "seed must be a whole number from 0 to 4294967295"),
+        ({"prompts": ("a",), "batch_size": "8"}, "batch_size must be a whole number from 1"),
+        ({"prompts": ("a",), "size": 0}, "size must be a whole number from 1"),
+        ({"mode": "variations", "images": (IMAGE,), "n": 10**5}, "n must be .* to 10000"),
+        ({"mode": "variations", "images": (IMAGE,), "eta": 2}, "eta must be a number from 0 to 1"),
+        (
+            {"mode": "interpolate", "images": (IMAGE, IMAGE), "frames": 1},
+            "frames must be .* from 2",
+        ),
+        (
+            {"mode": "interpolate", "images": (IMAGE, IMAGE), "x_T": "no"},
+            "x_T must be one of 'slerp', 'fixed', not 'no'",
+        ),
+        (
+            {"mode": "text_diff", "images": (IMAGE,), "prompts": ("a",), "old_prompt": " "},
+            "a prompt is empty",
+        ),
+        ({"mode": "outpaint", "images": (IMAGE,)}, "outpaint: give left, right, up or down"),
+        ({"mode": "outpaint", "images": (IMAGE,), "up": -1}, "up must be a whole number from 0"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(fields, message):
@@ -197,13 +248,12 @@ def test_a_request_that_makes_no_sense_is_refused(fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_notes_say_what_is_not_read(model, folder_of_inputs):
+def test_notes_say_what_is_cut_and_what_takes_long(model, folder_of_inputs):
     long = request_of("outpaint", folder_of_inputs, prompts=("cat " * 20,), right=200)
-    lines = notes.lines(model, long)
-    assert len(lines) == 3
-    assert "a prompt is too long, only" in lines[0]
-    assert "was not trained to inpaint" in lines[1]
-    assert "frames of 16 px" in lines[2]
+    cut, repeated, many_frames = notes.lines(model, long)
+    assert "a prompt is too long, only" in cut
+    assert "was not trained to inpaint" in repeated
+    assert "frames of 16 px" in many_frames
     assert notes.lines(model, Request(prompts=("a cat",))) == []
 
 
