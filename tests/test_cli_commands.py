@@ -1,4 +1,4 @@
-"""What every command shares: one line for a mistake, no noise, a cache where there is a home."""
+"""Behaviour that all commands share: mistakes in one line, no noise, the compilation cache."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from dalle2_jax.errors import UserError
 
 def main():
     for path in ("jax/_src/xla_bridge.py", "orbax/checkpoint.py", "mine.py"):
-        record = logging.LogRecord("jax", logging.WARNING, path, 1, f"said by {path}", (), None)
+        record = logging.LogRecord("jax", logging.WARNING, path, 1, f"logged by {path}", (), None)
         logging.getLogger().handle(record)
     raise ERROR
 
@@ -30,7 +30,7 @@ commands.run(main)
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "told"),
+    ("error", "status", "message"),
     [
         ("UserError('one', 'two')", 2, "c.py: ('one', 'two')"),
         ("UserError('a\\nb')", 2, "c.py: a b"),
@@ -42,7 +42,7 @@ commands.run(main)
         ("ModuleNotFoundError('other', name='other')", 1, "Traceback"),
     ],
 )
-def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
+def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, message):
     (tmp_path / "c.py").write_text(SCRIPT.replace("ERROR", error))
     done = subprocess.run(
         [sys.executable, str(tmp_path / "c.py")],
@@ -50,9 +50,9 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == status and told in done.stderr
-    lines = [line for line in done.stderr.splitlines() if "said by" in line]
-    assert len(lines) == 1 and lines[0].endswith("said by mine.py")
+    assert done.returncode == status and message in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "logged by" in line]
+    assert len(lines) == 1 and lines[0].endswith("logged by mine.py")
     assert status == 1 or len(done.stderr.splitlines()) == 2
 
 
@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line_without_noise(tmp_path, error, status, told):
     ("script", "name"),
     [(["sample.py"], "sample.py"), (["train.py"], "train.py"), ([*MAIN, "generate"], "dalle2")],
 )
-def test_another_python_than_that_of_the_environment_is_told_what_to_do(script, name):
+def test_a_python_without_the_libraries_prints_how_to_install_them(script, name):
     command = [sys.executable, "-S", *script]
     done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
@@ -81,7 +81,7 @@ def swallows():
 
 def computes():
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as XLA compiles: no handler is reached
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as while XLA compiles, no handler runs
 
 def cleans_up():
     try:
@@ -96,7 +96,7 @@ commands.run(MAIN)
 
 
 def interrupt(process: subprocess.Popen, number=signal.SIGINT) -> tuple[str, list[str]]:
-    """A signal once "ready" is printed -> (the rest of stdout, the lines of stderr)."""
+    """Sends a signal once "ready" is printed; returns the rest of stdout and stderr's lines."""
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -106,7 +106,7 @@ def interrupt(process: subprocess.Popen, number=signal.SIGINT) -> tuple[str, lis
 @pytest.mark.parametrize(
     ("main", "setup", "out"),
     [
-        # Started in the background a process ignores SIGINT.
+        # A process that was started in the background ignores SIGINT.
         ("cleans_up", "signal.signal(signal.SIGINT, signal.default_int_handler)", "cleaned up\n"),
         ("swallows", "signal.signal(signal.SIGINT, commands.stop)", ""),
         ("computes", "commands.stop_at_once()", ""),
@@ -133,7 +133,7 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "texts"),
     [
         (["sample.py", "-h"], 0, ["python sample.py", "--prompt:", "--mode:", "--steps:"]),
         (["train.py", "--help"], 0, [f.stem for f in sorted((ROOT / "configs").glob("*.py"))]),
@@ -181,25 +181,25 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
         ),
     ],
 )
-def test_help_and_the_commands_name(arguments, status, told):
+def test_help_and_the_commands_name(arguments, status, texts):
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == status
-    said = done.stderr if status else done.stdout
-    assert all(text in said for text in told), said
+    output = done.stderr if status else done.stdout
+    assert all(text in output for text in texts), output
 
 
 @pytest.fixture
 def cache_folder(monkeypatch):
-    """() -> where the cache was set to lie; the setting itself is left alone."""
+    """A function that returns the folder set for the cache; jax's own setting stays unchanged."""
     settings = {}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     return lambda: settings.get("jax_compilation_cache_dir")
 
 
-def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, cache_folder, tmp_path):
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch, cache_folder, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     commands.keep_compiled_programs()
     assert cache_folder() == str(tmp_path / "dalle2_jax" / "jax")

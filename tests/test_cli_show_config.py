@@ -20,12 +20,12 @@ def lines() -> dict[str, tuple[str, str]]:
     config = build.read_config(FILE)
     with config.unlocked():
         config.batch_size = 7
-    found = {}
+    settings = {}
     for line in show_config.lines(config, FILE, ["--config.batch_size=7", "--workdir=w"]):
         setting, origin = line.rsplit("  # ", 1)
         key, value = setting.split(" = ", 1)
-        found[key] = (value.strip(), origin)
-    return found
+        settings[key] = (value.strip(), origin)
+    return settings
 
 
 @pytest.mark.parametrize(

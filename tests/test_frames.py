@@ -1,4 +1,4 @@
-"""How deep the calls are: what a reader has to follow from an entry point to the network."""
+"""Depth of the calls that a reader has to follow from an entry point to the network."""
 
 import os
 import subprocess

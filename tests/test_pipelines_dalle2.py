@@ -1,4 +1,4 @@
-"""DALLE2: images from sentences, the same alone, in any batch and on any number of devices."""
+"""DALLE2: images from prompts, the same alone, in any batch and on any number of devices."""
 
 import dataclasses
 import gc
@@ -37,12 +37,15 @@ def images(model) -> np.ndarray:
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
-    """One level of 255 apart at most: another batch size rounds otherwise."""
+    """Returns whether two images differ by at most one level of 255.
+
+    Another batch size rounds differently.
+    """
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
 def size_of(arrays) -> int:
-    """Bytes of one copy of each."""
+    """Returns the bytes of one copy of each array."""
     return sum(x.nbytes for x in arrays)
 
 
@@ -52,15 +55,15 @@ def test_images_have_the_last_upsamplers_size(model, images):
     assert images.std() > 5  # not blank
 
 
-def test_the_same_seed_draws_the_same_and_all_images_differ(model, images):
+def test_a_seed_gives_the_same_images_and_all_images_differ(model, images):
     np.testing.assert_array_equal(model.generate(PROMPTS, n=3, seed=7), images)
     others = [*images, *model.generate(PROMPTS, n=3, seed=8)]
     for i, a in enumerate(others):
         assert not any(close(a, b) for b in others[:i])
 
 
-def test_weights_that_wait_on_the_host_draw_the_same(folder, images):
-    """And of all stages only the running one's lie on the devices."""
+def test_weights_that_wait_on_the_host_give_the_same_images(folder, images):
+    """And only the weights of the running stage are on the devices."""
     model = DALLE2.from_pretrained(folder, offload=True)
     sizes = {name: size_of(jax.tree.leaves(tree)) for name, tree in model.cascade.params.items()}
     before, seen = size_of(jax.live_arrays()), {}
@@ -69,9 +72,10 @@ def test_weights_that_wait_on_the_host_draw_the_same(folder, images):
         gc.collect()
         seen[stage] = max(seen.get(stage, 0), size_of(jax.live_arrays()) - before)
 
-    drawn = model.generate(PROMPTS, n=3, seed=7, progress=progress)
-    np.testing.assert_array_equal(drawn, images)
-    batch = 8 * 16 * 16 * 3 * 4  # bytes of the largest images: x_t, x_0, what conditions, noise
+    again = model.generate(PROMPTS, n=3, seed=7, progress=progress)
+    np.testing.assert_array_equal(again, images)
+    batch = 8 * 16 * 16 * 3 * 4  # bytes of a batch of the largest images
+    # Beside the weights: x_t, x_0, the condition and noise, and one to spare.
     for stage, size in seen.items():
         assert sizes[stage] <= size < sizes[stage] + 5 * batch
     assert 5 * batch < sizes["decoder"]  # so another stage's weights would be noticed
@@ -104,7 +108,7 @@ print(*{"tensorflow", "torch", "orbax", "tensorflow_datasets"}.intersection(sys.
 """
 
 
-def test_one_device_draws_what_eight_draw_without_the_trainers_libraries(
+def test_one_device_gives_what_eight_give_without_the_trainers_libraries(
     folder,
     images,
     tmp_path,
@@ -164,7 +168,7 @@ def test_settings_are_the_folders_until_changed(model, images):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"steps": {"decodr": 3}}, "steps: no stage 'decodr'; did you mean 'decoder'?"),
         ({"cfg_scale": {"upsampler_64": 3.0}}, "did you mean 'upsampler_16'"),
@@ -187,12 +191,12 @@ def test_settings_are_the_folders_until_changed(model, images):
         ({"cfg_scale": {"upsampler_16": 3.0}}, "an upsampler has nothing to be guided by"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_is_drawn(model, change, told):
-    with pytest.raises(UserError, match=told):
+def test_wrong_settings_are_refused_before_anything_is_generated(model, change, message):
+    with pytest.raises(UserError, match=message):
         model.with_settings(**change)
 
 
-def test_numpys_numbers_are_numbers(model):
+def test_numpy_scalars_are_accepted(model):
     one = model.with_settings(np.int64(3), np.float32(2.5), np.str_("dpm++")).settings()
     assert one == model.with_settings(3, 2.5, "dpm++").settings()
     json.dumps(one)  # as an image's metadata is
@@ -201,7 +205,7 @@ def test_numpys_numbers_are_numbers(model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"prompts": ""}, "a prompt is empty"),
         ({"prompts": ["a", "  "]}, "a prompt is empty"),
@@ -227,12 +231,12 @@ def test_numpys_numbers_are_numbers(model):
         ({"prompts": "a", "z_img": [[np.inf] + [0] * 15]}, r"z_img\[0\] must be finite"),
     ],
 )
-def test_wrong_arguments_are_told(model, arguments, told):
-    with pytest.raises(UserError, match=told):
+def test_wrong_arguments_are_refused(model, arguments, message):
+    with pytest.raises(UserError, match=message):
         model.generate(**arguments)
 
 
-def test_the_largest_seed_and_a_long_prompt_are_drawn(model):
+def test_the_largest_seed_and_a_long_prompt_are_accepted(model):
     long = "cat " * 100
     assert model.generate(long, seed=2**32 - 1).shape == (1, 16, 16, 3)
 
@@ -241,22 +245,22 @@ def test_z_img_takes_the_priors_place(model, images):
     z_img = model.encode_image(images)
     assert z_img.shape == (6, 16)
     np.testing.assert_allclose(np.linalg.norm(z_img, axis=1), 1, atol=1e-5)
-    drawn = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
-    assert not close(drawn, images)
-    longer = z_img * np.linspace(0.5, 1e30, 6)[:, None]  # a direction is all that is read
-    assert close(model.generate(PROMPTS, n=3, seed=7, z_img=longer, batch_size=4), drawn)
-    for i in (1, 5):  # whose row it is
+    decoded = model.generate(PROMPTS, n=3, seed=7, z_img=z_img, batch_size=4)
+    assert not close(decoded, images)
+    longer = z_img * np.linspace(0.5, 1e30, 6)[:, None]  # only the direction counts
+    assert close(model.generate(PROMPTS, n=3, seed=7, z_img=longer, batch_size=4), decoded)
+    for i in (1, 5):  # image i is decoded from row i
         alone = model.generate(PROMPTS[i // 3], n=3, seed=7, z_img=np.stack([z_img[i]] * 3))
-        assert close(alone[i % 3], drawn[i])
+        assert close(alone[i % 3], decoded[i])
     with pytest.raises(UserError, match=r"z_img must be \[6, 16\], not \[1, 16\]"):
         model.generate(PROMPTS, n=3, z_img=z_img[:1])
 
 
 def test_every_prompt_may_have_a_seed_of_its_own(model, images):
-    drawn = model.generate(PROMPTS, n=3, seed=np.array([8, 7]))
+    both = model.generate(PROMPTS, n=3, seed=np.array([8, 7]))
     assert close(model.generate(PROMPTS, n=3, seed=np.array(7)), images)
-    assert close(drawn[3:], images[3:]) and not close(drawn[:3], images[:3])
-    assert close(drawn[:3], model.generate(PROMPTS[0], n=3, seed=8))
+    assert close(both[3:], images[3:]) and not close(both[:3], images[:3])
+    assert close(both[:3], model.generate(PROMPTS[0], n=3, seed=8))
 
 
 def test_the_middle_of_an_image_is_encoded(model, images):
@@ -271,11 +275,12 @@ def test_the_middle_of_an_image_is_encoded(model, images):
         model.encode_image([images[0], images[0, :8]])
 
 
-def test_batches_come_as_they_are_drawn(model, images):
-    batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)  # of eight: one a device
+def test_batches_come_as_they_are_done(model, images):
+    # A batch size of 1 is rounded up to 8, one image a device: all six images are one batch.
+    batches = model.stream(PROMPTS, n=3, seed=7, batch_size=1)
     np.testing.assert_array_equal(next(batches), images)
     assert next(batches, None) is None
-    without_end = model.stream(PROMPTS[0], n=10**9, seed=7)  # nothing is made for all of them
+    without_end = model.stream(PROMPTS[0], n=10**9, seed=7)  # no array is as long as n
     assert close(next(without_end)[:3], images[:3])
 
 
@@ -285,24 +290,24 @@ def test_a_decoder_with_its_own_text_encoder_reads_its_own_tokens(model, tmp_pat
         model.cascade.decoder.network, text=Section(text), context_length=20
     )
     decoder = dataclasses.replace(model.cascade.decoder, network=network)
-    own = dataclasses.replace(model.cascade, decoder=decoder)
-    captions = own.captions(["a cat", "dog"])
+    changed = dataclasses.replace(model.cascade, decoder=decoder)
+    captions = changed.captions(["a cat", "dog"])
     np.testing.assert_array_equal(captions.clip, model.cascade.tokenizer(["a cat", "dog"]))
     np.testing.assert_array_equal(captions.decoder, Tokenizer(20, 600)(["a cat", "dog"]))
     inputs = network.init_inputs(text_width=16)
-    params = {**own.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
-    own = DALLE2(dataclasses.replace(own, params=params))
-    assert own.generate("a cat").shape == (1, 16, 16, 3)
-    for one, told in (
-        (own, "CLIP reads only 'a cat fa', the decoder all of it"),
+    params = {**changed.params, "decoder": network.init(jax.random.key(0), *inputs)["params"]}
+    other = DALLE2(dataclasses.replace(changed, params=params))
+    assert other.generate("a cat").shape == (1, 16, 16, 3)
+    for one, message in (
+        (other, "CLIP reads only 'a cat fa', the decoder all of it"),
         (model, "only 'a cat fa' is read"),
     ):
         output.write(one, Request(prompts=("a cat face", "a cat")), tmp_path)
         notes = [n for n in capsys.readouterr().err.splitlines() if n.startswith("note")]
-        assert len(notes) == 1 and told in notes[0]
+        assert len(notes) == 1 and message in notes[0]
 
 
-def test_stages_take_different_noise():
+def test_stages_have_different_keys():
     two = np.arange(2, dtype=np.uint32)
     keys = cascade._keys(np.zeros_like(two), two, ["prior", "decoder", "a", "b"])
     data = [tuple(row) for key in keys.values() for row in np.asarray(jax.random.key_data(key))]
@@ -315,7 +320,7 @@ def test_without_upsamplers_the_decoders_images_come_out(model):
     assert set(small.settings()) == {"prior", "decoder"}
 
 
-def test_a_missing_stage_or_folder_is_told(tmp_path, folder):
+def test_a_missing_stage_or_folder_is_an_error(tmp_path, folder):
     entry = model_folder.read_stage(folder, "clip")
     model_folder.write_stage(tmp_path / "m", "clip", entry, {"x": np.zeros(1, np.float32)})
     with pytest.raises(UserError, match="has no stage 'decoder'; it has: clip"):
@@ -332,10 +337,10 @@ def test_the_model_says_where_it_comes_from(model, folder):
 
 
 def test_weights_are_kept_in_the_dtype_that_networks_compute_in():
-    """Half the memory on a TPU; vectors and shapes as they are."""
+    """bfloat16 halves the memory; vectors stay float32, and shapes are cast as arrays are."""
     tree = {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}
-    found = placement.cast(tree, "bfloat16")
-    assert found["kernel"].dtype == jnp.bfloat16 and found["bias"].dtype == np.float32
+    halved = placement.cast(tree, "bfloat16")
+    assert halved["kernel"].dtype == jnp.bfloat16 and halved["bias"].dtype == np.float32
     assert placement.cast(tree, "float32")["kernel"] is tree["kernel"]
     shapes = placement.cast(jax.eval_shape(lambda: tree), "bfloat16")
     assert shapes["kernel"] == jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)

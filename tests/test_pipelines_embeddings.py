@@ -13,8 +13,8 @@ A, B = normalise(RNG.standard_normal((2, 5, 16)))
 def test_unit_vectors_stay_unit_and_the_angle_grows_evenly(theta):
     z = slerp(A, B, theta)
     np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, atol=1e-6)
-    whole = np.arccos((A * B).sum(-1))
-    np.testing.assert_allclose(np.arccos(np.clip((A * z).sum(-1), -1, 1)), theta * whole, atol=1e-3)
+    angle = np.arccos((A * B).sum(-1))
+    np.testing.assert_allclose(np.arccos(np.clip((A * z).sum(-1), -1, 1)), theta * angle, atol=1e-3)
 
 
 def test_in_the_plane_it_is_a_rotation():
@@ -29,7 +29,7 @@ def test_the_length_goes_evenly_from_one_to_the_other():
     np.testing.assert_allclose(z[[0, 2]], [2 * A[0], 6 * B[0]], rtol=1e-5, atol=1e-6)
 
 
-def test_vectors_that_are_almost_one_are_gone_between_in_a_line():
+def test_between_almost_equal_vectors_it_is_a_straight_line():
     near = normalise(A + 1e-7 * B)
     z = slerp(A, near, 0.5)
     assert np.isfinite(z).all()
@@ -37,7 +37,7 @@ def test_vectors_that_are_almost_one_are_gone_between_in_a_line():
     np.testing.assert_allclose(slerp(A, A, 0.3), A, atol=1e-7)
 
 
-@pytest.mark.parametrize(("b", "told"), [(-A, "opposite"), (0 * A, "length 0")])
-def test_where_there_is_no_way_it_says_so(b, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize(("b", "message"), [(-A, "opposite"), (0 * A, "length 0")])
+def test_where_there_is_no_shortest_way_it_raises(b, message):
+    with pytest.raises(ValueError, match=message):
         slerp(A, b, 0.5)

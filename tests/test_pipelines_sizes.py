@@ -1,4 +1,4 @@
-"""Images of other sizes than the last stage's: which stages draw them, and what comes out."""
+"""Images of other sizes than the last stage's: which stages run, and what they give."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from dalle2_jax.storage import model_folder
 
 @pytest.fixture(scope="module")
 def chain(folder, tmp_path_factory):
-    """8 px, then 16, then 32."""
+    """A model folder whose stages generate 8, then 16, then 32 px."""
     chain = shutil.copytree(folder, tmp_path_factory.mktemp("chain") / "model")
     changes = dict(task__low_size=16, task__image_size=32)
     changes |= dict(model__residual=True, diffusion__prediction="x_0")
@@ -32,7 +32,7 @@ def largest(chain):
 
 
 def area(images, size):
-    """The mean of whole blocks, in numpy."""
+    """Averages blocks of images [n, s, s, 3] to [n, size, size, 3], in numpy."""
     n, side = images.shape[:2]
     f = side // size
     blocks = images.astype(float).reshape(n, size, f, size, f, 3)
@@ -40,17 +40,17 @@ def area(images, size):
 
 
 def test_a_size_between_is_the_next_larger_averaged_down(largest):
-    drawn = {size: largest.at_size(size).generate("a cat", n=2, seed=1) for size in (8, 16, 32)}
-    assert {size: x.shape[1:] for size, x in drawn.items()} == {
-        size: (size, size, 3) for size in drawn
+    images = {size: largest.at_size(size).generate("a cat", n=2, seed=1) for size in (8, 16, 32)}
+    assert {size: x.shape[1:] for size, x in images.items()} == {
+        size: (size, size, 3) for size in images
     }
-    np.testing.assert_array_equal(largest.generate("a cat", n=2, seed=1), drawn[32])
-    # 24 px is of the last stage, 12 px of the first upsampler: neither is a stage's own.
-    for size, by in ((24, 32), (12, 16)):
-        found = largest.at_size(size).generate("a cat", n=2, seed=1)
-        assert found.shape == (2, size, size, 3)
-        # Both averaged to a side that divides both show the same, but for rounding.
-        assert np.abs(area(found, 4) - area(drawn[by], 4)).max() < 1
+    np.testing.assert_array_equal(largest.generate("a cat", n=2, seed=1), images[32])
+    # No stage generates 24 or 12 px: 24 px are averaged from the last stage's 32, 12 px from 16.
+    for size, stage_size in ((24, 32), (12, 16)):
+        smaller = largest.at_size(size).generate("a cat", n=2, seed=1)
+        assert smaller.shape == (2, size, size, 3)
+        # Averaged to 4 px, which divides both sizes, they show the same but for rounding.
+        assert np.abs(area(smaller, 4) - area(images[stage_size], 4)).max() < 1
 
 
 def test_only_the_stages_that_a_size_needs_are_loaded(chain, tmp_path, largest):
@@ -71,7 +71,7 @@ def test_only_the_stages_that_a_size_needs_are_loaded(chain, tmp_path, largest):
         DALLE2.from_pretrained(folder, size=9)
 
 
-def test_the_folder_says_the_size_unless_it_is_asked_for(chain, tmp_path):
+def test_the_size_is_the_folders_unless_the_user_gives_one(chain, tmp_path):
     folder = shutil.copytree(chain, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
 
@@ -82,8 +82,8 @@ def test_the_folder_says_the_size_unless_it_is_asked_for(chain, tmp_path):
     assert default(16).image_size == 16 and list(default(16).cascade.upsamplers) == ["upsampler_16"]
     assert default(12).image_size == 12
     assert DALLE2.from_pretrained(folder, size=32).image_size == 32
-    for wrong, told in ((64, "from 8 to 32 px"), ("16", "image_size must be a whole number")):
-        with pytest.raises(UserError, match=told):
+    for wrong, message in ((64, "from 8 to 32 px"), ("16", "image_size must be a whole number")):
+        with pytest.raises(UserError, match=message):
             default(wrong)
     # A stage exported later leaves the default as it is.
     default(16)
@@ -95,20 +95,20 @@ def test_the_folder_says_the_size_unless_it_is_asked_for(chain, tmp_path):
 
 @pytest.mark.parametrize("size", [7, 33, 0, -8, 16.0, "16", True])
 def test_a_wrong_size_is_one_line(size, chain, largest):
-    for draw in (largest.at_size, lambda size: DALLE2.from_pretrained(chain, size=size)):
+    for model_of in (largest.at_size, lambda size: DALLE2.from_pretrained(chain, size=size)):
         with pytest.raises(UserError, match="size") as error:
-            draw(size)
+            model_of(size)
         assert "\n" not in str(error.value)
 
 
-def test_images_are_inverted_and_varied_at_any_size(largest):
-    given = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+def test_inversion_and_variations_work_at_any_size(largest):
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     for size in (8, 12, 32):
         model = largest.at_size(size)
-        assert model.reconstruct(given).shape == (2, size, size, 3)
-        assert model.variations(given, n=2, seed=1).shape == (4, size, size, 3)
-    small = largest.at_size(8).reconstruct(given)
-    middle = largest.at_size(16).reconstruct(given)
+        assert model.reconstruct(images).shape == (2, size, size, 3)
+        assert model.variations(images, n=2, seed=1).shape == (4, size, size, 3)
+    small = largest.at_size(8).reconstruct(images)
+    middle = largest.at_size(16).reconstruct(images)
     assert small.shape != middle.shape and small.std() > 5
 
 
@@ -118,7 +118,7 @@ def test_settings_are_kept(largest):
     assert model.settings()["decoder"]["steps"] == 3 and "upsampler_32" not in model.settings()
 
 
-def test_flops_are_those_of_the_stages_that_draw(largest):
+def test_flops_are_those_of_the_stages_that_run(largest):
     from dalle2_jax.aot.sampling import flops_by_stage
 
     flops = flops_by_stage(largest.cascade, 2)
