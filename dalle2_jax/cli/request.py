@@ -70,7 +70,7 @@ def main(mode: str | None, modes: Sequence[str]) -> int:
         request = Request(**_fields(mode or GENERATE, out, only_present=False))
     else:
         metadata = files.read_metadata(like)
-        request, only = _request_like(metadata, mode, modes, out)
+        request, only = _request_like(like, metadata, mode, modes, out)
     out = paths.prepare_folder(generate_flags.OUT.value)
     if "preview_mask" in flags.FLAGS and flags.FLAGS.preview_mask:
         print(output.write_mask_preview(request, out))
@@ -86,7 +86,7 @@ def main(mode: str | None, modes: Sequence[str]) -> int:
 
 
 def _request_like(
-    metadata: dict[str, Any], mode: str | None, modes: Sequence[str], out: Path
+    like: str, metadata: dict[str, Any], mode: str | None, modes: Sequence[str], out: Path
 ) -> tuple[Request, tuple[int, int] | None]:
     """Returns the request of the file of --like, changed by the flags, and which image it is."""
     from dalle2_jax.pipelines.metadata import check_format, from_metadata
@@ -104,7 +104,7 @@ def _request_like(
     _check_flags(mode_of_file)
     overrides = _fields(mode_of_file, out, only_present=True)
     with _errors_name_like():
-        return from_metadata(metadata, Path(generate_flags.LIKE.value).parent, **overrides)
+        return from_metadata(metadata, Path(like).parent, **overrides)
 
 
 @contextmanager

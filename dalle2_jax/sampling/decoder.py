@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from dalle2_jax.nets.conditioning import without_caption
+from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.forward import forward
 from dalle2_jax.sampling.stage import Events, StageSampler
 from dalle2_jax.types import Array, Params
@@ -18,6 +19,7 @@ from dalle2_jax.types import Array, Params
 class DecoderSampler(StageSampler):
     """Samples images [b, image_size, image_size, 3]."""
 
+    network: Decoder
     image_size: int = 64
     ENTRY_OPTIONS: ClassVar = {"image_size": None}
     needs_clip: ClassVar[bool] = True

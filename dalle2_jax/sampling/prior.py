@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dalle2_jax.nets.clip import normalise
 from dalle2_jax.nets.conditioning import without_caption
 from dalle2_jax.nets.forward import forward
+from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.sampling.stage import Events, StageSampler
 from dalle2_jax.types import Array, Params
 
@@ -20,6 +21,7 @@ from dalle2_jax.types import Array, Params
 class PriorSampler(StageSampler):
     """Samples several z_img and keeps the one with the largest dot product with z_txt."""
 
+    network: DiffusionPrior
     candidates: int = 2
     unit_length: bool = True  # whether this CLIP's z_img have unit length
     stage: ClassVar[str] = "prior"
