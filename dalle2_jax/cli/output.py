@@ -26,12 +26,13 @@ _MOVING = ("interpolate", "text_diff", "probe")  # modes whose images are steps 
 
 
 class Bars:
-    """Progress bars on stderr, one a stage."""
+    """Progress bars on stderr, one for each stage."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
 
     def update(self, stage: str, done: int, total: int) -> None:
+        """Moves the bar of a stage to `done` of `total` steps; makes one at its first step."""
         if stage not in self._bars:
             self._bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
         self._bars[stage].update(done - self._bars[stage].n)
@@ -76,6 +77,7 @@ def _write_prompts(
     for one in _run(model, request, only):
         rank = rank + 1 if one.row == row else 0  # with best_of the best is number 0
         row = one.row
+        # The file of a repeated image has the name that it had among all.
         number = rank if only is None else one.index
         name = f"{one.row:03d}-{files.slug(one.label)}-s{request.seed}-{number}.png"
         file, metadata = out / name, one.metadata
@@ -93,6 +95,7 @@ def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, in
 
     Before the results of an input image, MODE.png shows the image itself, and what its mask marks.
     """
+    # The images of all rows are held until the end: there are few, and the grid needs them.
     rows: dict[int, list[Generated]] = {}
     for one in _run(model, request, only):
         rows.setdefault(one.row, []).append(one)

@@ -71,12 +71,14 @@ def main(mode: str | None, modes: Sequence[str]) -> int:
     else:
         metadata = files.read_metadata(like)
         request, only = _request_like(like, metadata, mode, modes, out)
+    # Before the model is loaded: a folder that cannot be written to is reported at once.
     out = paths.prepare_folder(generate_flags.OUT.value)
     if "preview_mask" in flags.FLAGS and flags.FLAGS.preview_mask:
         print(output.write_mask_preview(request, out))
         return 0
     weights = generate_flags.WEIGHTS
     name = metadata.get("weights", weights.value) if not weights.present else weights.value
+    # Only the stages that reach the size are loaded.
     model = DALLE2.from_pretrained(name, size=request.size)
     if like is not None:
         with _errors_name_like():
@@ -137,6 +139,7 @@ def _check_flags(mode: str) -> None:
     for name in flags.FLAGS:
         field = {**_FIELDS, **_LIKE_FIELD}.get(name, name)
         flag = flags.FLAGS[name]
+        # A flag at its default is let pass: scripts may give all flags to all modes.
         if flag.present and flag.value != flag.default and not takes(mode, field):
             modes = " or ".join(MODES_OF[field])
             raise UserError(f"--{name} goes with --mode={modes}, not {mode}")

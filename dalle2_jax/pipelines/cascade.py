@@ -125,6 +125,7 @@ class Cascade:
         Raises UserError if none does.
         """
         size = limits.whole_number("size", size)
+        # The cut is final: a cascade made smaller forgets its later upsamplers.
         stages = list(self.upsamplers.items())[: num_upsamplers(size, self.sizes)]
         return dataclasses.replace(self, upsamplers=dict(stages), size=size)
 
@@ -158,7 +159,7 @@ class Cascade:
         ):
             images = yield from self._run(keys, captions, rows)
             images = np.asarray(arrays.to_uint8(images))
-            yield Batch(start, images[: rows.total - start])
+            yield Batch(start, images[: rows.total - start])  # without the rows that fill it up
 
     def sample_prior(
         self,
@@ -208,6 +209,8 @@ class Cascade:
                 "'none', give z_img, as encode_image returns it, or import a model that has one"
             )
         n = limits.whole_number("n", n)
+        # Without prompts there is an empty caption for each row of z_img. `embeddings` below checks
+        # z_img itself; here it only has to be counted, whatever it is.
         num_z = max(len(list(z_img)), 1) if np.iterable(z_img) else 1
         captions = self.captions([None] * num_z if prompts is None else prompts)
         count = len(captions.present)
@@ -224,7 +227,7 @@ class Cascade:
         for start, places in placement.batches(total, batch_size):
             if start + len(places) <= skip:
                 continue
-            # Made batch by batch, as n may be large.
+            # Inputs are gathered batch by batch, because n may be far too large for memory.
             caption, index = places // n, (places % n).astype(np.uint32)
 
             def rows_of(values: np.ndarray | None, places: np.ndarray = places) -> Any:
@@ -242,6 +245,7 @@ class Cascade:
                 num_batches=-(-total // len(places)),
                 z_img=z_rows,
                 known_images=known_rows,
+                # [1 + steps, total, r, ...] -> [1 + steps, b * r, ...]: candidates are rows, too.
                 noise={
                     stage: values[:, places].reshape(len(values), -1, *values.shape[3:])
                     for stage, values in noise.items()
@@ -263,6 +267,7 @@ class Cascade:
             if not isinstance(sampler, StageSampler):
                 raise UserError(f"noise: {stage} takes no noise: it samples from the seed alone")
             values = arguments.finite_array(f"noise[{stage!r}]", values)
+            # x_T, and the noise of each step; or x_T alone.
             shape = (sampler.settings.num_calls + 1, total * sampler.rows, *sampler.shape)
             if values.shape not in (shape, (1, *shape[1:])):
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(values.shape)}")
@@ -283,6 +288,7 @@ class Cascade:
             # the known region by one such pixel and let the upsampler generate both sides.
             border = upsampler.image_size // images.shape[1]
             images = yield from self._run_stage(stage, keys, images, rows, border)
+        # Sizes between two stages are averaged down from the larger one.
         return arrays.resize(images, self.image_size, "area")
 
     def _run_prior(
@@ -294,6 +300,7 @@ class Cascade:
     ) -> Steps[Array]:
         """Samples z_img [b, dim] of a batch of encoded captions."""
         assert self.prior is not None
+        # The AR prior learned its null; the diffusion prior may be guided by the empty caption.
         condition: Condition = text._asdict()
         if isinstance(self.prior, PriorSampler):
             condition = prior_condition(self.prior.network, text, empty)
@@ -344,6 +351,7 @@ class Cascade:
         """
         params = self.stage_params("clip")
         text = encode_text(self.clip, params, jnp.asarray(captions.clip))
+        # Encoding the empty captions costs as much again, so it is left out where nothing reads it.
         if all(getattr(s.network, "learned_null", True) for s in self.samplers().values()):
             return text, None
         empty = jnp.broadcast_to(self.captions([None]).clip, captions.clip.shape)

@@ -71,6 +71,7 @@ def rank(
     if cascade.clip.image is None:
         raise UserError(f"{cascade.weights} has no image tower: it cannot rank images")
     prompts = arguments.prompts(prompts)
+    # `place` counts the images of all prompts, `best` holds those of the present prompt.
     z_txt, best, place = None, [], 0
     for event in cascade.generate(prompts, best_of, seed, batch_size=batch_size):
         if not isinstance(event, Batch):
@@ -128,6 +129,7 @@ def variations(
     images = arguments.images(images)
     seeds = arguments.seeds(seed, len(images)).tolist()
     latents = yield from invert(cascade, images, steps, batch_size=batch_size)
+    # The n variations of an image share its x_T; the noise of the steps, which eta scales, differs.
     x_T = np.repeat(latents.x_T, n, axis=0)[None]
     yield from varying.generate(
         None, n, seeds, z_img=latents.z_img, noise={"decoder": x_T}, batch_size=batch_size
@@ -152,12 +154,13 @@ def interpolate(
     if isinstance(b, str):
         z_b = yield from cascade.sample_prior(b, 1, seed, batch_size=batch_size)
         z_a, x_a = yield from invert(cascade, a, steps, batch_size=batch_size)
-        x_b = x_a
+        x_b = x_a  # a text has no x_T of its own
     else:
         b = arguments.image("b", b)
         z_a, x_a = yield from invert(cascade, a, steps, batch_size=batch_size)
         z_b, x_b = yield from invert(cascade, b, steps, batch_size=batch_size)
         if x_T == "fixed":
+            # Noise of the right distribution, for decoders whose inverted x_T is far from normal.
             x_a = x_b = np.random.default_rng(seed).standard_normal(x_a.shape, np.float32)
     z_img = _between("the two embeddings", z_a, z_b, shares)
     latents = Latents(z_img, _between("x_T", x_a, x_b, shares))
@@ -180,7 +183,9 @@ def text_diff(
     shares = np.linspace(0, limits.number("theta", theta), frames)
     z_new, z_old = normalise(cascade.encode_text([new, old]))
     if np.allclose(z_new, z_old, atol=1e-6):
-        raise UserError(f"{new!r} and {old!r} are read alike: there is no direction to go")
+        raise UserError(
+            f"{new!r} and {old!r} have the same embedding: write what differs from one to the other"
+        )
     z_img, x_T = yield from invert(
         cascade, arguments.image("image", image), steps, batch_size=batch_size
     )
@@ -223,7 +228,10 @@ def probe_dims(cascade: Cascade) -> list[int | None]:
 
 
 def _directions(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean [dim] of z_img and its principal directions [k, dim]."""
+    """Returns the mean [dim] of z_img and its principal directions [k, dim].
+
+    The AR prior, which models z_img by its principal components, was trained with them.
+    """
     if "ar_prior" not in cascade.params:
         raise UserError(
             f"{cascade.weights} has no ar_prior, which holds the directions of z_img: train one "
@@ -316,6 +324,7 @@ def outpaint(
     seed, size = limits.whole_number("seed", seed), cascade.image_size
     n = limits.whole_number("n", n, highest=MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
+    # A canvas of at least one frame; where it is larger than the result, `window_of_result` cuts.
     extended, known_mask, window_of_result = canvas.extend(image, margins, size)
     images = np.repeat(extended[None], n, axis=0)
     if prompt is None:
@@ -323,7 +332,8 @@ def outpaint(
     else:  # sampled once, because all frames are to show one thing
         z_img = yield from cascade.sample_prior(prompt, n, seed, batch_size=batch_size)
     for frame, window in enumerate(canvas.frames(known_mask, size, overlap)):
-        # With one seed the frames would begin from the same noise, and look alike.
+        # Each frame has a seed of its own: with one seed all would begin from the same noise, and
+        # look alike.
         (frame_seed,) = np.random.SeedSequence([seed, frame]).generate_state(1)
         images[:, *window] = yield from _fill(
             cascade,
@@ -362,6 +372,7 @@ def _fill(
     """
     n, size = len(images), cascade.image_size
     feather = size // 16 if feather is None else limits.whole_number("feather", feather)
+    # Known pixels travel as RGBA, the known_mask as alpha, so that one array is cut into batches.
     alpha = np.broadcast_to(known_mask[..., None] * np.uint8(255), (n, size, size, 1))
     known_images = np.concatenate([images, alpha], axis=-1)
     generated = []
@@ -373,6 +384,7 @@ def _fill(
             generated.append(event.images)
         else:
             yield event
+    # The network only comes near to the known pixels: pasting makes them exact.
     return masks.paste(images, known_mask, np.concatenate(generated), feather)
 
 

@@ -71,7 +71,7 @@ def run_stage(
             try:
                 event = next(steps)
             except StopIteration as end:
-                return jax.block_until_ready(end.value)
+                return jax.block_until_ready(end.value)  # JAX returns before it has computed
         jax.block_until_ready(event.x_0)
         done = batch * event.total + event.done
         yield StageProgress(stage, done, num_batches * event.total, event.x_0)

@@ -29,7 +29,7 @@ from dalle2_jax.sampling.overrides import SamplingOptions
 from dalle2_jax.sampling.preprocess import middle, shrunk
 from dalle2_jax.validation import arguments
 
-DEFAULT_STEPS = 50  # of the decoder, each way
+DEFAULT_STEPS = 50  # of the decoder, to invert and again to decode
 
 
 class Latents(NamedTuple):
@@ -52,6 +52,7 @@ def for_inversion(cascade: Cascade, steps: int | None = None) -> Cascade:
     """
     if steps is None:
         steps = min(DEFAULT_STEPS, cascade.decoder.process.num_timesteps)
+    # Repeated steps are for inpainting, where part of an image is known.
     settings = dataclasses.replace(cascade.decoder.settings, repeats=1)
     decoder = dataclasses.replace(cascade.decoder, settings=settings)
     options = SamplingOptions(steps=steps, cfg_scale=1.0, solver={"decoder": "ddim"}, eta=0.0)
@@ -70,6 +71,7 @@ def invert(
     iterations = limits.whole_number("iterations", iterations)
     decoder, x_T = for_inversion(cascade, steps).decoder, []
     total, batches = len(squares), list(placement.batches(len(squares), batch_size))
+    # All batches have one size, so one set of empty captions, encoded once, serves them all.
     no_captions = cascade.captions([None] * len(batches[0][1]))
     with placement.visible(placement.mesh()):
         text, empty = cascade.encode_captions(no_captions)

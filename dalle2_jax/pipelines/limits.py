@@ -29,6 +29,7 @@ _WHOLE_NUMBERS: dict[str, tuple[int, int | None]] = {
     "up": (0, None),
     "down": (0, None),
 }
+# At an overlap of 0 a frame of an outpainting would see nothing of the image, at 1 add nothing.
 _NUMBERS = {
     "eta": (0.0, 1.0),
     "theta": (0.0, 1.0),

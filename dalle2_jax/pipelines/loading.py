@@ -43,12 +43,14 @@ def load_cascade(
     folder = find.model(weights)
     for stage in REQUIRED:
         model_folder.read_stage(folder, stage)  # its error lists the stages that there are
+    # TPUs multiply bfloat16 fastest; CPUs only emulate it.
     dtype = dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")
     checks.one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
     clip: CLIP = load.network(folder, "clip", dtype)
     entries = model_folder.read_config(folder)["stages"]
 
     def samplers_of(stages: Iterable[str]) -> dict[str, Any]:
+        """Builds samplers from config.json alone."""
         return {stage: load.sampler(folder, stage, clip, dtype) for stage in stages}
 
     priors = samplers_of(stage for stage in NAMES.values() if stage in entries)
@@ -67,7 +69,7 @@ def load_cascade(
     return Cascade(
         tokenizer=tokenizer_of(clip.text),
         clip=clip,
-        prior=next(iter(priors.values()), None),
+        prior=next(iter(priors.values()), None),  # NAMES lists the default first
         priors=priors,
         decoder=decoder,
         upsamplers={stage: upsamplers[stage] for stage in needed},

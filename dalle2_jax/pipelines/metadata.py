@@ -72,6 +72,7 @@ def from_metadata(
             changed; an override that the request's mode does not take.
     """
     check_format(metadata)
+    # Metadata also hold what is no field of a request: settings, weights, version, label ...
     names = {field.name for field in dataclasses.fields(Request)}
     fields = {name: value for name, value in metadata.items() if name in names} | overrides
     try:
@@ -123,6 +124,7 @@ def _entry(value: InputImage | InputMask) -> dict[str, str]:
 def _reopen(kind: type[Input], entry: Mapping[str, str], folder: Path) -> Input:
     """Opens an input again; raises UserError if it is missing or has changed."""
     name = entry["name"]
+    # Relative to the image's folder, which may have been moved with its inputs; then as named.
     for path in (paths.to_path(folder) / name, paths.to_path(name)):
         if path.is_file():
             if sha256_of(path) != entry["sha256"]:

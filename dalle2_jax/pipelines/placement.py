@@ -39,7 +39,7 @@ def should_offload(params: PyTree, memory: float) -> bool:
     The rest is left for activations; such parameters wait on the host until their stage runs.
     """
     size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(params))
-    return size > memory / 2
+    return size > memory / 2  # in bytes
 
 
 def mesh() -> jax.sharding.Mesh:
@@ -71,6 +71,6 @@ def batches(total: int, batch_size: Any) -> Iterator[tuple[int, np.ndarray]]:
         (0, [0 1 2 3]), (4, [4 5 5 5])
     """
     size = min(limits.whole_number("batch_size", batch_size), total)
-    size = -(-size // jax.device_count()) * jax.device_count()
+    size = -(-size // jax.device_count()) * jax.device_count()  # the next multiple
     for start in range(0, total, size):
         yield start, np.minimum(np.arange(start, start + size), total - 1)

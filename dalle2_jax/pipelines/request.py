@@ -128,6 +128,7 @@ class Request:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        # From the general to the particular, so that the first error is the one to mend first.
         checks.one_of("mode", self.mode, MODES)
         self._check_fields_of_mode()
         self._check_inputs()
@@ -144,7 +145,7 @@ class Request:
     def _check_inputs(self) -> None:
         """Raises UserError unless there are as many images and prompts as the mode takes."""
         mode = MODES[self.mode]
-        if isinstance(self.prompts, str):
+        if isinstance(self.prompts, str):  # a sequence of letters, which would pass as many prompts
             raise UserError("prompts must be a list of texts: put the one text in brackets")
         if self.prompts:
             arguments.prompts(list(self.prompts))
@@ -162,6 +163,7 @@ class Request:
 
     def _check_values(self) -> None:
         """Raises UserError for a value that no model takes."""
+        # An edit is returned as one array, so its number of images has a lower limit.
         limits.whole_number("n", self.n, highest=None if self.mode == GENERATE else MAX_RETURNED)
         limits.whole_number("frames", self.frames, lowest=2 if self.mode == "interpolate" else 1)
         for name in ("seed", "batch_size", *MARGINS):
@@ -172,7 +174,7 @@ class Request:
         for name in ("eta", "theta", "overlap"):
             limits.number(name, getattr(self, name))
         checks.one_of("x_T", self.x_T, X_T_CHOICES)
-        if self.mode == "text_diff":
+        if self.mode == "text_diff":  # other modes do not read it
             arguments.prompt(self.old_prompt)
         if self.mode == "outpaint" and not any(self.margins):
             raise UserError("outpaint: give left, right, up or down, how many pixels to add")

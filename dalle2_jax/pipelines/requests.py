@@ -88,6 +88,7 @@ def run(
     if preview_every:
         steps = limits.whole_number("preview_every", preview_every)
         model = dataclasses.replace(model, cascade=_reporting(model.cascade, steps))
+    # One image of many needs no ranking: its number says which of the `best_of` it is.
     if request.mode == GENERATE and (request.best_of is None or only is not None):
         events = _generate(model, request, only)
     elif request.mode == GENERATE:
@@ -105,6 +106,7 @@ def run(
         yield event
         # ndim 4: images. A prior's x_0 [b, dim] cannot be shown.
         if preview_every and event.x_0 is not None and event.x_0.ndim == 4:
+            # Events may come more often than `preview_every` steps: show one for each multiple.
             if event.done // preview_every > steps_before.get(event.stage, 0) // preview_every:
                 images = np.asarray(arrays.to_uint8(event.x_0))
                 yield Preview(event.stage, event.done, event.total, images)
@@ -140,6 +142,7 @@ def _generate(
 ) -> Iterator[StageProgress | Generated]:
     """Generates images from prompts; they come batch by batch."""
     n = request.n if request.best_of is None else request.best_of
+    # Batches before that of `only` are not generated; those after it are not reached.
     skip = 0 if only is None else only[0] * n + only[1]
     events = model.cascade.generate(
         request.prompts, n, request.seed, batch_size=request.batch_size, skip=skip
@@ -179,7 +182,8 @@ def _rank(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated
 
 def _edit(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated]:
     """Runs a mode that edits images; the results come batch by batch."""
-    settings = for_mode(model, request).settings()
+    # Computed first, as both report mistakes in the request before anything is generated.
+    settings = _for_mode(model, request).settings()
     labels = _labels(model, request)
     for event in _edit_events(model, request):
         if not isinstance(event, Batch):
@@ -192,7 +196,7 @@ def _edit(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated
 
 def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
     """Returns the events of the request's edit: its fields as arguments of the function."""
-    cascade, batch_size, steps = model.cascade, request.batch_size, decoder_steps(request)
+    cascade, batch_size, steps = model.cascade, request.batch_size, _decoder_steps(request)
     if request.mode == "inpaint":
         return edits.inpaint(
             cascade,
@@ -216,7 +220,7 @@ def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
             feather=request.feather,
             batch_size=batch_size,
         )
-    images = squares(model, request)
+    images = _squares(model, request)
     if request.mode == "reconstruct":
         return edits.reconstruct(cascade, images, steps, batch_size)
     if request.mode == "variations":
@@ -255,12 +259,12 @@ def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
     return edits.probe(cascade, images[0], None, steps=steps, batch_size=batch_size)
 
 
-def for_mode(model: DALLE2, request: Request) -> DALLE2:
+def _for_mode(model: DALLE2, request: Request) -> DALLE2:
     """Returns the model with the settings that the request's mode samples with.
 
     The metadata hold these settings. The edits choose them themselves, by the same functions.
     """
-    cascade, steps = model.cascade, decoder_steps(request)
+    cascade, steps = model.cascade, _decoder_steps(request)
     if request.mode == "variations":
         cascade = edits.for_variations(cascade, request.eta, steps)
     elif request.mode in ("inpaint", "outpaint"):
@@ -270,13 +274,13 @@ def for_mode(model: DALLE2, request: Request) -> DALLE2:
     return dataclasses.replace(model, cascade=cascade)
 
 
-def decoder_steps(request: Request) -> Any:
+def _decoder_steps(request: Request) -> Any:
     """Returns the decoder's steps in the request's options; None: the default of the mode."""
     steps = request.options.steps
     return steps.get("decoder") if isinstance(steps, Mapping) else steps
 
 
-def squares(model: DALLE2, request: Request) -> np.ndarray:
+def _squares(model: DALLE2, request: Request) -> np.ndarray:
     """Returns the middle squares of the input images at one size, uint8 [b, s, s, 3].
 
     The size is the larger of what the model generates and of what CLIP reads, so that neither sees
@@ -330,6 +334,7 @@ def _generated(
         "version": __version__,
         **more,
     }
+    # A row of "generate" is a prompt; in other modes the label says what an image is.
     if request.mode == GENERATE:
         metadata["prompt"] = request.prompts[row]
     else:
