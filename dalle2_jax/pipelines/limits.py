@@ -31,8 +31,8 @@ _WHOLE_NUMBERS: dict[str, tuple[int, int | None]] = {
 }
 # At an overlap of 0 a frame of an outpainting would see nothing of the image, at 1 add nothing.
 _NUMBERS = {
-    "eta": (0.0, 1.0),
-    "theta": (0.0, 1.0),
+    "eta": (0, 1),
+    "theta": (0, 1),
     "overlap": (0.01, 0.99),
 }
 
