@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mode(NamedTuple):
-    """What a mode takes.
+    """The inputs of a mode.
 
     Attributes:
         images: least and most number of images.

@@ -31,7 +31,7 @@ class InputImage:
         pixels: uint8 [h, w, 3].
         transparent: bool [h, w], True where the file's alpha is 0.
         name: the file's path as the metadata call it, for people and to open it again.
-        sha256: of the file's bytes, which tells whether the file has changed since.
+        sha256: of the file's bytes, by which a changed file is recognised.
     """
 
     pixels: np.ndarray
@@ -71,7 +71,7 @@ class InputMask:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """What a person asks for: a mode and its arguments, checked when the request is made.
+    """A mode and its arguments, as a person asks for them; checked when the request is made.
 
     `modes` says how many prompts and images a mode takes, and which of the fields below.
     The methods of `DALLE2` document what the modes do.

@@ -126,8 +126,8 @@ def prepare(model: DALLE2, request: Request) -> DALLE2:
 def _reporting(cascade: Cascade, steps: int) -> Cascade:
     """Returns the cascade whose samplers report after at most so many steps.
 
-    A sampler reports between calls of its compiled program, which takes `steps_a_call` steps. Their
-    number is an argument of the program, so that another one compiles nothing anew.
+    A sampler reports between calls of its compiled program, which takes `steps_a_call` steps. This
+    number is an argument of the program, so changing it does not recompile the program.
     """
     samplers = cascade.samplers()
     for stage, sampler in samplers.items():
