@@ -97,8 +97,11 @@ def _sha256(path: Path) -> str:
 
 
 async def _list_files(temporary: Any) -> None:
-    """What both classes do before Orbax's `finalize`, which it calls on process 0 alone, when all
-    hosts have written; for each part of a checkpoint too."""
+    """Writes the manifest of a checkpoint before Orbax finalizes it, for both classes.
+
+    Orbax calls `finalize` on process 0 alone, when all hosts have written, and also once for each
+    part of a checkpoint.
+    """
     if store := temporary._checkpoint_metadata_store:  # its last word comes before the hashes
         await asyncio.to_thread(_tell_time, store, temporary.get() / _ORBAX_METADATA)
         temporary._checkpoint_metadata_store = None

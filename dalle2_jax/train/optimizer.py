@@ -28,7 +28,7 @@ Trainable = Callable[[str], bool]
 
 
 class Optimizer(NamedTuple):
-    """What makes an update of a gradient."""
+    """The transformation that turns a gradient into an update, and its learning-rate schedule."""
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule

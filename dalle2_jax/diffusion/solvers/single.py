@@ -43,8 +43,8 @@ class OverSchedule:
     schedule: Schedule
 
     spacing: ClassVar[str] = "even"
-    """Of `schedules.respace`: what serves the solver best. Even steps end in one long stride of
-    log-SNR, over which a step of second order runs away: "logsnr" for those."""
+    """The spacing of `schedules.respace` that suits the solver. Even steps end in one long stride
+    of log-SNR, over which a second-order step diverges: those solvers use "logsnr"."""
 
     @property
     def evaluations(self) -> int:
