@@ -108,12 +108,12 @@ def test_another_stages_tensors_are_told(tmp_path, folder):
     save_file(tensors | {"more": np.zeros(1, np.float32)}, prior)
     with pytest.raises(UserError, match="holds another network: more is unknown"):
         DALLE2.from_pretrained(str(tmp_path / "model"))
-    shutil.copy(prior, tmp_path / "model" / "decoder.safetensors")
     tensors.pop("query")
     save_file(tensors, prior)
     with pytest.raises(UserError, match="holds another network: query is missing"):
         DALLE2.from_pretrained(str(tmp_path / "model"))
     save_file(load_file(f"{folder}/prior.safetensors"), prior)
+    shutil.copy(prior, tmp_path / "model" / "decoder.safetensors")
     with pytest.raises(
         UserError, match=r"decoder.safetensors holds another network: .* and \d+ more"
     ):
