@@ -156,7 +156,6 @@ def parse(monkeypatch, *arguments: str):
 
 
 def test_settings_that_a_file_does_not_list_can_be_overridden(monkeypatch):
-    pytest.importorskip("dalle2_jax.data.pipeline")
     config = parse(
         monkeypatch,
         *("--config.data.flip=True", "--noconfig.data.shuffle", "--config.data.ram_gb=3.5"),
@@ -174,8 +173,6 @@ def test_settings_that_a_file_does_not_list_can_be_overridden(monkeypatch):
     [("data.flop=1", "data.flip"), ("model.unet.dropuot=1", "model.unet.dropout")],
 )
 def test_their_near_misses_are_told(monkeypatch, argument, near):
-    if argument.startswith("data"):
-        pytest.importorskip("dalle2_jax.data.pipeline")
     with pytest.raises(flags.Error, match=f"did you mean '{near}'"):
         parse(monkeypatch, f"--config.{argument}")
 

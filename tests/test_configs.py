@@ -297,7 +297,8 @@ def test_tiny_stages_and_the_judging_share_one_subset():
 
 
 def test_an_unknown_key_of_the_data_is_refused():
-    pipeline = pytest.importorskip("dalle2_jax.data.pipeline")
+    from dalle2_jax.data import pipeline  # late: it loads TensorFlow
+
     config = get("clip", "tiny", data__img_size=3)
     with pytest.raises(UserError, match=r"'img_size'.* 'image_size'"):
         pipeline.make_dataset(build.complete(config).data, split="train", batch_size=4)

@@ -48,8 +48,7 @@ def test_an_example_is_the_same_alone_and_in_any_batch(name: str) -> None:
 
 def test_an_example_is_the_same_on_any_number_of_devices() -> None:
     devices = jax.devices()
-    if len(devices) < 2:
-        pytest.skip("needs simulated devices")
+    assert len(devices) > 1, "conftest.py sets their number"
     keys = keys_of(1, 2 * len(devices))
     spread = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
     many = jitted_run(jax.device_put(keys, spread))

@@ -159,19 +159,20 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("number", range(7))
-def test_wrong_settings_are_told_in_one_line(source, tmp_path, number):
+@pytest.mark.parametrize(
+    ("source", "keys", "value", "message"),
+    [(kind, *case) for kind, cases in WRONG.items() for case in cases],
+    indirect=["source"],
+)
+def test_wrong_settings_are_told_in_one_line(source, tmp_path, keys, value, message):
     kind, folder, _ = source
-    if number >= len(WRONG[kind]):
-        pytest.skip("there are no more")
-    keys, value, told = WRONG[kind][number]
     path = folder / next(iter(CONFIGS[kind]))
     config = part = json.loads(path.read_text())
     for key in keys[:-1]:
         part = part[key]
     part[keys[-1]] = value
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         import_model(folder, tmp_path / "ours")
     assert "\n" not in str(error.value) and not (tmp_path / "ours").exists()
 

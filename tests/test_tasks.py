@@ -412,7 +412,6 @@ UNDRAWABLE = {"task__low_size": 5, "task__image_size": 15, "task__crop_fraction"
 
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_the_check_before_training_lets_good_configs_through(stage, clip_folder):
-    pytest.importorskip("dalle2_jax.data.pipeline")
     build.check(config(stage, clip_folder), make(stage, clip_folder))
 
 
@@ -429,7 +428,6 @@ def test_the_check_before_training_lets_good_configs_through(stage, clip_folder)
     ],
 )
 def test_sizes_that_do_not_fit_are_told_before_training(stage, change, told, clip_folder):
-    pytest.importorskip("dalle2_jax.data.pipeline")
     given = config(stage, clip_folder, **change)
     with pytest.raises(UserError, match=told):
         build.check(given, build.task(given))
