@@ -153,7 +153,7 @@ def test_moving_average_of_what_stays_is_the_same_bit_for_bit():
 
 
 def test_accumulate_must_be_positive():
-    with pytest.raises(UserError, match="config.optimizer.accumulate must be .*, not 0"):
+    with pytest.raises(UserError, match=r"config.optimizer.accumulate must be .*, not 0"):
         optimizer(accumulate=0)
 
 
