@@ -45,7 +45,7 @@ def test_a_prior_is_exported_with_what_analytic_variances_need(tmp_path):
     drawing = DALLE2.from_pretrained(str(model))
     assert drawing.settings()["prior"]["variance"] == "analytic"
     z = {
-        name: drawing.sample_prior("a red apple", n=4, **choice)
+        name: drawing.with_settings(**choice).sample_prior("a red apple", n=4)
         for name, choice in {
             "analytic": {},
             "small": {"variance": {"prior": "small"}},
@@ -67,8 +67,8 @@ def test_weights_without_it_are_measured_by_a_run_of_no_steps(tmp_path):
     model = tmp_path / "model"
     small_cascade.write(model)
     with pytest.raises(UserError, match=r'variance="analytic" needs x_0_error.* docs/sampling.md'):
-        DALLE2.from_pretrained(str(model)).sample_prior(
-            "a", solver={"prior": "ddpm"}, variance={"prior": "analytic"}
+        DALLE2.from_pretrained(str(model)).with_settings(
+            solver={"prior": "ddpm"}, variance={"prior": "analytic"}
         )
     before = model_folder.read_params(model, "prior")
     with pytest.raises(UserError, match="num_steps=0 exports the weights of"):
