@@ -1,13 +1,13 @@
 """Configs are completed and checked; train.py tells a mistake in one line."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import small_cascade
 from absl import flags
+from command import run
 from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax import build
@@ -136,8 +136,7 @@ def get_config(variant):
 def test_train_py_exits_2_with_one_line(tmp_path, config, arguments, told):
     (tmp_path / "c.py").write_text(CONFIG)
     path = config if (ROOT / config.partition(":")[0]).exists() else tmp_path / config
-    command = [sys.executable, "train.py", f"--config={path}", f"--workdir={tmp_path}/w"]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = run("train.py", f"--config={path}", f"--workdir={tmp_path}/w", *arguments)
     assert done.returncode == 2
     assert told in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr

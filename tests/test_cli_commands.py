@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from command import MAIN
+from command import MAIN, run
 
 from dalle2_jax.cli import commands
 
@@ -182,9 +182,7 @@ def test_a_signal_before_the_training_loop(tmp_path, number, status):
     ],
 )
 def test_help_and_the_commands_name(arguments, status, texts):
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = run(*arguments)
     assert done.returncode == status
     output = done.stderr if status else done.stdout
     assert all(text in output for text in texts), output

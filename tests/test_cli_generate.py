@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,15 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 def sample(cache: Path, *arguments: str, own_cache: bool = False) -> subprocess.CompletedProcess:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    if own_cache:
-        del environment["JAX_COMPILATION_CACHE_DIR"]
-    return subprocess.run(
-        [sys.executable, "sample.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    if not own_cache:
+        return command.run("sample.py", *arguments, env=environment)
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # which JAX reads while it is imported
+    script = [sys.executable, "sample.py", *arguments]
+    return subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -1,17 +1,15 @@
 """The command `dalle2`: its table of commands, and what it says to unknown ones."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
+from command import MAIN, run
 
 from dalle2_jax.cli import main as cli
 
 
 def dalle2(*words):
-    command = [sys.executable, "-m", "dalle2_jax.cli.main", *words]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run(*MAIN, *words)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

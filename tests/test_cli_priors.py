@@ -1,23 +1,19 @@
 """sample.py --prior and --mode probe, and the table of `dalle2 evals priors`."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_cascade
 import small_judge
-from command import MAIN
+from command import MAIN, run
 from PIL import Image
 
 from dalle2_jax import DALLE2
 from dalle2_jax.imaging import files
 
-ROOT = Path(__file__).parent.parent
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
@@ -26,12 +22,6 @@ def both(tmp_path_factory) -> str:
     """A model folder with both priors."""
     folder = tmp_path_factory.mktemp("both") / "model"
     return small_cascade.write(folder, (*small_cascade.CONFIGS, "ar_prior"))
-
-
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
-    )
 
 
 @pytest.mark.parametrize(("prior", "stage"), [("ar", "ar_prior"), ("none", "no_prior")])
@@ -105,12 +95,5 @@ def test_the_ablation_has_a_line_for_each_group_and_prior(both, tmp_path):
 
 
 def test_a_judge_that_is_missing_is_one_line(both, tmp_path):
-    done = run(
-        "-m",
-        "dalle2_jax.cli.main",
-        "evals",
-        "priors",
-        f"--weights={both}",
-        f"--judge={tmp_path}/no",
-    )
+    done = run(*MAIN, "evals", "priors", f"--weights={both}", f"--judge={tmp_path}/no")
     assert done.returncode == 2 and "judge: " in done.stderr and "Traceback" not in done.stderr

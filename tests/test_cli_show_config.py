@@ -1,11 +1,9 @@
 """train.py --show_config: a line for every setting, with the origin of its value."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import MAIN
+from command import MAIN, run
 
 from dalle2_jax import build
 from dalle2_jax.cli import show_config
@@ -57,9 +55,8 @@ def test_every_setting_of_every_stage_has_an_origin(path):
 
 
 def test_it_prints_and_touches_nothing(tmp_path):
-    command = [sys.executable, *MAIN, "train", f"--config={FILE}", "--show_config"]
-    command += [f"--workdir={tmp_path}/w", "--config.clip_from=nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    flags = [f"--workdir={tmp_path}/w", "--config.clip_from=nowhere"]
+    done = run(*MAIN, "train", f"--config={FILE}", "--show_config", *flags)
     assert done.returncode == 0, done.stderr
     assert "config.clip_from = 'nowhere'" in done.stdout
     assert not (tmp_path / "w").exists()

@@ -1,14 +1,11 @@
 """dalle2 evals inpainting: its tables and its grid, and the measure of seams."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_judge
-from command import MAIN
+from command import MAIN, run
 
 from dalle2_jax.evals import seams
 
@@ -17,11 +14,8 @@ FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 def test_tables_and_grid(folder, tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, *MAIN, "evals", "inpainting", f"--weights={folder}"]
-    command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset=", "--num=2"]
-    done = subprocess.run(
-        [*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, env={**os.environ}
-    )
+    flags = [f"--weights={folder}", f"--judge={judge}", f"--data={FIXTURE}", "--subset="]
+    done = run(*MAIN, "evals", "inpainting", *flags, "--num=2", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     for name in ("middle: generated", "right half: erased", "left half, extended", "true images"):
         assert f"| held-out pairs: {name} | 2 |" in done.stdout

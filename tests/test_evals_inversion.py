@@ -1,19 +1,15 @@
 """dalle2 evals inversion: a table with one line for each case."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import command
 import pytest
-from command import MAIN
 
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *MAIN, "evals", "inversion", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+def run(*flags: str):
+    return command.run(*command.MAIN, "evals", "inversion", *flags)
 
 
 def test_one_line_for_each_case(folder):

@@ -1,14 +1,11 @@
 """dalle2 evals manipulations: its tables, and the judge's table of a transition."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_judge
-from command import MAIN
+from command import MAIN, run
 
 from dalle2_jax.evals.groups import Group
 from dalle2_jax.evals.judge import Judge
@@ -25,10 +22,9 @@ def rows(table: str) -> list[list[str]]:
 
 def test_a_table_of_variations_and_one_of_each_transition(tmp_path):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, *MAIN, "evals", "manipulations", "--size=32", "--steps=8"]
-    command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset="]
-    command += ["--num=2", "--num_transitions=2", "--frames=3", "--eta=0", "--eta=1", "--theta=0.4"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    flags = ["--size=32", "--steps=8", f"--judge={judge}", f"--data={FIXTURE}", "--subset="]
+    flags += ["--num=2", "--num_transitions=2", "--frames=3", "--eta=0", "--eta=1", "--theta=0.4"]
+    done = run(*MAIN, "evals", "manipulations", *flags)
     assert done.returncode == 0, done.stderr
     variations, *others = (part for part in done.stdout.split("\n\n") if part.startswith("|"))
     psnr = {row[0]: row[3] for row in rows(variations)}
@@ -74,6 +70,5 @@ def test_every_transition_ends_elsewhere():
     ("flag", "name"), [("--theta=2", "theta"), ("--frames=1", "frames"), ("--eta=2", "eta")]
 )
 def test_a_mistake_is_one_line(flag, name):
-    command = [sys.executable, *MAIN, "evals", "manipulations", flag]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    done = run(*MAIN, "evals", "manipulations", flag)
     assert done.returncode == 2 and name in done.stderr and "Traceback" not in done.stderr

@@ -1,12 +1,10 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_judge
-from command import MAIN
+from command import MAIN, run
 from PIL import Image
 
 from dalle2_jax.data.emoji.words import STYLES
@@ -15,7 +13,6 @@ from dalle2_jax.evals import generation, report
 from dalle2_jax.evals.groups import Group, read_groups
 from dalle2_jax.evals.judge import Judge
 
-ROOT = Path(__file__).parent.parent
 FIXTURE = Path(__file__).parent / "fixtures" / "emoji"
 CONCEPTS = [f"thing {i}" for i in range(8)]
 
@@ -184,8 +181,7 @@ def test_an_image_depends_on_its_caption_and_the_seed_alone(model, groups):
 
 
 def evals(*flags):
-    command = [sys.executable, *MAIN, "evals", "report", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run(*MAIN, "evals", "report", *flags)
 
 
 def test_command_line(folder, tmp_path):

@@ -1,24 +1,20 @@
 """dalle2 evals solvers: a line for each case, the cheapest good one marked."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import command
 import pytest
 import small_judge
-from command import MAIN
 
 from dalle2_jax.evals.solvers import Case, to_markdown
 
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
-def run(folder, tmp_path, *flags: str) -> subprocess.CompletedProcess:
+def run(folder, tmp_path, *flags: str):
     judge = small_judge.write(tmp_path / "judge")
-    command = [sys.executable, *MAIN, "evals", "solvers", f"--weights={folder}"]
-    command += [f"--judge={judge}", f"--data={FIXTURE}", "--subset=", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    flags = (f"--weights={folder}", f"--judge={judge}", f"--data={FIXTURE}", "--subset=", *flags)
+    return command.run(*command.MAIN, "evals", "solvers", *flags)
 
 
 def rows(table: str) -> list[list[str]]:

@@ -1,14 +1,12 @@
 """dalle2 evals upsampling: PSNR, a judge's scores and costs, beside bicubic."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import command
 import numpy as np
 import pytest
 import small_judge
-from command import MAIN
 from PIL import Image
 
 from dalle2_jax.evals import cost, psnr
@@ -17,9 +15,8 @@ from dalle2_jax.pipelines.dalle2 import DALLE2
 FIXTURE = Path(__file__).parent / "fixtures/emoji"
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *MAIN, "evals", "upsampling", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(*flags: str):
+    return command.run(*command.MAIN, "evals", "upsampling", *flags)
 
 
 def cells(row: str) -> list[str]:
