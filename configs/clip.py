@@ -142,6 +142,10 @@ def karlo():
     return config
 
 
+# The judge learns what the generating networks never see, so that it can tell whether they made it.
+EVERY_SPLIT = "train+validation+held_out_pairs+held_out_triples+held_out_concepts+held_out_styles"
+
+
 def tiny(variant):
     judge = variant == "judge"
     return ConfigDict(
@@ -154,8 +158,8 @@ def tiny(variant):
                 activation="quick_gelu",
             ),
             data=tiny_data(
-                split="train+held_out_pairs+held_out_concepts" if judge else "train",
-                eval_split="" if judge else "held_out_pairs",
+                split=EVERY_SPLIT if judge else "train",
+                eval_split="" if judge else "validation",
                 group_by="concept" if judge else "",  # styles of one thing side by side
                 flip=judge,
             ),

