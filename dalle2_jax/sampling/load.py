@@ -164,14 +164,22 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
             inputs = (entries["clip"]["model"]["text"]["width"],)
         if "image_size" in entry:
             inputs += (entry["image_size"],)
-        init = functools.partial(module.init, jax.random.key(0))
-        shapes = jax.eval_shape(lambda: init(*module.init_inputs(*inputs)))["params"]
+        shapes = _trace_init(module, inputs)
     except UserError:
         raise
     except _MISFITS as error:
         raise UserError(f"{where}: no network can be built so ({_message(error)})") from error
     parts = ("first", "last") if entry.get("separate_last_step") else ()
+    shapes = jax.tree.map(lambda leaf: leaf, shapes)  # a copy, because the trace is shared
     return dict.fromkeys(parts, shapes) if parts else shapes
+
+
+# Tracing a network of Karlo's depth takes a second, and loading and exporting ask several times.
+@functools.lru_cache(maxsize=16)
+def _trace_init(module: nn.Module, inputs: tuple[Any, ...]) -> Params:
+    """Returns the shapes of the parameters that `module.init` makes from `init_inputs(*inputs)`."""
+    init = functools.partial(module.init, jax.random.key(0))
+    return jax.eval_shape(lambda: init(*module.init_inputs(*inputs)))["params"]
 
 
 def _entry(folder: Path, stage: str, *keys: str) -> tuple[Mapping[str, Any], str]:
