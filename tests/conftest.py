@@ -6,11 +6,13 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # with libtpu and no TPU, start-up stalls without it
 # Eight devices. A test runs each program once or twice, so what counts is the time to compile it:
-# no optimisation by LLVM, and XLA's older emitters of fusions, which take a third of the time.
-# Later versions of jaxlib no longer know that flag, and stop at it.
+# no optimisation by LLVM, one module of LLVM in place of 32 small ones, and XLA's older emitters of
+# fusions, which take a third of the time. Later versions of jaxlib no longer know that last flag,
+# and stop at it.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10.")
 ).strip()

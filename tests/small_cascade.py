@@ -112,11 +112,37 @@ def config(stage: str, clip_from: str = "", **changes) -> ConfigDict:
 
 
 def randomised(params, seed: int = 0, std: float = 0.2):
-    """No parameter at zero: layers that start at zero hide what is behind them."""
+    """`params` plus noise, so that none of them is zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda p: jnp.asarray(p + std * rng.standard_normal(p.shape), jnp.float32), params
     )
+
+
+def random_params(init, seed: int = 0, std: float = 0.2):
+    """Parameters as `init(key)` makes them, plus noise, so that none of them is zero.
+
+    Layers that start at zero would hide what is behind them. Only shapes are traced: to compile an
+    initialisation takes longer than most tests.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape) -> jax.Array:
+        noise = rng.standard_normal(shape.shape)
+        return jnp.asarray(_initial(path[-1].key, shape.shape, rng) + std * noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def _initial(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray | float:
+    """An initial value of a parameter of this name, as the layers of `dalle2_jax.nets` have it."""
+    if name == "kernel":
+        return rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]))
+    if name == "components":
+        return np.eye(*shape)
+    ones = dict(scale=1.0, std=1.0, high=1.0, low=-1.0, logit_scale=np.log(1 / 0.07))
+    return ones.get(name, 0.0)
 
 
 def batch(size: int = 4, image_size: int = 16) -> dict[str, jax.Array]:
@@ -135,7 +161,7 @@ def written_with(folder, changes, stages) -> str:
     """As `write`, each stage's config with its `changes`."""
     for i, stage in enumerate(stages):
         task = build.task(config(stage, clip_from=str(folder), **changes.get(stage, {})))
-        params = randomised(jax.jit(task.init)(jax.random.key(i)), i)
+        params = random_params(task.init, seed=i)
         entry, tensors = task.export(params)
         model_folder.write_stage(folder, task.stage, entry, tensors)
     return str(folder)

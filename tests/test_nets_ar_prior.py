@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_cascade import CONTEXT, DIM, WIDTH, randomised
+from small_cascade import CONTEXT, DIM, WIDTH, random_params
 
 from dalle2_jax.nets.ar_prior import ARPrior, Statistics
 
@@ -27,8 +27,7 @@ CODES = jnp.asarray(np.random.default_rng(3).integers(0, BUCKETS, (B, 1 + DIMS))
 
 @pytest.fixture(scope="module")
 def params():
-    made = jax.jit(NETWORK.init)(jax.random.key(0), normal(0, B, DIM), **TEXT)
-    return randomised(made, std=0.3)
+    return random_params(lambda key: NETWORK.init(key, normal(0, B, DIM), **TEXT), std=0.3)
 
 
 @pytest.fixture(scope="module")

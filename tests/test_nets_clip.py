@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_cascade import CONFIGS, CONTEXT, DIM, VOCAB, batch, randomised
+from small_cascade import CONFIGS, CONTEXT, DIM, VOCAB, batch, random_params
 
 from dalle2_jax.imaging import arrays
 from dalle2_jax.nets.clip import CLIP, normalise, text_mask
@@ -19,8 +19,8 @@ EOT = VOCAB - 1
 def clip():
     network = CLIP(**MODEL)
     images, tokens = arrays.to_float(batch()["image"]), batch()["tokens"]
-    params = jax.jit(network.init)(jax.random.key(0), images, tokens)["params"]
-    return network, randomised(params), images, tokens
+    params = random_params(lambda key: network.init(key, images, tokens)["params"])
+    return network, params, images, tokens
 
 
 def test_text_mask_ends_with_the_first_end_token():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_cascade import CONTEXT, DIM, WIDTH, randomised
+from small_cascade import CONTEXT, DIM, WIDTH, random_params
 
 from dalle2_jax.nets.prior import DiffusionPrior
 
@@ -28,7 +28,7 @@ INPUTS = dict(
 
 
 def started(network):
-    return randomised(jax.jit(network.init)(jax.random.key(0), **INPUTS))
+    return random_params(lambda key: network.init(key, **INPUTS))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small_cascade
 from jax.extend.core import jaxprs_in_params
-from small_cascade import randomised
+from small_cascade import random_params
 
 from dalle2_jax import build
 from dalle2_jax.errors import UserError
@@ -37,8 +37,7 @@ def squares(make, remat):
     """(a loss, parameters none of which is zero)"""
     network, inputs = make(remat)
     rngs = {"dropout": jax.random.key(1)}
-    shapes = jax.eval_shape(lambda: network.init({"params": jax.random.key(0)} | rngs, *inputs))
-    params = randomised(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
+    params = random_params(lambda key: network.init({"params": key} | rngs, *inputs))
     return lambda p: jnp.square(network.apply(p, *inputs, rngs=rngs)).sum(), params
 
 

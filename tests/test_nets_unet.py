@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_cascade import CONFIGS, CONTEXT, DIM, UNET, VOCAB, WIDTH, batch, randomised
+from small_cascade import CONFIGS, CONTEXT, DIM, UNET, VOCAB, WIDTH, batch, random_params
 
 from dalle2_jax.nets.clip import text_mask
 from dalle2_jax.nets.decoder import Decoder
@@ -38,9 +38,9 @@ def decoder(text, **options):
 def model(request):
     """(whether the decoder reads tokens, a jitted call, parameters none of which is zero)"""
     network = decoder(TEXT if request.param == "own text encoder" else None)
-    params = jax.jit(network.init, static_argnums=4)(jax.random.key(0), X_T, T, COND, False)
+    params = random_params(lambda key: network.init(key, X_T, T, COND, False))
     apply = jax.jit(lambda params, cond: network.apply(params, X_T, T, cond, False))
-    return network.text is not None, apply, randomised(params)
+    return network.text is not None, apply, params
 
 
 def far(a, b) -> bool:
@@ -118,8 +118,7 @@ def test_every_parameter_of_the_decoder_has_a_gradient(model):
 
 def test_decoder_in_bfloat16_is_near_and_gives_float32():
     network = decoder(TEXT, dtype=jnp.bfloat16)
-    params = jax.jit(network.init, static_argnums=4)(jax.random.key(0), X_T, T, COND, False)
-    params = randomised(params, std=0.05)
+    params = random_params(lambda key: network.init(key, X_T, T, COND, False), std=0.05)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     out = jax.jit(network.apply, static_argnums=4)(params, X_T, T, COND, False)
     exact = jax.jit(decoder(TEXT).apply, static_argnums=4)(params, X_T, T, COND, False)
@@ -131,8 +130,8 @@ def test_decoder_in_bfloat16_is_near_and_gives_float32():
 def upsampler():
     network = Upsampler(dict(UNET, patch_size=2, dropout=0.5, remat=True), learned_variance=True)
     low = normal(3, B, 8, 8, 3)
-    params = jax.jit(network.init)(jax.random.key(0), X_T, T, low)
-    return network, randomised(params), low
+    params = random_params(lambda key: network.init(key, X_T, T, low))
+    return network, params, low
 
 
 def test_a_residual_upsampler_starts_at_the_small_image():

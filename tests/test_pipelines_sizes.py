@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import small_cascade
@@ -21,7 +20,7 @@ def chain(folder, tmp_path_factory):
     changes = dict(task__low_size=16, task__image_size=32)
     changes |= dict(model__residual=True, diffusion__prediction="x_0")
     task = build.task(small_cascade.config("upsampler", **changes))
-    params = small_cascade.randomised(task.init(jax.random.key(9)), 9)
+    params = small_cascade.random_params(task.init, seed=9)
     model_folder.write_stage(chain, task.stage, *task.export(params))
     return chain
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_cascade import CONTEXT, DIM, WIDTH, randomised
+from small_cascade import CONTEXT, DIM, WIDTH, random_params
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.ar_prior import ARPrior
@@ -49,8 +49,8 @@ def keys(rows=slice(None)):
 
 @pytest.fixture(scope="module")
 def params():
-    init = jax.jit(NETWORK.init)(jax.random.key(0), jnp.zeros((B, DIM)), *TEXT)["params"]
-    return randomised(init, std=0.3)
+    z_img = jnp.zeros((B, DIM))
+    return random_params(lambda key: NETWORK.init(key, z_img, *TEXT)["params"], std=0.3)
 
 
 def sampler(candidates=1, **settings) -> ARPriorSampler:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_cascade
-from small_cascade import CONFIGS, batch, config, randomised
+from small_cascade import CONFIGS, batch, config, random_params
 
 from dalle2_jax import build
 from dalle2_jax.errors import UserError
@@ -67,7 +67,7 @@ def test_the_loss_of_one_batch_falls(stage, clip_folder):
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_export_builds_the_same_network_again(stage, clip_folder, tmp_path):
     task = make(stage, clip_folder)
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     entry, tensors = task.export(params)
     model_folder.write_stage(tmp_path, task.stage, entry, tensors)
     back = model_folder.read_params(tmp_path, task.stage)
@@ -81,7 +81,7 @@ def test_export_builds_the_same_network_again(stage, clip_folder, tmp_path):
 def test_clip_pairs_are_worth_log_b_at_chance_and_zero_when_told_apart(clip_folder):
     """A network that says the same of everything pays log b (2103.00020, figure 3)."""
     task = make("clip", clip_folder)
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = random_params(task.init)
     text = params["text_tower"]["projection"]["kernel"]
     params["text_tower"]["projection"]["kernel"] = jnp.zeros_like(text)
     assert loss_of(task, params, train=False) == pytest.approx(np.log(4), rel=1e-5)
@@ -111,7 +111,7 @@ def test_a_dropped_caption_does_not_reach_the_network(stage, drop, image_matters
         text = dict(context_length=8, vocab_size=520, width=16, depth=1, heads=2)
         drop = {**drop, "model__text": text}
     task = make(stage, clip_folder, **drop)
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     other = {"tokens": jnp.flip(batch()["tokens"], axis=0)}
     assert loss_of(task, params, **other) == pytest.approx(loss_of(task, params), rel=1e-6)
     keeps = dataclasses.replace(task, drop_caption=0.0)
@@ -124,7 +124,7 @@ def test_a_dropped_caption_does_not_reach_the_network(stage, drop, image_matters
 
 def test_a_dropped_z_img_does_not_reach_the_decoder(clip_folder):
     task = make("decoder", clip_folder, task__drop_z_img=1.0, task__drop_caption=0.0)
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     cut = {**params, **{n: jax.tree.map(lambda p: 9 * p, params[n]) for n in ("null_z_img",)}}
     assert loss_of(task, cut) != pytest.approx(loss_of(task, params), rel=1e-4)
     task = dataclasses.replace(task, drop_z_img=0.0)
@@ -143,7 +143,7 @@ def test_a_disturbed_z_img_is_as_near_as_asked(clip_folder):
     np.testing.assert_allclose(np.quantile(near, [0.1, 0.5, 0.9]), want, atol=0.03)
 
     task = make("decoder", clip_folder, task__drop_z_img=0.0, task__drop_caption=0.0)
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     noisy = dataclasses.replace(task, noise_z_img=1.0)
     assert loss_of(noisy, params, train=False) == loss_of(task, params, train=False)
     assert abs(loss_of(noisy, params) - loss_of(task, params)) > 1e-6
@@ -239,7 +239,7 @@ def test_random_shift_moves_and_keeps_the_rest():
 )
 def test_previews_are_images_beside_the_true_ones(stage, size, columns, clip_folder):
     task = make(stage, clip_folder)
-    params = randomised(jax.jit(task.init)(jax.random.key(0)), std=0.05)
+    params = random_params(task.init, std=0.05)
     for rows, shown in ((3, 3), (9, 4)):  # of a batch of 4
         (name, image), *rest = task.preview(
             params, task.frozen(), batch(), jax.random.key(1), rows
@@ -273,7 +273,7 @@ def test_frozen_parameters_are_clips(clip_folder):
 def test_the_prior_learns_the_scaled_embedding(clip_folder):
     """With a network that says 0, the loss is the mean square of z_img * scale: scale^2 / dim."""
     task = make("prior", clip_folder)
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = random_params(task.init)
     params["out"] = jax.tree.map(jnp.zeros_like, params["out"])
     assert loss_of(task, params) == pytest.approx(task.embedding_scale**2 / 16, rel=1e-4)
 

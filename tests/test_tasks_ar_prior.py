@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_cascade
-from small_cascade import CONTEXT, DIM, batch, randomised
+from small_cascade import CONTEXT, DIM, batch, random_params, randomised
 from toy_task import losses
 
 from dalle2_jax import build
@@ -173,7 +173,7 @@ def test_what_is_fitted_is_not_decayed(clip_folder):
 @pytest.fixture(scope="module")
 def task(clip_folder):
     made = make(clip_folder)
-    return made, randomised(jax.jit(made.init)(jax.random.key(0)))
+    return made, random_params(made.init)
 
 
 def loss_of(task, params, given=None, train=True, key=0):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_cascade
-from small_cascade import KARLO, batch, randomised
+from small_cascade import KARLO, batch, random_params
 
 from dalle2_jax import build
 from dalle2_jax.diffusion.process import Process
@@ -25,7 +25,7 @@ from dalle2_jax.tokenizer import Tokenizer
 def clip_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("clip")
     task = build.task(small_cascade.config("clip", **KARLO["clip"]))
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     model_folder.write_stage(folder, "clip", *task.export(params))
     return str(folder)
 
@@ -36,7 +36,7 @@ def config(stage, clip_folder, **changes):
 
 def make(stage, clip_folder, **changes):
     task = build.task(config(stage, clip_folder, **changes))
-    params = randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = random_params(task.init)
     if stage == "prior":
         params = {**params, "std": 1 + jnp.abs(params["std"])}
     return task, params

@@ -29,7 +29,7 @@ def make(**changes):
 
 @pytest.fixture(scope="module")
 def params():
-    return small_cascade.randomised(jax.jit(make().init)(jax.random.key(0)), std=0.1)
+    return small_cascade.random_params(make().init, std=0.1)
 
 
 def toy_encode(params, inputs):

@@ -87,7 +87,7 @@ def test_weights_without_it_are_measured_by_a_run_of_no_steps(tmp_path):
 def test_eight_devices_measure_as_one(tmp_path, sizes):
     config = small_cascade.config("prior", small_cascade.write(tmp_path, ["clip"]), batch_size=8)
     task, found = build.task(config), []
-    params = small_cascade.randomised(jax.jit(task.init)(jax.random.key(0)))
+    params = small_cascade.random_params(task.init)
     rules = ((".*", "fsdp:1"),)
     for devices, shape in ((1, {}), (8, sizes)):
         mesh = sharding.make_mesh(shape, jax.devices()[:devices])
