@@ -32,15 +32,23 @@ def train(config, workdir):
 
 
 def test_the_cascade_is_trained_stage_by_stage_and_goes_on_exactly(tmp_path):
-    """Two steps and two more give the losses and the very bytes of four at once; then it draws."""
+    """A run that goes on from its checkpoint of step 2 comes to the losses of steps 3 and 4 and the
+    very bytes of the whole run; and the cascade then generates."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for stage in small_cascade.CONFIGS:
-        train(config(stage, whole, eval_every=2, preview_every=4), tmp_path / "w" / stage)
-        train(config(stage, parts, steps=2), tmp_path / "p" / stage)
-        train(config(stage, parts), tmp_path / "p" / stage)
-        told = losses(tmp_path / "w" / stage)
-        assert len(told) == 4 and told == losses(tmp_path / "p" / stage)
-        assert len(list((tmp_path / "w" / stage / "previews").iterdir())) == 1
+        workdir, stopped = tmp_path / "w" / stage, tmp_path / "p" / stage
+        train(config(stage, whole, eval_every=2, preview_every=4), workdir)
+        shutil.copytree(workdir, stopped)  # as a run that was killed before its second checkpoint
+        shutil.rmtree(stopped / "checkpoints" / "4")
+        (stopped / "metrics.jsonl").write_text(
+            "".join((workdir / "metrics.jsonl").read_text().splitlines(True)[:3])
+        )
+        train(config(stage, parts), stopped)
+        assert sorted(losses(workdir)) == [1, 2, 3, 4]
+        assert {step: losses(workdir)[step] for step in (3, 4)} == {
+            step: losses(stopped)[step] for step in (3, 4)
+        }
+        assert len(list((workdir / "previews").iterdir())) == 1
     names = sorted(path.name for path in whole.iterdir())
     assert len(names) == 1 + len(small_cascade.CONFIGS)
     for name in names:
