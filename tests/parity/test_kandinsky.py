@@ -17,6 +17,7 @@ from diffusers.schedulers import scheduling_unclip  # noqa: E402
 
 from dalle2_jax import DALLE2  # noqa: E402
 from dalle2_jax.errors import UserError  # noqa: E402
+from dalle2_jax.nets.conditioning import prior_condition  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
@@ -74,7 +75,7 @@ def test_z_img_of_one_noise(both, monkeypatch):
         for captions in (PROMPTS, [""] * count)
     )
     keys = jax.random.split(jax.random.key(0), count)
-    found = prior(params, prior.condition(text, empty), keys, noise=noise)
+    found = prior(params, prior_condition(prior.network, text, empty), keys, noise=noise)
     assert not queue and steps == 25 and prior.settings.clip == ("static", 10.0)
     assert_close(found, expected)
 

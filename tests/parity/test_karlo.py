@@ -209,7 +209,7 @@ def test_openais_own_clip_beside_the_checkpoints_serves_as_well(
     as_openai_saved(found, tmp_path / "k/ViT-L-14.pt")
     import_model(tmp_path / "k", tmp_path / "ours")
     again = DALLE2.from_pretrained(str(tmp_path / "ours"))
-    assert again.clip.image is not None and not again.clip.unit_length
+    assert again.cascade.clip.image is not None and not again.cascade.clip.unit_length
     captions = ["a red apple", "dog"]
     np.testing.assert_array_equal(again.encode_text(captions), ours.encode_text(captions))
 

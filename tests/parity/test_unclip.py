@@ -83,7 +83,7 @@ def test_text(both):
     tokens = ours.cascade.captions([*PROMPTS, None]).clip
     told = theirs.tokenizer([*PROMPTS, ""], padding="max_length", truncation=True, max_length=77)
     ids, mask = (torch.tensor(told[name]) for name in ("input_ids", "attention_mask"))
-    found = forward(ours.clip, ours.cascade.params["clip"], tokens, method="encode_text")
+    found = forward(ours.cascade.clip, ours.cascade.params["clip"], tokens, method="encode_text")
     np.testing.assert_array_equal(found.txt_mask, mask.bool().numpy())
     expected = theirs.text_encoder(ids)
     assert_close(found.z_txt, expected.text_embeds)
@@ -93,12 +93,12 @@ def test_text(both):
 
 def test_image(both):
     theirs, ours = both
-    if ours.clip.image is None:
+    if ours.cascade.clip.image is None:
         pytest.skip("it has no image tower")
     x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-    section = ours.clip.image
+    section = ours.cascade.clip.image
     standardised = (x / 2 + 0.5 - np.array(section["mean"])) / np.array(section["std"])
-    found = forward(ours.clip, ours.cascade.params["clip"], x, method="encode_image")
+    found = forward(ours.cascade.clip, ours.cascade.params["clip"], x, method="encode_image")
     expected = theirs.image_encoder(to_torch(standardised.astype(np.float32)))
     assert_close(found, expected.image_embeds)
 
@@ -106,13 +106,13 @@ def test_image(both):
 def test_image_of_any_size(both):
     """As CLIP's processor prepares it, to the last bit of a pixel."""
     theirs, ours = both
-    if ours.clip.image is None:
+    if ours.cascade.clip.image is None:
         pytest.skip("it has no image tower")
     for h, w in ((32, 32), (100, 57), (33, 640), (20, 24)):
         image = np.random.default_rng(h).integers(0, 256, (h, w, 3), dtype=np.uint8)
         image[: h // 2] //= 3
         pixels = theirs.feature_extractor(images=image, return_tensors="pt").pixel_values
-        section = ours.clip.image
+        section = ours.cascade.clip.image
         mean, std = np.array(section["mean"]), np.array(section["std"])
         seen = (clip_square(image, 32) / 255 - mean) / std
         np.testing.assert_allclose(seen, np.moveaxis(pixels[0].numpy(), 0, -1), atol=1e-4)
@@ -196,10 +196,10 @@ def test_images_of_one_noise(both, monkeypatch):
         given |= {"prior_num_inference_steps": STEPS["prior"]}
         given |= {"prior_latents": to_torch(noise["prior"][0])}
         expected = theirs(PROMPTS, **given).images
-        found = ours.generate(PROMPTS, noise=noise, steps=steps)
+        found = ours.with_settings(steps=steps).generate(PROMPTS, noise=noise)
     else:
         z_img = normal(2, 32)
         expected = theirs(image_embeddings=torch.tensor(z_img), **given).images
-        found = ours.generate(None, z_img=z_img, noise=noise, steps=steps)
+        found = ours.with_settings(steps=steps).generate(None, z_img=z_img, noise=noise)
     assert not queue and found.std() > 1 and found.shape == expected.shape
     assert np.abs(found / 255 - expected).max() <= 2 / 255
