@@ -116,13 +116,12 @@ def test_weights_are_not_taken_for_those_of_another_clip_or_model(tmp_path):
 
 @pytest.mark.parametrize("stage", ["decoder", "upsampler"])
 def test_weights_that_know_of_no_masks_are_fine_tuned_to_inpaint(stage, tmp_path):
-    small_cascade.write(tmp_path / "start")
+    small_cascade.write(tmp_path / "start", ["clip", stage])
     small_cascade.write(tmp_path / "model", ["clip"])
     begun = dict(init_from=str(tmp_path / "start"), model__inpaints=True)
     name = build.task(config(stage, tmp_path / "model", **begun)).stage
     old = model_folder.read_params(tmp_path / "start", name)["unet"]
-    still = config(stage, tmp_path / "model", 1, optimizer=dict(learning_rate=0.0), **begun)
-    train(still, tmp_path / "still")
+    train(config(stage, tmp_path / "model", 0, **begun), tmp_path / "still")
     tensors = model_folder.read_params(tmp_path / "model", name)["unet"]
     assert not tensors["conv_known"]["kernel"].any()
     np.testing.assert_array_equal(tensors["conv_in"]["kernel"], old["conv_in"]["kernel"])
