@@ -57,8 +57,8 @@ def measure(
         return jnp.mean(jnp.square(to_prediction(schedule, *args).x_0 - x_0))
 
     times = jnp.asarray(knots(process.num_timesteps), jnp.int32)
-    found = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
-    return jnp.minimum(found, jnp.mean(jnp.square(x_0)))
+    errors = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
+    return jnp.minimum(errors, jnp.mean(jnp.square(x_0)))
 
 
 def variances(

@@ -61,8 +61,8 @@ def _rescaled(out: Array, cond: Array, phi: ArrayLike) -> Array:
     """Equation (5)."""
     if isinstance(phi, int | float) and phi == 0:
         return out
-    std, wanted = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
-    return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out  # pyright: ignore[reportReturnType]
+    std, target_std = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
+    return (phi * target_std / jnp.maximum(std, 1e-12) + 1 - phi) * out  # pyright: ignore[reportReturnType]
 
 
 def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:

@@ -31,12 +31,12 @@ def keeping(schedule: Schedule, denoiser: Denoiser, known: Array) -> Denoiser:
     """
     y, m = known[..., :-1], known[..., -1:]
 
-    def kept(x_t: Array, t: Array) -> Prediction:
+    def with_known(x_t: Array, t: Array) -> Prediction:
         pred = denoiser(x_t, t)
         x_0 = jnp.where((t > 0)[:, None, None, None], y + (1 - m) * pred.x_0, pred.x_0)
         return pred._replace(x_0=x_0, eps=eps_from_x_0(schedule, x_t, x_0, t))
 
-    return kept
+    return with_known
 
 
 def num_calls(steps: int, repeats: int) -> int:

@@ -57,8 +57,10 @@ def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
     name, _, gamma = weighting.rpartition("_")
     number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", gamma)
     if name not in of_x_0 or not number or not float(gamma):
-        known = "'none', 'min_snr_<gamma>' or 'min_v_<gamma>', gamma above 0"
-        raise UserError(f"weighting must be {known}, not {weighting!r}")
+        raise UserError(
+            "weighting must be 'none', 'min_snr_<gamma>' or 'min_v_<gamma>', gamma above 0, "
+            f"not {weighting!r}"
+        )
     return np.minimum(of_x_0[name], float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
 

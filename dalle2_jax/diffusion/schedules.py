@@ -147,8 +147,9 @@ def make(name: str, num_timesteps: int) -> Schedule:
     if name not in _MAKERS:
         raise UserError(f"unknown noise schedule {name!r}{near_miss(str(name), _MAKERS)}")
     if type(num_timesteps) is not int or not 1 <= num_timesteps <= 100_000:
-        requirement = "num_timesteps must be a whole number from 1 to 100000"
-        raise UserError(f"{requirement}, not {num_timesteps!r}")
+        raise UserError(
+            f"num_timesteps must be a whole number from 1 to 100000, not {num_timesteps!r}"
+        )
     return _MAKERS[name](num_timesteps)
 
 
@@ -179,17 +180,22 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
     if spacing not in SPACINGS:
         raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
     if isinstance(steps, int | np.integer):
-        kept = _kept(schedule, int(steps), spacing)
+        indices = _indices_by_spacing(schedule, int(steps), spacing)
     elif spacing == "sections":
-        kept = _in_sections(total, steps)
+        indices = _in_sections(total, steps)
     else:
-        kept = np.sort(np.asarray(steps, np.int64))
-    if len(kept) == 0 or len(np.unique(kept)) < len(kept) or kept[0] < 0 or kept[-1] >= total:
+        indices = np.sort(np.asarray(steps, np.int64))
+    if (
+        len(indices) == 0
+        or len(np.unique(indices)) < len(indices)
+        or indices[0] < 0
+        or indices[-1] >= total
+    ):
         raise UserError(f"steps to keep must be distinct and within 0..{total - 1}: {steps}")
-    return Schedule(alpha_bar=schedule.alpha_bar[kept], timesteps=schedule.timesteps[kept])
+    return Schedule(alpha_bar=schedule.alpha_bar[indices], timesteps=schedule.timesteps[indices])
 
 
-def _kept(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
+def _indices_by_spacing(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
     total = schedule.num_timesteps
     if spacing == "sections":
         raise UserError(f"spacing 'sections' takes a count for each section, not {count}")
@@ -203,13 +209,13 @@ def _kept(schedule: Schedule, count: int, spacing: str) -> np.ndarray:
     if spacing == "even" or count == 1:
         return strided
     lambda_ = 0.5 * schedule.logsnr
-    wanted = np.linspace(lambda_[0], max(lambda_[-1], MIN_LAMBDA), count)
-    kept = np.abs(lambda_[None, :] - wanted[:, None]).argmin(1)
-    kept[-1] = total - 1
+    targets = np.linspace(lambda_[0], max(lambda_[-1], MIN_LAMBDA), count)
+    indices = np.abs(lambda_[None, :] - targets[:, None]).argmin(1)
+    indices[-1] = total - 1
     # Where time is coarser than the wanted steps, neighbours collide: move them apart.
     first = np.arange(count)
-    kept = np.maximum.accumulate(kept - first) + first
-    return np.minimum(kept, total - count + first)
+    indices = np.maximum.accumulate(indices - first) + first
+    return np.minimum(indices, total - count + first)
 
 
 def _in_sections(total: int, counts: Sequence[int]) -> np.ndarray:

@@ -24,17 +24,17 @@ from dalle2_jax.types import Array
 # kernel needs 5.8 times less temporary memory at 512 x 512, 7.8 times at 1024 x 1284; at 256 x 516
 # only 2.2 times, and the time that its padding takes there may well eat up what it gains.
 LONG = 512
-_traced = "kernel"  # what stands in a TPU's program from LONG queries on
+_implementation = "kernel"  # what stands in a TPU's program from LONG queries on
 
 
 @contextlib.contextmanager
-def _tracing(what: str) -> Iterator[None]:
-    global _traced
-    before, _traced = _traced, what
+def _tracing_with(what: str) -> Iterator[None]:
+    global _implementation
+    before, _implementation = _implementation, what
     try:
         yield
     finally:
-        _traced = before
+        _implementation = before
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
@@ -43,7 +43,7 @@ def without_kernels() -> contextlib.AbstractContextManager[None]:
     For estimates: XLA's compiler knows neither the time nor the FLOPs of a Pallas call. Enter it
     while tracing; programs that jit has traced before stay as they are.
     """
-    return _tracing("checkpointed einsum")
+    return _tracing_with("checkpointed einsum")
 
 
 def only_einsum() -> contextlib.AbstractContextManager[None]:
@@ -51,7 +51,7 @@ def only_einsum() -> contextlib.AbstractContextManager[None]:
 
     For counting what must be computed, nothing of it twice; see `without_kernels`.
     """
-    return _tracing("einsum")
+    return _tracing_with("einsum")
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -68,13 +68,13 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     Returns:
         [b, n, heads, d] in v's dtype.
     """
-    if q.shape[1] < LONG or _traced == "einsum":
+    if q.shape[1] < LONG or _implementation == "einsum":
         return attention_by_einsum(q, k, v, mask)
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
     # what any of the platforms would keep.
     einsum = jax.checkpoint(attention_by_einsum)
     fits = (mask is None or mask.shape[2] == 1) and q.shape[-1] <= MOST_CHANNELS
-    kernel = flash_attention if _traced == "kernel" and fits else einsum
+    kernel = flash_attention if _implementation == "kernel" and fits else einsum
 
     def choose(q: Array, k: Array, v: Array, *mask: Array) -> Array:
         return jax.lax.platform_dependent(

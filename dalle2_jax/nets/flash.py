@@ -68,10 +68,10 @@ def flash_attention(
         return splash.SegmentIds(jnp.zeros(rows, jnp.int32), unseen.astype(jnp.int32))
 
     if mask is not None:
-        given, axis = jax.vmap(segments)(jnp.broadcast_to(mask[:, 0, 0], (b, m))), 0
+        segment_ids, axis = jax.vmap(segments)(jnp.broadcast_to(mask[:, 0, 0], (b, m))), 0
     else:
-        given, axis = None if keys == m else segments(jnp.ones(m, bool)), None
-    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, axis))(q, k, v, given)
+        segment_ids, axis = None if keys == m else segments(jnp.ones(m, bool)), None
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, axis))(q, k, v, segment_ids)
     return out[:, :, :n].swapaxes(1, 2).astype(v.dtype)
 
 

@@ -60,9 +60,9 @@ def nucleus(logits: Array, top_p: float) -> Array:
         return logits
     p = jax.nn.softmax(logits, axis=-1)
     order = jnp.argsort(-p, axis=-1)
-    likelier = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
-    likelier = jnp.take_along_axis(likelier, jnp.argsort(order, axis=-1), axis=-1) - p
-    return jnp.where(likelier < top_p, logits, -jnp.inf)
+    mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
+    mass_above = jnp.take_along_axis(mass, jnp.argsort(order, axis=-1), axis=-1) - p
+    return jnp.where(mass_above < top_p, logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,8 @@ def sample_z_img(
     """Samples z_img float32 [b, dim], see `ARPriorSampler`."""
     b, k = keys.shape[0], sampler.candidates
     keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-    each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-    codes = sample_codes(sampler, params, each, keys)
+    cond_rows = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+    codes = sample_codes(sampler, params, cond_rows, keys)
     z = forward(sampler.network, params, codes, method="to_z_img")
     return nearest_to(cond["z_txt"], z, sampler.unit_length)
 
@@ -147,8 +147,8 @@ def sample_codes(
         return null_logp + settings.cfg_scale * (cond_logp - null_logp)
 
     def pick(logits: Array, place: Array | int) -> Array:
-        own = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
-        return jax.vmap(jax.random.categorical)(own, logits)
+        row_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
+        return jax.vmap(jax.random.categorical)(row_keys, logits)
 
     def pick_code(logits: Array, place: Array) -> Array:
         if settings.temperature == 0:

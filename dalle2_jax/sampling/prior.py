@@ -64,8 +64,8 @@ class PriorSampler(StageSampler):
         del known
         b, k = keys.shape[0], self.candidates
         keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-        repeated = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-        x_0 = yield from self.sample(params, repeated, keys, self.shape, noise)
+        cond_rows = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+        x_0 = yield from self.sample(params, cond_rows, keys, self.shape, noise)
         z = forward(self.network, params, x_0, method="to_z_img")
         return nearest_to(cond["z_txt"], z, self.unit_length)
 

@@ -83,7 +83,7 @@ class ARPriorTask:
         range. Logs the share of the variance that is lost.
         """
 
-        def passed(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        def over_batches(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
             run = None
             for batch in itertools.islice(batches(), self.fit_batches):
                 run = run or _replicated(function, batch)
@@ -93,33 +93,38 @@ class ARPriorTask:
             z, _ = self._encode(clip, batch)
             return z.mean(axis=0), jnp.einsum("bi,bj->ij", z, z, precision=EXACT) / len(z)
 
-        def ranges(given: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
-            values = forward(statistics, given, *self._encode(clip, batch), method="values")
+        def ranges(pca: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
+            values = forward(statistics, pca, *self._encode(clip, batch), method="values")
             return values.min(axis=0), values.max(axis=0)
 
         n = self.network
         statistics = Statistics(n.dim, n.dims, n.buckets)
         total, count = None, 0
-        for found in passed(moments):
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        for batch_moments in over_batches(moments):
+            total = batch_moments if total is None else jax.tree.map(jnp.add, total, batch_moments)
             jax.block_until_ready(total)  # simulated devices abort when programs queue up
             count += 1
         assert total is not None, "there are no batches to fit to"
-        mean, components, kept = directions(*(x / count for x in total), n.dims)
-        given = {"mean": mean, "components": components}
-        given |= {"low": params["statistics"]["low"], "high": params["statistics"]["high"]}
+        mean, components, share = directions(*(x / count for x in total), n.dims)
+        pca = {
+            "mean": mean,
+            "components": components,
+            "low": params["statistics"]["low"],
+            "high": params["statistics"]["high"],
+        }
         low = high = None
-        for least, most in passed(ranges, given):
+        for least, most in over_batches(ranges, pca):
             low = least if low is None else jnp.minimum(low, least)
             high = most if high is None else jnp.maximum(high, most)
             jax.block_until_ready((low, high))
-        kept = float(kept)
-        kept_share = f"{n.dims} of {n.dim} directions keep {100 * kept:.2f} %"
-        logging.info("PCA of z_img: %s of the variance", kept_share)
-        if 1 - kept > MOST_LOST:
-            cure = "raise config.model.dims"
-            logging.warning("PCA of z_img: %s, more than 1 %% is lost: %s", kept_share, cure)
-        return {**given, "low": low, "high": high}
+        kept_share = float(share)
+        summary = f"{n.dims} of {n.dim} directions keep {100 * kept_share:.2f} %"
+        logging.info("PCA of z_img: %s of the variance", summary)
+        if 1 - kept_share > MOST_LOST:
+            logging.warning(
+                "PCA of z_img: %s, more than 1 %% is lost: raise config.model.dims", summary
+            )
+        return {**pca, "low": low, "high": high}
 
     def _encode(self, clip: Params, batch: Batch) -> tuple[Array, Array]:
         """(z_img, z_txt) of a batch."""
@@ -137,14 +142,14 @@ class ARPriorTask:
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
             z_img = disturb(key_noise, z_img, self.noise) if self.noise else z_img
         logits, codes = forward(self.network, params, z_img, *text)
-        chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-        nats = (jax.nn.logsumexp(logits, axis=-1) - chosen).mean(axis=0)  # a code
-        again = forward(self.network, params, codes, method="to_z_img")
+        code_logits = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+        nats = (jax.nn.logsumexp(logits, axis=-1) - code_logits).mean(axis=0)  # a code
+        z_again = forward(self.network, params, codes, method="to_z_img")
         metrics = {
             "dot": nats[0],
             "codes": nats[1:].mean(),
             "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes),
-            "round_trip": jnp.sum(normalise(again) * normalise(z_img), axis=1).mean(),  # cosine
+            "round_trip": jnp.sum(normalise(z_again) * normalise(z_img), axis=1).mean(),  # cosine
         }
         return nats.mean(), metrics
 
@@ -198,14 +203,17 @@ def from_config(config: Any) -> ARPriorTask:
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(where) else f"{where}: {message}") from error
-    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
+    sampler_options = {
+        "candidates": config.task.candidates,
+        "unit_length": clip.network.unit_length,
+    }
     task = construct(
         ARPriorTask,
         options,
         "config.task",
         network=network,
         clip=clip,
-        sampler=ARPriorSampler(network, settings, **drawn),
+        sampler=ARPriorSampler(network, settings, **sampler_options),
         entry={},
     )
     count = task.fit_batches * config.batch_size

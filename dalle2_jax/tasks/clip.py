@@ -74,8 +74,8 @@ class CLIPTask:
             )
         else:
             z_img, z_txt, scale = self._encode(params, inputs)
-        loss, *found = contrast(z_img, z_txt, scale)
-        metrics = {"image_to_text": found[0], "text_to_image": found[1]}
+        loss, image_to_text, text_to_image = contrast(z_img, z_txt, scale)
+        metrics = {"image_to_text": image_to_text, "text_to_image": text_to_image}
         return loss, {**metrics, "logit_scale": scale.mean()}
 
     def _encode(self, params: Params, inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:

@@ -137,9 +137,9 @@ class DecoderTask:
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         cond = self.condition(frozen, batch, guided=True)
-        drawn = finish(self.sampler(params, cond, keys))
+        samples = finish(self.sampler(params, cond, keys))
         true = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
-        return {"decoder": previews.side_by_side(true, drawn)}
+        return {"decoder": previews.side_by_side(true, samples)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params

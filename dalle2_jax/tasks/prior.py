@@ -143,7 +143,10 @@ def from_config(config: Any) -> PriorTask:
     check_transformer("config.model", config.model, network.activation)
     process = construct(Process, config.diffusion, "config.diffusion")
     clip = FrozenCLIP.load(config)
-    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
+    sampler_options = {
+        "candidates": config.task.candidates,
+        "unit_length": clip.network.unit_length,
+    }
     task = construct(
         PriorTask,
         options,
@@ -151,9 +154,11 @@ def from_config(config: Any) -> PriorTask:
         network=network,
         process=process,
         clip=clip,
-        sampler=make_sampler(PriorSampler, config, network, process, measured=True, **drawn),
+        sampler=make_sampler(
+            PriorSampler, config, network, process, measured=True, **sampler_options
+        ),
         entry={},
     )
-    kept = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}
-    entry = stage_entry(config, **kept, clip=task.clip.hash)
+    extra = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}
+    entry = stage_entry(config, **extra, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)

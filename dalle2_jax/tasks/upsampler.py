@@ -159,8 +159,8 @@ class UpsamplerTask:
         # The networks share no parameter, so the gradient of the sum is each one's own.
         total, metrics = jnp.float32(0), {}
         keys = (jax.random.split(key, len(self.learns)) for key in (key_loss, key_dropout))
-        for part, *own in zip(self.learns, *keys, strict=True):
-            loss, part_metrics = loss_of(params[part], own, self.times[part])
+        for part, *part_keys in zip(self.learns, *keys, strict=True):
+            loss, part_metrics = loss_of(params[part], part_keys, self.times[part])
             total += loss
             metrics |= {f"{part}_{name}": value for name, value in part_metrics.items()}
         return total, metrics
@@ -184,10 +184,12 @@ class UpsamplerTask:
             key_blur, key_share = jax.random.split(key_blur)
             strength = degradation.STRENGTHS[self.degradation]
             # Its operations are made for factors up to 4.
-            seen = arrays.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
-            spoilt = degradation.bsr(key_blur, seen, low.shape[1], strength)
-            chosen = jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
-            low = jnp.where(chosen, spoilt, low)
+            crops = arrays.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
+            bsr_low = degradation.bsr(key_blur, crops, low.shape[1], strength)
+            is_degraded = (
+                jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
+            )
+            low = jnp.where(is_degraded, bsr_low, low)
         if self.noise_std:
             key_std, key_noise = jax.random.split(key_noise)
             std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
@@ -209,9 +211,9 @@ class UpsamplerTask:
         images = arrays.to_float(previews.first(batch, rows)["image"])
         true = arrays.resize(images, self.image_size, "area")
         low = arrays.resize(true, self.low_size, "area")
-        drawn = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
-        shown = arrays.resize(low, self.image_size, "nearest")
-        return {self.stage: previews.side_by_side(shown, drawn, true)}
+        samples = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
+        low_enlarged = arrays.resize(low, self.image_size, "nearest")
+        return {self.stage: previews.side_by_side(low_enlarged, samples, true)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
@@ -229,7 +231,7 @@ def from_config(config: Any) -> UpsamplerTask:
             "config.model.residual=True goes with config.diffusion.prediction='x_0', not "
             f"{process.prediction!r}: the small image is added to what is predicted"
         )
-    drawn = {
+    sampler_options = {
         "image_size": config.task.get("image_size", 1),  # `construct` tells where it lacks
         "separate_last_step": config.task.separate_last_step,
     }
@@ -239,7 +241,7 @@ def from_config(config: Any) -> UpsamplerTask:
         "config.task",
         network=network,
         process=process,
-        sampler=make_sampler(UpsamplerSampler, config, network, process, **drawn),
+        sampler=make_sampler(UpsamplerSampler, config, network, process, **sampler_options),
         entry={},
     )
     check_images(config, task.image_size, "config.task")

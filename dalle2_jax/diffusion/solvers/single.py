@@ -75,8 +75,7 @@ class DDPM(OverSchedule):
 
     def __post_init__(self) -> None:
         if isinstance(self.variance, str) and self.variance not in ("small", "large"):
-            known = "'small', 'large' or a table"
-            raise UserError(f"variance must be {known}, not {self.variance!r}")
+            raise UserError(f"variance must be 'small', 'large' or a table, not {self.variance!r}")
 
     @table
     def _log_variance(self) -> np.ndarray:

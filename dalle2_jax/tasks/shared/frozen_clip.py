@@ -32,8 +32,8 @@ def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
         tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
     except ValueError as error:
         raise UserError(f"config.data: {error}") from error
-    given = {name: getattr(tokenizer, name) for name in names}
-    _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
+    values = {name: getattr(tokenizer, name) for name in names}
+    _check_equal("config.data", values, {name: text.get(name) for name in names}, whose)
 
 
 def check_images(config: Any, least: int, whose: str) -> None:
@@ -47,12 +47,12 @@ def check_images(config: Any, least: int, whose: str) -> None:
 
 
 def _check_equal(
-    where: str, given: Mapping[str, Any], wanted: Mapping[str, Any], whose: str
+    where: str, values: Mapping[str, Any], expected: Mapping[str, Any], whose: str
 ) -> None:
-    for name, value in wanted.items():
-        if given.get(name) != value:
+    for name, value in expected.items():
+        if values.get(name) != value:
             raise UserError(
-                f"{where}.{name}={given.get(name)} but {whose} has {value}: "
+                f"{where}.{name}={values.get(name)} but {whose} has {value}: "
                 f"set --{where}.{name}={value}"
             )
 
