@@ -53,11 +53,15 @@ def measure(
     def at(t: Array, key: Array) -> Array:
         times = jnp.full(x_0.shape[:1], t, jnp.int32)
         x_t = q_sample(schedule, x_0, times, jax.random.normal(key, x_0.shape))
+        # Without a clip (None): the error of the network itself.
         args = process.prediction, apply(x_t, times), x_t, times, None, process.learned_variance
         return jnp.mean(jnp.square(to_prediction(schedule, *args).x_0 - x_0))
 
     times = jnp.asarray(knots(process.num_timesteps), jnp.int32)
+    # A loop, not vmap: one batch in memory at a time.
     errors = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
+    # (5): predicting 0 would already reach the mean square. The other bound needs abar, see
+    # `variances`.
     return jnp.minimum(errors, jnp.mean(jnp.square(x_0)))
 
 
@@ -73,9 +77,11 @@ def variances(
         eta: of (3).
     """
     abar, prev = schedule.alpha_bar, schedule.alpha_bar_prev
+    # By `timesteps`, not by index: knots count in steps of training.
     v = np.interp(schedule.timesteps, knots(num_timesteps), x_0_error)
     v = np.clip(v, 0, (1 - abar) / abar)
     lambda_2 = eta**2 * schedule.posterior_variance
+    # The maximum is against rounding, as in DDIM's tables.
     c = np.sqrt(prev) - np.sqrt(np.maximum(1 - prev - lambda_2, 0) * abar / (1 - abar))
     sigma_2 = lambda_2 + c**2 * v
     sigma_2[:1] = 0

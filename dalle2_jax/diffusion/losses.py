@@ -40,8 +40,10 @@ def sample_t(key: Array, b: int, num_timesteps: int, stratified: bool = False) -
     if not stratified:
         return jax.random.randint(key, (b,), 0, num_timesteps)
     offset, order = jax.random.split(key)
+    # [b], 1 / b apart. In float32 u T may round up to T, hence the minimum.
     u = (jnp.arange(b) / b + jax.random.uniform(offset)) % 1.0
     t = jnp.minimum(u * num_timesteps, num_timesteps - 1).astype(jnp.int32)
+    # Shuffled, so that the place of an example in the batch says nothing about its t.
     return jax.random.permutation(order, t)
 
 
@@ -61,6 +63,8 @@ def loss_weight(schedule: Schedule, kind: str, weighting: str) -> np.ndarray:
             "weighting must be 'none', 'min_snr_<gamma>' or 'min_v_<gamma>', gamma above 0, "
             f"not {weighting!r}"
         )
+    # At a given x_t an error e in x_0 is one of e sqrt(snr) in eps and of e sqrt(snr + 1) in v. So
+    # dividing by snr or snr + 1 turns their squares into the square of the error in x_0.
     return np.minimum(of_x_0[name], float(gamma)) / {"x_0": 1.0, "eps": snr, "v": snr + 1}[kind]
 
 
@@ -93,6 +97,7 @@ def training_losses(
     x_0, noise = x_0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = gaussian.q_sample(schedule, x_0, t, noise)
     out = apply(x_t, t).astype(jnp.float32)
+    # Read by `vb_term` alone. Unclipped, for the bound is that of the network's own prediction.
     prediction = gaussian.to_prediction(
         schedule, kind, _stop_mean(out) if learned_variance else out, x_t, t, None, learned_variance
     )
@@ -101,7 +106,7 @@ def training_losses(
         target = gaussian.v_from(schedule, x_0, noise, t)
     else:
         target = noise if kind == "eps" else x_0
-    mse = _mean_flat(jnp.square(mean_out - target))
+    mse = _mean_flat(jnp.square(mean_out - target))  # b
     weight = extract(loss_weight(schedule, kind, weighting), t, 1)
     if not learned_variance:
         return {"loss": weight * mse, "mse": mse}
@@ -110,6 +115,7 @@ def training_losses(
     return {"loss": loss, "mse": mse, "vb": vb}
 
 
+# L_t trains the variance only; L_simple alone decides the mean (IDDPM section 3.1).
 def _stop_mean(out: Array) -> Array:
     mean, raw = jnp.split(out, 2, axis=-1)
     return jnp.concatenate([jax.lax.stop_gradient(mean), raw], axis=-1)
@@ -124,8 +130,11 @@ def vb_term(schedule: Schedule, prediction: Prediction, x_0: Array, x_t: Array, 
     mean_pred, _, log_variance_pred = gaussian.q_posterior(schedule, prediction.x_0, x_t, t)
     if prediction.log_variance is not None:
         log_variance_pred = prediction.log_variance
+    # Both terms are computed for every t, and each is finite where the other is chosen: clipped log
+    # variances in the first, the bound 1e-12 in the second.
     kl = _mean_flat(normal_kl(mean, log_variance, mean_pred, log_variance_pred))
     nll = -_mean_flat(discretised_log_likelihood(x_0, mean_pred, log_variance_pred))
+    # Nats to bits.
     return jnp.where(t == 0, nll, kl) / np.log(2.0)
 
 
@@ -133,6 +142,7 @@ def normal_kl(mean_1: Array, log_variance_1: Array, mean_2: Array, log_variance_
     """KL(N_1 || N_2) of diagonal gaussians in nats, elementwise."""
     difference = log_variance_1 - log_variance_2
     squared = jnp.square(mean_1 - mean_2) * jnp.exp(-log_variance_2)
+    # expm1(d) - d = exp(d) - 1 - d, precise also where the variances are nearly equal.
     return 0.5 * (jnp.expm1(difference) - difference + squared)
 
 
@@ -143,9 +153,11 @@ def discretised_log_likelihood(x: Array, mean: Array, log_variance: Array) -> Ar
     below 1e-12 count as 1e-12, which bounds the loss and the gradient of a hopeless guess.
     """
     inverse_std = jnp.exp(-0.5 * log_variance)
+    # Values are 2 / 255 apart in [-1, 1]: a bin reaches half of that to either side.
     upper = jnp.where(x > 0.999, jnp.inf, (x - mean + 1 / 255) * inverse_std)
     lower = jnp.where(x < -0.999, -jnp.inf, (x - mean - 1 / 255) * inverse_std)
-    # Mirrored into the lower tail, where float32 tells small probabilities apart.
+    # Mirrored into the lower tail: there float32 tells small probabilities apart, whereas those
+    # near 1 all round to 1.
     mirror = x > mean
     upper, lower = jnp.where(mirror, -lower, upper), jnp.where(mirror, -upper, lower)
     cdf = jax.scipy.special.ndtr

@@ -30,10 +30,15 @@ import numpy as np
 from dalle2_jax.diffusion.tables import table
 from dalle2_jax.errors import UserError, near_miss
 
-MIN_LAMBDA = -5.1
+MIN_LAMBDA = -5.1  # of the "logsnr" spacing: below it x_t is all but pure noise
 MAX_BETA = 0.999  # IDDPM section 3.2: keeps the last steps of (8) away from a singularity
 
 
+# Tables are computed once, in float64, and cast where they meet x. In float32 1 - abar would lose
+# its digits at the clean end, where abar is nearly 1, and so would the ratios (4) to (6).
+#
+# `table` marks those that a compiled step reads (see `tables`); the other cached properties only
+# serve to make tables.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """A noise schedule: `alpha_bar` float64 [T], falling from nearly 1 to nearly 0.
@@ -52,6 +57,7 @@ class Schedule:
 
     @functools.cached_property
     def alpha_bar_prev(self) -> np.ndarray:
+        # abar(-1) = 1: the last step, at t = 0, leads to the clean image itself.
         return np.append(1.0, self.alpha_bar[:-1])
 
     @functools.cached_property
@@ -81,8 +87,11 @@ class Schedule:
     @table
     def posterior_log_variance_clipped(self) -> np.ndarray:
         """log beta~ with its first entry, log 0, replaced by the second (IDDPM)."""
+        # There is no second entry to borrow; the last step adds no noise anyway.
         if self.num_timesteps == 1:
             return np.log(self.beta)
+        # beta~ is 0 at t = 0, because abar_prev is 1. Its log must stay finite even where it is not
+        # used: an infinity in a branch that `jnp.where` drops still makes the gradient NaN.
         return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
     @table
@@ -95,6 +104,7 @@ class Schedule:
 
     @functools.cached_property
     def logsnr(self) -> np.ndarray:
+        # log1p keeps the digits of 1 - abar where abar is tiny.
         return np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)  # (7)
 
 
@@ -109,12 +119,14 @@ def extract(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
     Returns:
         float32 [1, 1, ...] for a scalar t, [b, 1, ...] for a batch of them.
     """
+    # A table of a running program is a traced float32 array already (`tables.with_tables`).
     t = jnp.asarray(t)
     values = jnp.asarray(table, jnp.float32)[t]
     return values.reshape(t.shape + (1,) * (ndim - t.ndim))
 
 
 def _from_betas(beta: np.ndarray) -> Schedule:
+    # alpha_bar is multiplied up again from the clipped betas, so that all tables agree.
     beta = np.minimum(beta, MAX_BETA)
     return Schedule(alpha_bar=np.cumprod(1.0 - beta), timesteps=np.arange(len(beta)))
 
@@ -122,17 +134,20 @@ def _from_betas(beta: np.ndarray) -> Schedule:
 def cosine(num_timesteps: int) -> Schedule:
     """IDDPM's cosine schedule, equation (8), betas clipped at 0.999."""
     t = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+    # T + 1 points, t / T = 0 .. 1: beta(t) is the fall from one to the next.
     f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return _from_betas(1.0 - f[1:] / f[:-1])
 
 
 def linear(num_timesteps: int) -> Schedule:
     """DDPM's linear schedule, equation (9), scaled as in IDDPM and ADM."""
+    # With fewer steps each is as much noisier, so that x_T is about the same noise.
     scale = 1000.0 / num_timesteps
     return _from_betas(np.linspace(scale * 1e-4, scale * 0.02, num_timesteps))
 
 
 SPACINGS = ("even", "trailing", "logsnr", "sections", "fast27")
+# Steps in each fifth of time, the cleanest first, as `_in_sections` takes them.
 _FAST27 = 10, 10, 3, 2, 2
 _MAKERS = {"cosine": cosine, "linear": linear}
 
@@ -192,6 +207,7 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
         or indices[-1] >= total
     ):
         raise UserError(f"steps to keep must be distinct and within 0..{total - 1}: {steps}")
+    # Indexing `timesteps` too keeps them those of training, even if this schedule was respaced.
     return Schedule(alpha_bar=schedule.alpha_bar[indices], timesteps=schedule.timesteps[indices])
 
 
@@ -203,22 +219,27 @@ def _indices_by_spacing(schedule: Schedule, count: int, spacing: str) -> np.ndar
         if count != sum(_FAST27):
             raise UserError(f"spacing 'fast27' has {sum(_FAST27)} steps, not {count}")
         return np.append(_in_sections(total, _FAST27)[:-1], total - 3)
+    # Called for every spacing, since it also checks the count.
     strided = _strided(total, count)
     if spacing == "trailing":
         return np.ceil(np.arange(1, count + 1) * total / count).astype(np.int64) - 1
     if spacing == "even" or count == 1:
         return strided
     lambda_ = 0.5 * schedule.logsnr
+    # For each target the nearest t: [1, T] against [count, 1]. The last must be T - 1, because
+    # sampling starts from pure noise.
     targets = np.linspace(lambda_[0], max(lambda_[-1], MIN_LAMBDA), count)
     indices = np.abs(lambda_[None, :] - targets[:, None]).argmin(1)
     indices[-1] = total - 1
-    # Where time is coarser than the wanted steps, neighbours collide: move them apart.
+    # Where time is coarser than the targets, neighbours collide: move them apart. If
+    # indices - first never falls, indices rise by at least 1. The minimum leaves room for the rest.
     first = np.arange(count)
     indices = np.maximum.accumulate(indices - first) + first
     return np.minimum(indices, total - count + first)
 
 
 def _in_sections(total: int, counts: Sequence[int]) -> np.ndarray:
+    # Of an uneven division the first parts take the rest, one step each (as in IDDPM's code).
     sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
     starts = np.cumsum([0, *sizes[:-1]])
     parts = [s + _strided(n, k) for s, n, k in zip(starts, sizes, counts, strict=True)]
@@ -230,4 +251,5 @@ def _strided(total: int, count: int) -> np.ndarray:
         raise UserError(f"cannot keep {count} of {total} steps: ask for 1 to {total}")
     if count == 1:
         return np.array([total - 1])  # sampling starts from pure noise
+    # Both ends are kept: 0 for the clean end, total - 1 for pure noise.
     return np.round(np.linspace(0, total - 1, count)).astype(np.int64)

@@ -66,6 +66,7 @@ def make_solver(name: str, schedule: Schedule, **options: Any) -> Solver:
         UserError: an unknown name (the message names the near miss) or option.
     """
     check_name(name)
+    # A solver's fields are its options: the dataclass is their only list.
     option_names = [f.name for f in dataclasses.fields(_SOLVERS[name]) if f.name != "schedule"]
     for option in options:
         if option not in option_names:

@@ -80,6 +80,7 @@ class DDPM(OverSchedule):
     @table
     def _log_variance(self) -> np.ndarray:
         if not isinstance(self.variance, str):
+            # Analytic variances may be 0, at t = 0 above all, where no noise is added anyway.
             return np.log(np.maximum(self.variance, 1e-20))
         if self.variance == "large":
             return np.log(self.schedule.beta)
@@ -89,10 +90,12 @@ class DDPM(OverSchedule):
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
     ) -> tuple[Array, PyTree]:
         pred = denoiser(x_t, batch_t(t, x_t))
+        # The posterior knows x_0; the network's takes its place.
         mean, _, _ = q_posterior(self.schedule, pred.x_0, x_t, t)
         log_variance = pred.log_variance
         if log_variance is None:
             log_variance = extract(self._log_variance, t, x_t.ndim)
+        # Not log variance -inf: the clipped one at t = 0 is finite, so zero is said here.
         std = jnp.where(t > 0, jnp.exp(0.5 * log_variance), 0.0)
         return mean + std * noise, memory
 
@@ -118,7 +121,9 @@ class DDIM(OverSchedule):
     def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.eta * np.sqrt(self.schedule.posterior_variance)  # (2), for it is eta^2 beta~
         prev = self.schedule.alpha_bar_prev
+        # Another variance replaces the noise alone: the mean keeps the s of eta.
         noise = s if self.variance is None else np.sqrt(self.variance)
+        # s^2 <= beta~ <= 1 - prev, so only rounding could make the root's argument negative.
         return np.sqrt(prev), np.sqrt(np.maximum(1 - prev - s**2, 0)), noise
 
     def step(
@@ -150,6 +155,7 @@ class Heun(OverSchedule):
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         alpha, sigma = np.sqrt(prev), np.sqrt(1 - prev)
         growth = np.zeros_like(abar)  # (exp(h) - 1) / 2; none at t = 0
+        # logsnr falls with t, so h = -diff / 2 is positive.
         growth[1:] = np.expm1(-0.5 * np.diff(self.schedule.logsnr)) / 2
         return alpha, sigma, alpha * np.minimum(growth, 1.0)
 
@@ -164,6 +170,7 @@ class Heun(OverSchedule):
             again = denoiser(x_prev, batch_t(t - 1, x_t))
             return x_prev + c_change * (again.x_0 - pred.x_0)
 
+        # A `cond` on a scalar evaluates one branch only: no evaluation is wasted at t = 0.
         return jax.lax.cond(t > 0, corrected, lambda: x_prev), memory
 
 
