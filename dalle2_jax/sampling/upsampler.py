@@ -43,7 +43,9 @@ class UpsamplerSampler(StageSampler):
         if not self.separate_last_step:
             return super().parts(params)
         steps = self.settings.num_calls
-        return [(params["first"], steps - 1), (params["last"], 1)][steps == 1 :]
+        if steps == 1:
+            return [(params["last"], 1)]
+        return [(params["first"], steps - 1), (params["last"], 1)]
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
         return cond
