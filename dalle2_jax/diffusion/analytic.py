@@ -10,11 +10,11 @@
 weighs in the mean of x_{t-1}. There v_t holds 1 - E |eps_pred|^2 / d (their 1 - betabar Gamma) for
 E |eps - eps_pred|^2 / d. Both are one number where the network predicts the mean of eps, for then
 E <eps, eps_pred> = E |eps_pred|^2. Where it does not quite, (4) still gives the best variance
-(2206.07309, by the same authors), is never negative, and needs few samples; theirs is
-the small difference of two ones, to be multiplied by 1 / abar_T, which is 10^8: a network's least
-error takes its place. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
+(2206.07309, by the same authors), is never negative, and needs few samples. Theirs is
+the small difference of two numbers near 1, multiplied by 1 / abar_T, some 10^8: the smallest error
+of a network outweighs it. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
 
-The last step draws no noise (the paper's appendix).
+The last step adds no noise (the paper's appendix).
 
 v_t is a function of abar_t alone: measured over the training schedule it serves all respaced ones.
 """
@@ -46,8 +46,12 @@ def knots(num_timesteps: int) -> np.ndarray:
 def measure(
     process: Process, apply: Callable[[Array, Array], Array], x_0: Array, key: Array
 ) -> Array:
-    """v_t of (4) at `knots`, float32 [KNOTS], over examples x_0 [b, ...], bounded by their mean
-    square; `apply` takes (x_t, t) to the network's raw output."""
+    """Measures v_t of (4) at `knots`, float32 [KNOTS], bounded by the mean square of x_0.
+
+    Args:
+        apply: (x_t, t) -> the network's raw output.
+        x_0: examples [b, ...].
+    """
     schedule = process.training_schedule()
 
     def at(t: Array, key: Array) -> Array:

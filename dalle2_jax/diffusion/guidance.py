@@ -69,9 +69,7 @@ def _rescaled(out: Array, cond: Array, phi: ArrayLike) -> Array:
 
 
 def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:
-    """Returns where (4) guides, bool [T]: low < sigma / alpha <= high, for interval = (low,
-    high).
-    """
+    """Returns where (4) guides, bool [T], for an interval (low, high) of sigma / alpha."""
     level = np.exp(-0.5 * schedule.logsnr)  # sigma / alpha
     return (interval[0] < level) & (level <= interval[1])
 

@@ -4,10 +4,10 @@
     x_t = sqrt(a) x_{t-1} + sqrt(1 - a) noise,  a = abar_t / abar_{t-1}                      (2)
 
 (1) puts the known pixels into every prediction (GLIDE's code for 2112.10741, section 2.3; as a
-projection, DDNM 2212.00490, equation 13). A network that was not trained to be told them fits the
-rest only little by little: one step smooths the seam a little, and noise undoes part of it. (2)
-goes one step back and takes the step again, several times, so that both parts can agree (RePaint
-2201.09865, section 4.2, with jumps of one step).
+projection, DDNM 2212.00490, equation 13). A network that was not trained to read them fits the
+rest to them only little by little: one step smooths the seam a little, and noise undoes part of it.
+(2) goes one step back and takes the step again, several times, so that both parts can agree
+(RePaint 2201.09865, section 4.2, with jumps of one step).
 """
 
 from __future__ import annotations

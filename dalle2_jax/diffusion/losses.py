@@ -2,13 +2,13 @@
 
     L_simple = mean (target - out)^2, target eps, x_0 or v                                   (1)
     L_t      = KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0                            (2)
-    L_0      = -log p(x_0|x_1), a gaussian integrated over the 1/255-wide bins of a pixel    (3)
+    L_0      = -log p(x_0|x_1), a gaussian integrated over a pixel's bin, 2/255 wide           (3)
     L_hybrid = L_simple + lambda T L_t, the mean in L_t under a stop-gradient                (4)
     min-SNR: L_simple on x_0 weighted by min(snr, gamma), for eps and v the same loss
              written on x_0: / snr and / (snr + 1)                                           (5)
     min-v:   the same with min(snr + 1, gamma): L_simple on v, bounded where it is large     (6)
 
-(2) and (3) in bits per dimension. lambda = 0.001, and the factor T makes one drawn term an
+(2) and (3) in bits per dimension. lambda = 0.001, and the factor T makes one sampled term an
 estimate of the whole sum L_vlb.
 
 Sources: DDPM (2006.11239) sections 3.3-3.4 for (1), (3); IDDPM (2102.09672) section 3.1 for (4);
@@ -34,7 +34,7 @@ from dalle2_jax.types import Array, Prediction
 def sample_t(key: Array, b: int, num_timesteps: int, stratified: bool = False) -> Array:
     """t int32 [b], uniform over 0 .. T-1.
 
-    With `stratified` the b draws are one offset and b equal strides, in random order: each t is
+    With `stratified` the b samples are one offset plus equal strides, in random order: each t is
     still uniform, but a batch covers time evenly and its mean loss varies less.
     """
     if not stratified:
@@ -79,7 +79,7 @@ def training_losses(
     vlb_weight: float = 0.001,
     weighting: str = "none",
 ) -> dict[str, Array]:
-    """The loss of each example at its drawn t.
+    """The loss of each example at its t.
 
     Args:
         schedule: the training schedule.

@@ -14,7 +14,7 @@ With abar(t) = prod_{s<=t} (1 - beta(s)) and abar(-1) = 1, for t = 0 .. T-1:
 
 Sources: DDPM (2006.11239) section 2 for (1)-(6), (9); IDDPM (2102.09672) section 3.2 for (8),
 section 4 for respacing; trailing steps: 2305.08891 section 3.3; even steps of lambda = logsnr / 2:
-DPM-Solver (2206.00927) section 3.4, from its -5.1 on, below which cosine has nothing to tell.
+DPM-Solver (2206.00927) section 3.4, down to its -5.1, where x_t is all but pure noise.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def make(name: str, num_timesteps: int) -> Schedule:
 
     Raises:
         UserError: an unknown name (the message names the near miss), or num_timesteps below 1 or
-          above 100,000 (tables of float64 that nobody wants).
+          above 100,000, to bound the tables.
     """
     if name not in _MAKERS:
         raise UserError(f"unknown noise schedule {name!r}{near_miss(str(name), _MAKERS)}")
@@ -172,7 +172,7 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
     """A shorter schedule through some of the points of `schedule` (IDDPM section 4).
 
     The kept alpha_bar stay as they are and the betas between them are recomputed by (2);
-    `timesteps` of the result says what to tell the network.
+    `timesteps` of the result holds the t that the network is called with.
 
     Args:
         schedule: the schedule to thin out, itself respaced or not.
@@ -182,10 +182,10 @@ def respace(schedule: Schedule, steps: int | Sequence[int], spacing: str = "even
         spacing: of a number of steps, keeping the last and noisiest:
             "even": strided, the first step kept too; the usual choice for DDPM and DDIM;
             "trailing": strided from the end, so that the last jump is no longer than others;
-            "logsnr": even in logsnr, the first kept too; the choice for DPM-Solver++, which
-            even steps, the last of them far the longest in logsnr, serve badly;
-            "fast27": GLIDE's 27 steps for its upsampler, 10, 10, 3, 2 and 2 in "sections" with
-            the noisiest two earlier than the last;
+            "logsnr": even in logsnr, the first kept too; the choice for DPM-Solver++. With "even"
+            the last step is by far the longest in logsnr, which suits that solver badly;
+            "fast27": GLIDE's 27 steps for its upsampler, 10, 10, 3, 2 and 2 in "sections", the
+            noisiest at T - 3 in place of T - 1;
             or "sections", see `steps`.
 
     Raises:

@@ -125,8 +125,7 @@ class ARPrior(nn.Module):
     def __call__(
         self, z_img: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
     ) -> tuple[Array, Array]:
-        """Returns (logits float32 [b, 1 + dims, buckets], the codes int32 [b, 1 + dims] they
-        predict).
+        """Returns (logits float32 [b, 1 + dims, buckets], codes of z_img int32 [b, 1 + dims]).
 
         Args: z_img, z_txt [b, dim], txt_enc [b, n, w], txt_mask bool [b, n].
         """
@@ -142,9 +141,7 @@ class ARPrior(nn.Module):
         return self.statistics.z_img(codes)
 
     def logits(self, codes: Array, z_txt: Array, txt_enc: Array, txt_mask: Array) -> Array:
-        """Returns logits [b, 1 + dims, buckets] of each code, given the codes [b, 1 + dims]
-        before it.
-        """
+        """Returns logits [b, 1 + dims, buckets]: each code's, given the `codes` before it."""
         # Teacher forcing: all codes are known, and the causal mask hides what is to be predicted.
         before = self._embed(codes[:, :-1], jnp.arange(self.dims))
         x = jnp.concatenate([self._prefix(z_txt, txt_enc, txt_mask), before], axis=1)

@@ -39,9 +39,7 @@ def text_mask(tokens: Array, eot_id: int) -> Array:
 
 
 class TextTower(nn.Module):
-    """tokens [b, n] -> (projection of the end token [b, dim], hidden states [b, n, width],
-    mask).
-    """
+    """tokens [b, n] -> (projection of the end token [b, dim], states [b, n, width], mask)."""
 
     dim: int
     context_length: int

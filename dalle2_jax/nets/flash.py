@@ -67,7 +67,7 @@ def flash_attention(
     )
 
     def segments(seen: Array) -> splash.SegmentIds:
-        """Keys that are not `seen` [m], or fill up the last block, are of one without a query."""
+        """Puts keys not `seen` [m], and the last block's padding, in a segment without queries."""
         # A query attends to keys of its own segment only: queries are 0, hidden keys 1.
         unseen = ~jnp.pad(seen, (0, keys - m))
         return splash.SegmentIds(jnp.zeros(rows, jnp.int32), unseen.astype(jnp.int32))
@@ -83,7 +83,7 @@ def flash_attention(
 
 
 def _blocks(n: int, most: int) -> tuple[int, int]:
-    """Returns (length of a block, of all blocks): as few blocks of at most `most` as hold n."""
+    """Returns (length of a block, length of all) for as few blocks of at most `most` as hold n."""
     lanes = -(-n // _LANES)  # rounded up; in units of 128
     count = -(-lanes * _LANES // most)
     # Equal blocks: full ones and a short rest would be padded by up to a whole block.

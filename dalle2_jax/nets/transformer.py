@@ -110,8 +110,7 @@ class Transformer(nn.Module):
         return self.blocks(x.astype(self.dtype), mask, None, None)[0]
 
     def cached(self, x: Array, mask: Array, cache: Cache, at: Array | int) -> tuple[Array, Cache]:
-        """Runs on x [b, m, width] at the places from `at` on of a sequence that is decoded bit by
-        bit.
+        """Runs on x [b, m, width] at the places from `at` on of a sequence decoded step by step.
 
         `mask` [.., m, n] covers its places. Returns (the output there, the `cache` with them).
         """

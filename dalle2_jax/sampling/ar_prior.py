@@ -47,8 +47,10 @@ class Settings:
 
 
 def top_share(logits: Array, share: float) -> Array:
-    """Logits [b, k] of the highest `share` of a distribution over k rising values: of the value on
-    the bound what lies above it."""
+    """Logits [b, k] of the highest `share` of a distribution over k rising values.
+
+    The value on the bound keeps the part of its probability that lies above it.
+    """
     p = jax.nn.softmax(logits, axis=-1)
     from_here = jnp.cumsum(p[:, ::-1], axis=-1)[:, ::-1]  # this value's and all higher ones'
     # from_here - p is the mass of all higher values. While it is below `share` a value keeps its

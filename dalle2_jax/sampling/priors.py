@@ -1,6 +1,4 @@
-"""The choice of a prior, or of none: z_txt in place of z_img (the ablation of unCLIP's figure
-8).
-"""
+"""The choice of a prior, or of none: z_txt in place of z_img (the ablation of unCLIP, figure 8)."""
 
 from __future__ import annotations
 

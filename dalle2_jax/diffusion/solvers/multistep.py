@@ -21,18 +21,18 @@ SDE-DPM-Solver++(2M) (2211.01095, the reverse SDE in place of the ODE), with D o
               + sigma_{t-1} sqrt(1 - exp(-2h)) noise                                         (7)
 
 UniPC-2 (2302.04867, algorithms 1 and 2, predicting x_0, B_2(h) = exp(h) - 1). Its predictor is
-(3). Before that x_t is corrected by what the network says there, with h, h_0 here those of the
-step that led to t and of the one before:
+(3). Before that x_t is corrected by the network's prediction at x_t. In (8) and (9) h and h_0 are
+those of the step that led to t and of the one before:
     x_t    <- sigma_t / sigma_{t+1} x_{t+1}
               + alpha_t phi_1 (m_1 + r_0 (m_0 - m_1) + r_1 h / h_0 (m_1 - m_2))              (8)
     r_1 + r_0 = phi_2 / phi_1,  r_0 - h_0 / h r_1 = 2 phi_3 / phi_1                          (9)
 After the first step there is no m_2: r_1 = 0, r_0 = 1/2.
 
-Of what is not yet remembered nothing is used: a step of third order begins as one of first, then
-of second (2). The last one, to sigma = 0, has an infinite h and is of first order, D = m_0. Where
-steps grow more than twofold, those before are taken to be half as long as the one after: a spacing
-that ends in one long step would extrapolate by tens. Steps even in logsnr, which suit these
-solvers, never come near that.
+A step uses only what is remembered: a solver of third order takes a first step of first order, then
+one of second (2). The last step, to sigma = 0, has an infinite h and is of first order, D = m_0.
+Where steps grow more than twofold, the earlier one is taken to be half as long as the later one: a
+spacing that ends in one long step would otherwise extrapolate by factors of ten and more. Steps
+even in logsnr, which suit these solvers, never come near that.
 
 Coefficients are float64 tables over t.
 """

@@ -10,7 +10,7 @@ Analytic-DPM (2201.06503, see `analytic`) leaves the means and takes other varia
 
 Heun (EDM 2206.00364, algorithm 1, without churn). With alpha = sqrt(abar), sigma = sqrt(1 - abar)
 their variable is x / alpha, their noise level sigma / alpha, whose log falls by h, and their
-derivative eps. Told of ours, and by x_0, that is
+derivative eps. In our variables, and written with x_0, that is
     x'      = alpha_{t-1} x_0(x_t, t) + sigma_{t-1} eps(x_t, t)                              (4)
     x_{t-1} = x' + alpha_{t-1} (exp(h) - 1) / 2 (x_0(x', t-1) - x_0(x_t, t))                 (5)
 (4) is DDIM's step, and all there is at t = 0. In (5) the network is evaluated again. Its factor
