@@ -52,7 +52,7 @@ class ARPriorTask:
     entry: Mapping[str, Any]
     drop_caption: float = 0.1
     noise: float = 0.0
-    candidates: int = ARPriorSampler.candidates  # drawn for an image
+    candidates: int = ARPriorSampler.candidates
     fit_batches: int = 64
     stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
@@ -71,6 +71,7 @@ class ARPriorTask:
         return self.network.init(key, *inputs)["params"]
 
     def trainable(self, path: str) -> bool:
+        # Fitted by `fit`, then fixed: the codes' meaning must not drift while they are learned.
         return not path.startswith("statistics/")
 
     def frozen(self) -> Params:
@@ -80,17 +81,20 @@ class ARPriorTask:
         """Fits the PCA of z_img and the range of each code: see `train.statistics.FitsStatistics`.
 
         Two passes over the data: the moments give the directions, then the values along them their
-        range. Logs the share of the variance that is lost.
+        range. Logs the share of the variance that the directions keep.
         """
 
+        # Both passes begin the data anew and so see the same batches.
         def over_batches(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
             run = None
             for batch in itertools.islice(batches(), self.fit_batches):
+                # Jitted at the first batch, which shows the mesh.
                 run = run or _replicated(function, batch)
                 yield run(*args, frozen["clip"], batch)
 
         def moments(clip: Params, batch: Batch) -> tuple[Array, Array]:
             z, _ = self._encode(clip, batch)
+            # E z [d] and E z z^T [d, d]; batches are equally large, so means of means are means.
             return z.mean(axis=0), jnp.einsum("bi,bj->ij", z, z, precision=EXACT) / len(z)
 
         def ranges(pca: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
@@ -109,6 +113,7 @@ class ARPriorTask:
         pca = {
             "mean": mean,
             "components": components,
+            # Ranges of a fresh network: `values` does not read them, but its module declares them.
             "low": params["statistics"]["low"],
             "high": params["statistics"]["high"],
         }
@@ -139,6 +144,7 @@ class ARPriorTask:
         key_drop, key_noise = jax.random.split(key)
         keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
         if train:
+            # This network always has a learned null, so an empty mask is "no caption".
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
             z_img = disturb(key_noise, z_img, self.noise) if self.noise else z_img
         logits, codes = forward(self.network, params, z_img, *text)
@@ -151,6 +157,7 @@ class ARPriorTask:
             "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes),
             "round_trip": jnp.sum(normalise(z_again) * normalise(z_img), axis=1).mean(),  # cosine
         }
+        # Every code weighs the same, the dot product included.
         return nats.mean(), metrics
 
     def preview(
@@ -169,22 +176,26 @@ class ARPriorTask:
 
 
 def _replicated(function: Callable[..., Any], batch: Batch) -> Callable[..., Any]:
-    """`function`, jitted, whose results every device has whole."""
+    """Returns `function` jitted, its results replicated on every device."""
     place: Any = batch["image"].sharding
     return jax.jit(function, out_shardings=sharding.replicated(place.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def directions(mean: Array, second: Array, dims: int) -> tuple[Array, Array, Array]:
-    """E z [d] and E z z^T [d, d] -> (mean [d], the `dims` directions of the largest variance
-    [dims, d], by falling variance, and the share of the variance along them).
+    """Principal directions of z, from its moments E z [d] and E z z^T [d, d].
 
     An eigenvector has no sign: here its largest coordinate is positive.
+
+    Returns:
+        (mean [d], the `dims` directions [dims, d] by falling variance, the share of the variance
+        along them).
     """
     variances, vectors = jnp.linalg.eigh(second - mean[:, None] * mean[None])  # rising
     vectors = vectors[:, ::-1].T
     largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
     vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=1))
+    # Rounding may make the smallest eigenvalues slightly negative.
     variances = jnp.maximum(variances[::-1], 0)
     return mean, vectors[:dims], variances[:dims].sum() / variances.sum()
 
@@ -216,6 +227,7 @@ def from_config(config: Any) -> ARPriorTask:
         sampler=ARPriorSampler(network, settings, **sampler_options),
         entry={},
     )
+    # n images span n - 1 directions round their mean.
     count = task.fit_batches * config.batch_size
     if count <= network.dims:
         raise UserError(

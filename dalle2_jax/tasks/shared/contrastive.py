@@ -30,10 +30,13 @@ import jax.numpy as jnp
 from dalle2_jax.parallel.shards import current_batch_axes, on_shards
 from dalle2_jax.types import Array
 
-COLUMNS = 1024  # of the logits at a time
+# Captions that a chip visits at a time.
+COLUMNS = 1024
 
 
 class Contrast(NamedTuple):
+    """The contrastive loss of a batch, with the accuracy of both directions."""
+
     loss: Array  # scalar: mean cross-entropy over both directions
     image_to_text: Array  # scalar in [0, 1]: how often an image's own caption scores highest
     text_to_image: Array
@@ -53,7 +56,7 @@ def contrast(z_img: Array, z_txt: Array, scale: Array) -> Contrast:
 
 @jax.custom_vjp
 def _pairs(z_img: Array, z_txt: Array, scale: Array) -> tuple[Array, Array, Array]:
-    """(each pair's loss [b], its caption is found [b] 0 or 1, its image is found [b])."""
+    """Returns (losses [b], hits of the captions [b], 0 or 1, hits of the images [b])."""
     return _pairs_fwd(z_img, z_txt, scale)[0]
 
 
@@ -66,6 +69,7 @@ def _pairs_fwd(z_img: Array, z_txt: Array, scale: Array) -> tuple[Any, Any]:
 
 def _pairs_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
     axes, n = current_batch_axes()
+    # The hits are counts, so only the losses have a cotangent that matters.
     return on_shards(functools.partial(_backward, axes, n), axes)(*residuals, cotangents[0])
 
 
@@ -84,12 +88,14 @@ class _Peak(NamedTuple):
         return cls(jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
 
     def see(self, logits: Array, first: Array, axis: int) -> _Peak:
-        """With the logits along `axis`, which stand at `first`, `first` + 1, ... of the batch."""
+        """Takes in logits that stand, along `axis`, at `first`, `first` + 1, ... of the batch."""
         top = logits.max(axis)
         place = first + jnp.argmax(logits, axis).astype(jnp.int32)
         # A shard meets the batch from its own place on: of equal logits the first is not the
         # first it meets.
         won = (top > self.top) | ((top == self.top) & (place < self.place))
+        # Sums are relative to the maximum, so no exponential overflows. When the maximum rises,
+        # the old sum shrinks by exp(old - new): at first by exp(-inf) = 0, times a sum of 0.
         highest = jnp.maximum(top, self.top)
         seen = jnp.exp(logits - jnp.expand_dims(highest, axis)).sum(axis)
         total = self.total * jnp.exp(self.top - highest) + seen
@@ -121,6 +127,7 @@ def _round(
         (rows, columns) once every caption has met every image; columns are home again.
     """
     m = jax.tree.leaves(captions)[0].shape[0]
+    # The largest divisor of m, since a scan needs equal pieces. If m is a large prime, it is 1.
     width = next(c for c in range(min(m, COLUMNS), 0, -1) if m % c == 0)
     me = jax.lax.axis_index(axes) if axes else 0
 
@@ -133,13 +140,16 @@ def _round(
 
     def turn(carry: Any, t: Array) -> tuple[Any, None]:
         rows, captions, columns = carry
-        firsts = (me - t) % n * m + width * jnp.arange(m // width)
+        firsts = (me - t) % n * m + width * jnp.arange(m // width)  # places in the global batch
+        # After t turns the captions of shard me - t are here. The scan threads `rows` through the
+        # pieces, and stacks `columns`, which each piece has for itself.
         rows, columns = jax.lax.scan(
             lambda rows, x: visit(rows, x[0], x[1], me * m, x[2]), rows, (captions, columns, firsts)
         )
         # `captions` does not wait for the visit: the compiler may send it in the meantime.
         return (rows, move(captions), move(columns)), None
 
+    # n turns move everything once round, so columns end on the shard whose captions they belong to.
     start = rows, jax.tree.map(cut, captions), jax.tree.map(cut, columns)
     (rows, _, columns), _ = jax.lax.scan(turn, start, jnp.arange(n))
     return rows, jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), columns)
@@ -151,6 +161,7 @@ def _forward(axes: tuple[str, ...], n: int, z_img: Array, z_txt: Array, scale: A
 
     def visit(rows: Any, captions: Any, columns: Any, row: Array, column: Array) -> tuple[Any, Any]:
         dots = _dots(z_img, captions[0].T)  # m c
+        # One product serves both directions; they differ only in whose scale multiplies it.
         rows = rows.see(scale[:, None] * dots, column, axis=1)
         return rows, columns.see(captions[1][None, :] * dots, row, axis=0)
 
@@ -188,6 +199,7 @@ def _backward(
         columns = dz_txt + _dots(pull.T, z_img), dscale_txt + jnp.sum(by_column * dots, axis=0)
         return rows, columns
 
+    # Gradients of captions and of images have the same shapes: m d, and m of the scale.
     nothing = jnp.zeros_like(z_img), jnp.zeros_like(scale)
     captions = z_txt, scale, lse_txt, g
     (dz_img, dscale), (dz_txt, dscale_txt) = _round(axes, n, visit, nothing, captions, nothing)
