@@ -47,7 +47,6 @@ def guided(
         rescale: phi of (5), within 0 and 1; 0 is off.
     """
     w = jnp.asarray(w, jnp.float32)
-    # A scalar or [b] -> a shape that broadcasts against [b, ...].
     w = w.reshape(w.shape + (1,) * (cond.ndim - w.ndim))
     cond, uncond = cond.astype(jnp.float32), uncond.astype(jnp.float32)
     if not learned_variance:

@@ -134,7 +134,6 @@ def vb_term(schedule: Schedule, prediction: Prediction, x_0: Array, x_t: Array, 
     # variances in the first, the bound 1e-12 in the second.
     kl = _mean_flat(normal_kl(mean, log_variance, mean_pred, log_variance_pred))
     nll = -_mean_flat(discretised_log_likelihood(x_0, mean_pred, log_variance_pred))
-    # Nats to bits.
     return jnp.where(t == 0, nll, kl) / np.log(2.0)
 
 

@@ -251,5 +251,4 @@ def _strided(total: int, count: int) -> np.ndarray:
         raise UserError(f"cannot keep {count} of {total} steps: ask for 1 to {total}")
     if count == 1:
         return np.array([total - 1])  # sampling starts from pure noise
-    # Both ends are kept: 0 for the clean end, total - 1 for pure noise.
     return np.round(np.linspace(0, total - 1, count)).astype(np.int64)

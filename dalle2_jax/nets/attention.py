@@ -71,7 +71,6 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     Returns:
         [b, n, heads, d] in v's dtype.
     """
-    # Shapes are static, so this choice is made while tracing and costs nothing at run time.
     if q.shape[1] < LONG or _implementation == "einsum":
         return attention_by_einsum(q, k, v, mask)
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
@@ -90,7 +89,6 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 def attention_by_einsum(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """`attention` with all logits in memory."""
-    # Scaling q takes n d multiplications, scaling the logits would take n m.
     q = q / math.sqrt(q.shape[-1])
     # Sums that are kept in float32: of two logits near 100 bfloat16 cannot tell which is larger.
     logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)  # b heads n m

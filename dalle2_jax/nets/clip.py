@@ -132,7 +132,6 @@ class ImageTower(nn.Module):
             self.mlp_ratio,
             name="transformer",
         )(x)
-        # Only the class token's output is used; no pooling over patches.
         x = LayerNorm(name="norm")(x[:, 0])
         return nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(x)
 

@@ -154,7 +154,6 @@ class Decoder(nn.Module):
         else:
             last = txt_enc[:, -1]
         emb = emb + dense(4 * channels, "emb_txt")(last) + dense(4 * channels, "emb_z_img")(z_img)
-        # One dense layer makes all extra tokens, as wide as those of the text they follow.
         extra = dense(self.extra_tokens * width, "tokens_z_img")(z_img)
         extra = extra.reshape(b, self.extra_tokens, width)
         context = jnp.concatenate([txt_enc.astype(self.dtype), extra], axis=1)  # b n+extra width

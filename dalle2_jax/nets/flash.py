@@ -40,7 +40,6 @@ def flash_attention(
     (block_q, rows), (block_kv, keys) = _blocks(n, _MOST_Q), _blocks(m, _MOST_KV)
     one_block = block_kv == keys
     last = splash.QKVLayout.SEQ_MINOR
-    # block_q queries meet block_kv keys at a time; the backward pass uses the same blocks.
     sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

@@ -178,7 +178,6 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
         raise
     except _MISFITS as error:
         raise UserError(f"{where}: no network can be built so ({_message(error)})") from error
-    # Such a stage has two networks of the same shapes.
     parts = ("first", "last") if entry.get("separate_last_step") else ()
     shapes = jax.tree.map(lambda leaf: leaf, shapes)  # a copy, because the trace is shared
     return dict.fromkeys(parts, shapes) if parts else shapes

@@ -90,7 +90,6 @@ class DDPM(OverSchedule):
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
     ) -> tuple[Array, PyTree]:
         pred = denoiser(x_t, batch_t(t, x_t))
-        # The posterior knows x_0; the network's takes its place.
         mean, _, _ = q_posterior(self.schedule, pred.x_0, x_t, t)
         log_variance = pred.log_variance
         if log_variance is None:
