@@ -19,7 +19,7 @@ from dalle2_jax.validation.checks import is_number, is_whole_number
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a stage is sampled. Raises UserError for values out of range or that exclude each other.
+    """Sampling settings of a stage; UserError for values out of range or that exclude each other.
 
     Attributes:
         steps: number of sampling steps; several numbers are the steps in each equal part of time,
