@@ -10,11 +10,11 @@
 weighs in the mean of x_{t-1}. There v_t holds 1 - E |eps_pred|^2 / d (their 1 - betabar Gamma) for
 E |eps - eps_pred|^2 / d. Both are one number where the network predicts the mean of eps, for then
 E <eps, eps_pred> = E |eps_pred|^2. Where it does not quite, (4) still gives the best variance
-(2206.07309, by the same authors), is never negative, and needs few samples; theirs is
-the small difference of two ones, to be multiplied by 1 / abar_T, which is 10^8: a network's least
-error takes its place. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
+(2206.07309, by the same authors), is never negative, and needs few samples. Theirs is
+the small difference of two numbers near 1, multiplied by 1 / abar_T, some 10^8: the smallest error
+of a network outweighs it. (5) is theorem 2, whose [a, b] for bounded data is E |x_0|^2 / d here.
 
-The last step draws no noise (the paper's appendix).
+The last step adds no noise (the paper's appendix).
 
 v_t is a function of abar_t alone: measured over the training schedule it serves all respaced ones.
 """
@@ -46,19 +46,27 @@ def knots(num_timesteps: int) -> np.ndarray:
 def measure(
     process: Process, apply: Callable[[Array, Array], Array], x_0: Array, key: Array
 ) -> Array:
-    """v_t of (4) at `knots`, float32 [KNOTS], over examples x_0 [b, ...], bounded by their mean
-    square; `apply` takes (x_t, t) to the network's raw output."""
+    """Measures v_t of (4) at `knots`, float32 [KNOTS], bounded by the mean square of x_0.
+
+    Args:
+        apply: (x_t, t) -> the network's raw output.
+        x_0: examples [b, ...].
+    """
     schedule = process.training_schedule()
 
     def at(t: Array, key: Array) -> Array:
         times = jnp.full(x_0.shape[:1], t, jnp.int32)
         x_t = q_sample(schedule, x_0, times, jax.random.normal(key, x_0.shape))
+        # Without a clip (None): the error of the network itself.
         args = process.prediction, apply(x_t, times), x_t, times, None, process.learned_variance
         return jnp.mean(jnp.square(to_prediction(schedule, *args).x_0 - x_0))
 
     times = jnp.asarray(knots(process.num_timesteps), jnp.int32)
-    found = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
-    return jnp.minimum(found, jnp.mean(jnp.square(x_0)))
+    # A loop, not vmap: one batch in memory at a time.
+    errors = jax.lax.map(lambda pair: at(*pair), (times, jax.random.split(key, len(times))))
+    # (5): predicting 0 would already reach the mean square. The other bound needs abar, see
+    # `variances`.
+    return jnp.minimum(errors, jnp.mean(jnp.square(x_0)))
 
 
 def variances(
@@ -73,9 +81,11 @@ def variances(
         eta: of (3).
     """
     abar, prev = schedule.alpha_bar, schedule.alpha_bar_prev
+    # By `timesteps`, not by index: knots count in steps of training.
     v = np.interp(schedule.timesteps, knots(num_timesteps), x_0_error)
     v = np.clip(v, 0, (1 - abar) / abar)
     lambda_2 = eta**2 * schedule.posterior_variance
+    # The maximum is against rounding, as in DDIM's tables.
     c = np.sqrt(prev) - np.sqrt(np.maximum(1 - prev - lambda_2, 0) * abar / (1 - abar))
     sigma_2 = lambda_2 + c**2 * v
     sigma_2[:1] = 0

@@ -78,12 +78,14 @@ def q_posterior(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> tuple[A
 def x_0_from_eps(schedule: Schedule, x_t: Array, eps: Array, t: Array) -> Array:
     """Equation (2)."""
     signal, sigma = _signal_noise(schedule, t, x_t.ndim)
+    # Near t = T - 1 signal is tiny and magnifies errors in eps: `clip` keeps x_0 within bounds.
     return (x_t - sigma * eps) / signal
 
 
 def eps_from_x_0(schedule: Schedule, x_t: Array, x_0: Array, t: Array) -> Array:
     """Equation (3)."""
     signal, sigma = _signal_noise(schedule, t, x_t.ndim)
+    # sigma is small at t = 0 but never 0.
     return (x_t - signal * x_0) / sigma
 
 
@@ -145,6 +147,7 @@ def to_prediction(
         UserError: an unknown kind, or an output whose shape does not fit x_t.
     """
     check_kind(kind)
+    # Config and network may disagree: say so here, rather than in a failed broadcast below.
     width = x_t.shape[-1] * (2 if learned_variance else 1)
     if out.shape != (*x_t.shape[:-1], width):
         raise UserError(
@@ -161,8 +164,10 @@ def to_prediction(
     elif kind == "x_0":
         x_0, eps = out, eps_from_x_0(schedule, x_t, out, t)
     else:
+        # v gives both without a division, hence is well-behaved at both ends.
         x_0, eps = x_0_from_v(schedule, x_t, out, t), eps_from_v(schedule, x_t, out, t)
     if clip is not None:
+        # DDIM and Heun move along eps. That of the unclipped x_0 would contradict the clipped one.
         x_0 = threshold(x_0, clip)
         eps = eps_from_x_0(schedule, x_t, x_0, t)
     return Prediction(x_0=x_0, eps=eps, log_variance=log_variance)

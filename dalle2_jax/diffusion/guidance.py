@@ -59,17 +59,17 @@ def guided(
 
 def _rescaled(out: Array, cond: Array, phi: ArrayLike) -> Array:
     """Equation (5)."""
+    # A traced phi of 0 goes the long way: its factor is 0 + 1 - 0, which changes no bit.
     if isinstance(phi, int | float) and phi == 0:
         return out
-    std, wanted = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
-    return (phi * wanted / jnp.maximum(std, 1e-12) + 1 - phi) * out  # pyright: ignore[reportReturnType]
+    std, target_std = (a.std(axis=tuple(range(1, a.ndim)), keepdims=True) for a in (out, cond))
+    # The result's std is phi std(cond) + (1 - phi) std(out): strong guidance inflates the contrast.
+    return (phi * target_std / jnp.maximum(std, 1e-12) + 1 - phi) * out  # pyright: ignore[reportReturnType]
 
 
 def within(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:
-    """Returns where (4) guides, bool [T]: low < sigma / alpha <= high, for interval = (low,
-    high).
-    """
-    level = np.exp(-0.5 * schedule.logsnr)
+    """Returns where (4) guides, bool [T], for an interval (low, high) of sigma / alpha."""
+    level = np.exp(-0.5 * schedule.logsnr)  # sigma / alpha
     return (interval[0] < level) & (level <= interval[1])
 
 
@@ -93,8 +93,9 @@ def guide(
             runs the conditional half only. None: everywhere.
     """
     if isinstance(w, int | float) and w == 1:
+        # Only of a Python number can this be known while tracing.
         return lambda x_t, t: apply(x_t, t, cond)
-    both = jax.tree.map(_side_by_side, cond, uncond)
+    both = jax.tree.map(_side_by_side, cond, uncond)  # outside the loop over steps
 
     def guided_apply(x_t: Array, t: Array) -> Array:
         out = apply(_side_by_side(x_t, x_t), _side_by_side(t, t), both)
@@ -106,9 +107,11 @@ def guide(
     inside = jnp.asarray(where)
 
     def alone(x_t: Array, t: Array) -> Array:
+        # float32, since both branches of a `cond` must return one dtype.
         return apply(x_t, t, cond).astype(jnp.float32)
 
-    # A solver's t are all alike: what lies outside costs half.
+    # All t of a batch are alike when a solver calls, so one scalar decides for all rows, and a step
+    # outside costs half.
     return lambda x_t, t: jax.lax.cond(inside[t].all(), guided_apply, alone, x_t, t)
 
 
@@ -129,6 +132,7 @@ def dynamic_threshold(x_0: Array, percentile: float = 99.5) -> Array:
     """Equation (3), one s an example; x_0 [b, ...], percentile in (1, 100]."""
     if not 1 < percentile <= 100:
         raise UserError(f"dynamic thresholding: percentile {percentile} is not within (1, 100]")
+    # One s for all pixels and channels of an example; s >= 1 leaves images in range as they are.
     flat = jnp.abs(x_0).reshape(x_0.shape[0], -1)
     s = jnp.maximum(jnp.percentile(flat, percentile, axis=1), 1.0)
     s = s.reshape(s.shape + (1,) * (x_0.ndim - 1))

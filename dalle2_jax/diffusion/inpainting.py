@@ -4,10 +4,10 @@
     x_t = sqrt(a) x_{t-1} + sqrt(1 - a) noise,  a = abar_t / abar_{t-1}                      (2)
 
 (1) puts the known pixels into every prediction (GLIDE's code for 2112.10741, section 2.3; as a
-projection, DDNM 2212.00490, equation 13). A network that was not trained to be told them fits the
-rest only little by little: one step smooths the seam a little, and noise undoes part of it. (2)
-goes one step back and takes the step again, several times, so that both parts can agree (RePaint
-2201.09865, section 4.2, with jumps of one step).
+projection, DDNM 2212.00490, equation 13). A network that was not trained to read them fits the
+rest to them only little by little: one step smooths the seam a little, and noise undoes part of it.
+(2) goes one step back and takes the step again, several times, so that both parts can agree
+(RePaint 2201.09865, section 4.2, with jumps of one step).
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ def keeping(schedule: Schedule, denoiser: Denoiser, known: Array) -> Denoiser:
     The prediction at t = 0 stays as it is: there the network smooths the seam, and the known pixels
     are pasted over the result afterwards.
     """
+    # y comes multiplied by m already (`imaging.masks.partly_known`).
     y, m = known[..., :-1], known[..., -1:]
 
-    def kept(x_t: Array, t: Array) -> Prediction:
+    def with_known(x_t: Array, t: Array) -> Prediction:
         pred = denoiser(x_t, t)
         x_0 = jnp.where((t > 0)[:, None, None, None], y + (1 - m) * pred.x_0, pred.x_0)
+        # As after a clip: eps has to fit the x_0 that was put in.
         return pred._replace(x_0=x_0, eps=eps_from_x_0(schedule, x_t, x_0, t))
 
-    return kept
+    return with_known
 
 
 def num_calls(steps: int, repeats: int) -> int:
@@ -73,8 +75,12 @@ class Resampling:
     def step(
         self, denoiser: Denoiser, x_t: Array, t: Array, noise: Array, memory: PyTree
     ) -> tuple[Array, PyTree]:
+        # With repeats = 2 and 3 steps:  t      4 3 2 1 0
+        #                                step s 2 2 1 1 0
+        #                                again  1 0 1 0 0
         call, again = jnp.divmod(jnp.maximum(t - 1, 0), self.repeats)
         t = jnp.where(t > 0, call + 1, 0)
         x_prev, memory = self.solver.step(denoiser, x_t, t, noise, memory)
         signal, sigma = (extract(values, t, x_t.ndim) for values in self._noising)
+        # The solver is deterministic, so this call's noise is free for the way back.
         return jnp.where(again > 0, signal * x_prev + sigma * noise, x_prev), memory

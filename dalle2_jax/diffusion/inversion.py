@@ -37,6 +37,7 @@ class DDIMInversion(OverSchedule):
     @table
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
+        # At t = 0 prev is 1: the first step leaves the image itself.
         r = np.sqrt(abar / prev)
         return r, np.sqrt(1 - abar) - r * np.sqrt(1 - prev)
 
@@ -47,6 +48,7 @@ class DDIMInversion(OverSchedule):
         c_x, c_eps = (extract(values, t, x_prev.ndim) for values in self._tables)
 
         def closer(_: Array, x: Array) -> Array:
+            # Always from x_prev: only the point at which eps is evaluated moves.
             return c_x * x_prev + c_eps * denoiser(x, batch_t(t, x)).eps
 
         return jax.lax.fori_loop(0, iterations, closer, x_prev.astype(jnp.float32))

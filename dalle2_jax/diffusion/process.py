@@ -18,6 +18,7 @@ class Process:
     weighting: str = "none"  # or "min_snr_<gamma>", "min_v_<gamma>"
 
     def __post_init__(self) -> None:
+        # Both raise on bad values: a config fails when it is read, not at the first step.
         gaussian.check_kind(self.prediction)
         losses.loss_weight(self.training_schedule(), self.prediction, self.weighting)
 

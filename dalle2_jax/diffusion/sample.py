@@ -60,6 +60,7 @@ def step_noise(keys: Array, t: Array | int, shape: Sequence[int]) -> Array:
 
 
 def _noise(keys: Array, index: Array | int, shape: tuple[int, ...]) -> Array:
+    # Each row from its own key: from one key for all, a row's noise would depend on its batch.
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
@@ -73,6 +74,7 @@ class State(NamedTuple):
 
 def begin(solver: Solver, x_T: Array) -> State:
     """Returns the state before the first step; x_T [b, ...]."""
+    # float32 throughout: many small steps are added up, whatever the network computes in.
     x_T = x_T.astype(jnp.float32)
     return State(x_T, solver.init(x_T), jnp.zeros_like(x_T))
 
@@ -86,9 +88,12 @@ def take_step(
     noise: Array | None = None,
 ) -> State:
     """Takes one step, x_t -> x_{t-1}; `noise` [b, ...] in place of that of `keys` [b]."""
+    # Made for deterministic solvers too; the compiler drops what a step does not read.
     if noise is None:
         assert keys is not None, "sampling takes keys or noise"
         noise = step_noise(keys, t, state.x_t.shape[1:])
+    # A solver returns no prediction, yet progress shows one. So the denoiser it gets takes notes
+    # while the step is traced.
     predictions = []
 
     def remembering(x_t: Array, t: Array) -> Prediction:
@@ -124,6 +129,7 @@ def advance(
             solver, denoiser, state, first - i, keys, None if noise is None else noise[i]
         )
 
+    # A traced count makes this a while loop, which has no reverse derivative. Nothing needs one.
     return jax.lax.fori_loop(0, count, body, state)
 
 

@@ -31,12 +31,14 @@ class table(functools.cached_property):
 
 def tables_of(owner: Any) -> dict[str, Any]:
     """Returns the tables of a dataclass by name, those of the dataclasses it holds within."""
+    # From the classes, not the instance: a cached property is in the instance only once computed.
     names = {
         name for cls in type(owner).__mro__ for name, x in vars(cls).items() if isinstance(x, table)
     }
     tables = {name: getattr(owner, name) for name in sorted(names)}
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
+        # Arrays among the fields (alpha_bar, timesteps, DDIM's variance) are tables as well.
         if isinstance(value, np.ndarray):
             tables[field.name] = value
         elif dataclasses.is_dataclass(value):
@@ -49,6 +51,7 @@ def padded(tables: Mapping[str, Any], length: int) -> dict[str, Any]:
 
     def pad(values: np.ndarray) -> np.ndarray:
         dtype = np.int32 if values.dtype.kind in "iu" else np.float32
+        # One length for all numbers of steps, so that they share a compiled program.
         return np.pad(values, (0, length - len(values)), mode="edge").astype(dtype)
 
     return jax.tree.map(pad, dict(tables))
@@ -56,6 +59,7 @@ def padded(tables: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 def with_tables(template: Owner, tables: Mapping[str, Any]) -> Owner:
     """Returns a copy of `template` that reads these tables, as `tables_of` names them."""
+    # The copy may keep cached values of the template that are no tables. A step reads none of them.
     owner = copy.copy(template)
     for name, value in tables.items():
         inner = getattr(template, name) if isinstance(value, Mapping) else None

@@ -13,7 +13,7 @@ from dalle2_jax.nets.layers import LayerNorm
 from dalle2_jax.nets.transformer import Cache, Transformer, causal_mask
 from dalle2_jax.types import Array
 
-EXACT = jax.lax.Precision.HIGHEST  # a TPU would else multiply in bfloat16
+EXACT = jax.lax.Precision.HIGHEST  # otherwise a TPU multiplies in bfloat16
 
 
 class Statistics(nn.Module):
@@ -37,21 +37,24 @@ class Statistics(nn.Module):
 
     def values(self, z_img: Array, z_txt: Array) -> Array:
         """z_img, z_txt [b, dim] -> the values that are quantised, float32 [b, 1 + dims]."""
-        # float32: drawing keeps matrices in bfloat16
+        # Back to float32, since sampling may keep matrices in bfloat16 (`pipelines.placement`).
         components = self.components.astype(jnp.float32)
-        dot = jnp.sum(normalise(z_img) * normalise(z_txt), axis=1, keepdims=True)
+        dot = jnp.sum(normalise(z_img) * normalise(z_txt), axis=1, keepdims=True)  # a cosine
         along = jnp.einsum("bd,kd->bk", z_img - self.mean[None], components, precision=EXACT)
         return jnp.concatenate([dot, along], axis=1)
 
     def codes(self, z_img: Array, z_txt: Array) -> Array:
         """z_img, z_txt [b, dim] -> codes int32 [b, 1 + dims]."""
+        # The bound prevents a division by 0 along a direction in which all training images agree.
         width = jnp.maximum(self.high - self.low, 1e-6)[None]
         share = (self.values(z_img, z_txt) - self.low[None]) / width
         codes = jnp.floor(share * self.buckets).astype(jnp.int32)
+        # Values beyond the range of the fitted data fall into the outer buckets.
         return jnp.clip(codes, 0, self.buckets - 1)
 
     def z_img(self, codes: Array) -> Array:
         """Codes int32 [b, 1 + dims] -> z_img float32 [b, dim], from the middles of the buckets."""
+        # Code 0, the dot product, is left out: the directions alone make z_img.
         share = (codes[:, 1:].astype(jnp.float32) + 0.5) / self.buckets
         along = self.low[None, 1:] + share * (self.high - self.low)[None, 1:]
         components = self.components.astype(jnp.float32)
@@ -108,6 +111,7 @@ class ARPrior(nn.Module):
         self.code = nn.Embed(
             self.buckets, self.width, embedding_init=normal(0.02), dtype=self.dtype
         )
+        # [caption | z_txt | codes 0 .. dims - 1]. The last code, dims, is predicted but never read.
         shape = (self.context_length + 1 + self.dims, self.width)
         self.positions = self.param("positions", normal(0.01), shape, jnp.float32)
         self.transformer = Transformer(
@@ -121,8 +125,7 @@ class ARPrior(nn.Module):
     def __call__(
         self, z_img: Array, z_txt: Array, txt_enc: Array, txt_mask: Array
     ) -> tuple[Array, Array]:
-        """Returns (logits float32 [b, 1 + dims, buckets], the codes int32 [b, 1 + dims] they
-        predict).
+        """Returns (logits float32 [b, 1 + dims, buckets], codes of z_img int32 [b, 1 + dims]).
 
         Args: z_img, z_txt [b, dim], txt_enc [b, n, w], txt_mask bool [b, n].
         """
@@ -138,18 +141,19 @@ class ARPrior(nn.Module):
         return self.statistics.z_img(codes)
 
     def logits(self, codes: Array, z_txt: Array, txt_enc: Array, txt_mask: Array) -> Array:
-        """Returns logits [b, 1 + dims, buckets] of each code, given the codes [b, 1 + dims]
-        before it.
-        """
+        """Returns logits [b, 1 + dims, buckets]: each code's, given the `codes` before it."""
+        # Teacher forcing: all codes are known, and the causal mask hides what is to be predicted.
         before = self._embed(codes[:, :-1], jnp.arange(self.dims))
         x = jnp.concatenate([self._prefix(z_txt, txt_enc, txt_mask), before], axis=1)
         n = txt_mask.shape[1]
         mask = causal_mask(x.shape[1]) & self._keys(txt_mask)[:, None, None, :]
+        # The output at z_txt (place n) predicts code 0, that at code i predicts code i + 1.
         return self._out(self.transformer(x, mask)[:, n:]) + self.bias[None]
 
     def prefill(self, z_txt: Array, txt_enc: Array, txt_mask: Array) -> tuple[Array, Past]:
         """Returns (logits [b, buckets] of code 0, the past with everything before it)."""
         x, keys = self._prefix(z_txt, txt_enc, txt_mask), self._keys(txt_mask)
+        # n counts all places, those of codes to come included: the cache never changes its size.
         b, n = keys.shape
         mask = causal_mask(n)[:, :, : x.shape[1]] & keys[:, None, None, :]
         empty = self.transformer.empty_cache(b, n, self.width)
@@ -163,6 +167,7 @@ class ARPrior(nn.Module):
         """
         x, keys = self._embed(code[:, None], place[None]), past.keys
         n = keys.shape[1]
+        # The prefix takes the first n - dims places. Places after `at` are still zero in the cache.
         at = n - self.dims + place
         mask = keys & (jnp.arange(n) <= at)[None]
         x, cache = self.transformer.cached(x, mask[:, None, None, :], past.cache, at)

@@ -24,17 +24,20 @@ from dalle2_jax.types import Array
 # kernel needs 5.8 times less temporary memory at 512 x 512, 7.8 times at 1024 x 1284; at 256 x 516
 # only 2.2 times, and the time that its padding takes there may well eat up what it gains.
 LONG = 512
-_traced = "kernel"  # what stands in a TPU's program from LONG queries on
+# "kernel": a TPU runs the flash kernel from LONG queries on. "checkpointed einsum": it runs the
+# einsum there and recomputes its logits. "einsum": every platform does, at any length, and keeps
+# them. A global, because networks call `attention` at depth and only estimates change it.
+_implementation = "kernel"
 
 
 @contextlib.contextmanager
-def _tracing(what: str) -> Iterator[None]:
-    global _traced
-    before, _traced = _traced, what
+def _tracing_with(what: str) -> Iterator[None]:
+    global _implementation
+    before, _implementation = _implementation, what
     try:
         yield
     finally:
-        _traced = before
+        _implementation = before
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
@@ -43,7 +46,7 @@ def without_kernels() -> contextlib.AbstractContextManager[None]:
     For estimates: XLA's compiler knows neither the time nor the FLOPs of a Pallas call. Enter it
     while tracing; programs that jit has traced before stay as they are.
     """
-    return _tracing("checkpointed einsum")
+    return _tracing_with("checkpointed einsum")
 
 
 def only_einsum() -> contextlib.AbstractContextManager[None]:
@@ -51,7 +54,7 @@ def only_einsum() -> contextlib.AbstractContextManager[None]:
 
     For counting what must be computed, nothing of it twice; see `without_kernels`.
     """
-    return _tracing("einsum")
+    return _tracing_with("einsum")
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -68,13 +71,13 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     Returns:
         [b, n, heads, d] in v's dtype.
     """
-    if q.shape[1] < LONG or _traced == "einsum":
+    if q.shape[1] < LONG or _implementation == "einsum":
         return attention_by_einsum(q, k, v, mask)
     # Only q, k, v are kept for the backward pass: the gradient of a choice by platform hands on
     # what any of the platforms would keep.
     einsum = jax.checkpoint(attention_by_einsum)
     fits = (mask is None or mask.shape[2] == 1) and q.shape[-1] <= MOST_CHANNELS
-    kernel = flash_attention if _traced == "kernel" and fits else einsum
+    kernel = flash_attention if _implementation == "kernel" and fits else einsum
 
     def choose(q: Array, k: Array, v: Array, *mask: Array) -> Array:
         return jax.lax.platform_dependent(
@@ -88,8 +91,9 @@ def attention_by_einsum(q: Array, k: Array, v: Array, mask: Array | None = None)
     """`attention` with all logits in memory."""
     q = q / math.sqrt(q.shape[-1])
     # Sums that are kept in float32: of two logits near 100 bfloat16 cannot tell which is larger.
-    logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)  # b heads n m
     if mask is not None:
+        # The least float rather than -inf: a row without any key becomes uniform, not NaN.
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bmkd->bnkd", weights, v)
@@ -108,9 +112,11 @@ def _on_every_device(function: Callable[..., Array], *args: Array) -> Array:
     batch_axes, shards = current_batch_axes()
     other_axes = tuple(axis for axis in mesh.auto_axes if axis not in BATCH_AXES)
     b, _, heads, _ = args[0].shape
+    # batch_axes is () outside a split batch, and then splits nothing either.
     rows = batch_axes if b % shards == 0 else None
     divide = heads % math.prod(mesh.shape[axis] for axis in other_axes) == 0
     split = PartitionSpec(rows, None, other_axes if divide else None)
+    # A mask [1, ...] is the same for all rows: every device has it whole.
     masks = [PartitionSpec(rows if mask.shape[0] == b else None) for mask in args[3:]]
     return jax.shard_map(
         function,

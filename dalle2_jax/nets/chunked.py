@@ -12,6 +12,9 @@ from dalle2_jax.types import Array
 CHUNK = 256  # queries: their float32 logits over 1,284 keys are 1.3 MB, which caches hold
 
 
+# For each example, for each head, for each chunk of queries:
+#     logits = q[chunk, d] @ k[m, d].T         the only logits alive: [chunk, m]
+#     out    = softmax(logits) @ v[m, d]       exact, since all m keys are there at once
 def attention_by_chunks(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """`nets.attention.attention` in loops over examples, heads and chunks of queries.
 
@@ -24,12 +27,15 @@ def attention_by_chunks(q: Array, k: Array, v: Array, mask: Array | None = None)
 
     def example(qkvm: tuple[Array, ...]) -> Array:
         q, k, v, *mask = qkvm  # k n d, k m d, k m d, and [1 or n, m] for all heads
+        # `mask` is [] or one array. A mask of queries is cut like them; one of keys serves every
+        # chunk.
         of_chunk = [_chunks(x, chunk) for x in mask if x.shape[0] == n]
         of_all = [x for x in mask if x.shape[0] != n]
 
         def head(qkv: tuple[Array, Array, Array]) -> Array:
             q, k, v = qkv
 
+            # Without it the loop would stack the logits of all chunks for the backward pass.
             @jax.checkpoint
             def part(q: Array, k: Array, v: Array, *mask: Array) -> Array:
                 logits = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32)
@@ -39,6 +45,7 @@ def attention_by_chunks(q: Array, k: Array, v: Array, mask: Array | None = None)
 
             parts = (_chunks(q, chunk), *of_chunk)
             out = jax.lax.map(lambda x: part(x[0], k, v, *x[1:], *of_all), parts)
+            # The queries that filled up the last chunk end here. Their rows are finite (uniform).
             return out.reshape(rows, d)[:n]
 
         return jax.lax.map(head, (q, k, v))

@@ -33,14 +33,13 @@ class TextEncoding(NamedTuple):
 
 def text_mask(tokens: Array, eot_id: int) -> Array:
     """Returns bool [b, n], True up to and including the first end-of-text token."""
+    # End tokens up to here, minus this one: a place is shown if no end token stands before it.
     seen = jnp.cumsum((tokens == eot_id).astype(jnp.int32), axis=1)
     return (seen - (tokens == eot_id)) == 0
 
 
 class TextTower(nn.Module):
-    """tokens [b, n] -> (projection of the end token [b, dim], hidden states [b, n, width],
-    mask).
-    """
+    """tokens [b, n] -> (projection of the end token [b, dim], states [b, n, width], mask)."""
 
     dim: int
     context_length: int
@@ -77,6 +76,8 @@ class TextTower(nn.Module):
         )(x, causal_mask(n))
         x = LayerNorm(name="norm")(x)
         mask = text_mask(tokens, self.vocab_size - 1)
+        # The mask ends with the end token, the only one that has read the whole caption: the tower
+        # is causal.
         last = jnp.sum(mask, axis=1) - 1
         end = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]  # b width
         z = nn.Dense(self.dim, use_bias=False, dtype=self.dtype, name="projection")(end)
@@ -112,7 +113,7 @@ class ImageTower(nn.Module):
         patches = nn.Conv(
             self.width, (p, p), (p, p), "VALID", use_bias=False, dtype=self.dtype, name="patch"
         )
-        # of channels from -1 to 1; by default nothing changes
+        # From statistics of channels in [0, 1] to those in [-1, 1]; the defaults become 0 and 1.
         mean = jnp.array([2 * m - 1 for m in self.mean], jnp.float32)[None, None, None]
         std = jnp.array([2 * s for s in self.std], jnp.float32)[None, None, None]
         images = (images.astype(jnp.float32) - mean) / std
@@ -165,7 +166,7 @@ class CLIP(nn.Module):
         if self.text is not None:
             self.text_tower = TextTower(**shared, **self.text)
         if self.learned_temperature:
-            init = nn.initializers.constant(math.log(1 / 0.07))
+            init = nn.initializers.constant(math.log(1 / 0.07))  # section 2.5
             self.log_scale = self.param("logit_scale", init, (), jnp.float32)
 
     def init_inputs(self) -> tuple[Array | None, ...]:

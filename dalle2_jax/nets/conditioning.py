@@ -51,12 +51,14 @@ def decoder_condition(
         has_caption: bool [b], False where the caption is to be ignored; None: nowhere.
         empty: see `prior_condition`.
     """
+    # Training and guidance clear z_mask where z_img is to be ignored.
     condition: Condition = {"z_img": z_img, "z_mask": jnp.ones(z_img.shape[:1], bool)}
     if network.text is None:
         assert text is not None
         condition["txt_enc"], condition["txt_mask"] = text.txt_enc, text.txt_mask
     else:
         condition["tokens"] = tokens
+        # The last id of the vocabulary is the end-of-text token.
         condition["txt_mask"] = text_mask(tokens, network.text["vocab_size"] - 1)
     if network.z_txt_in_time and text is not None:
         condition["z_txt"] = text.z_txt
@@ -72,5 +74,6 @@ def without_caption(condition: Mapping[str, Any], learned_null: bool) -> Conditi
     if learned_null:
         return {**condition, "txt_mask": jnp.zeros_like(condition["txt_mask"])}
     assert "empty" in condition, "a network without a learned null needs the empty caption"
+    # Only what the network reads: a decoder's condition has z_txt only with `z_txt_in_time`.
     empty = {name: x for name, x in condition["empty"].items() if name in condition}
     return {**condition, **empty}

@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         null = self.param("null_z_img", nn.initializers.normal(0.02), (self.dim,), jnp.float32)
         # Unit length puts a coordinate at dim**-0.5: bring it to one, as the layers expect.
         z_img = cond["z_img"] * self.dim**0.5 if self.unit_length else cond["z_img"]
-        z_img = jnp.where(cond["z_mask"][:, None], z_img, null[None])
+        z_img = jnp.where(cond["z_mask"][:, None], z_img, null[None])  # [b, dim]
 
         if self.text is None:
             txt_enc = cond["txt_enc"]
@@ -148,6 +148,7 @@ class Decoder(nn.Module):
         if self.z_txt_in_time:
             last = cond["z_txt"]
         elif self.text is None:
+            # Without a caption this is place 0, which holds a learned token by then.
             at = jnp.maximum(cond["txt_mask"].sum(axis=1) - 1, 0)
             last = jnp.take_along_axis(txt_enc, at[:, None, None], axis=1)[:, 0]
         else:
@@ -155,7 +156,8 @@ class Decoder(nn.Module):
         emb = emb + dense(4 * channels, "emb_txt")(last) + dense(4 * channels, "emb_z_img")(z_img)
         extra = dense(self.extra_tokens * width, "tokens_z_img")(z_img)
         extra = extra.reshape(b, self.extra_tokens, width)
-        context = jnp.concatenate([txt_enc.astype(self.dtype), extra], axis=1)
+        context = jnp.concatenate([txt_enc.astype(self.dtype), extra], axis=1)  # b n+extra width
+        # With a learned null every place holds something to read, so nothing is masked.
         context_mask = None
         if not self.learned_null:
             extra_tokens = ((0, 0), (0, self.extra_tokens))
@@ -163,5 +165,6 @@ class Decoder(nn.Module):
 
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
+        # A network that does not inpaint ignores `known`: its sampler puts the pixels in instead.
         known = cond.get("known") if self.inpaints else None
         return unet(x_t.astype(self.dtype), emb, context, train, context_mask, known)

@@ -32,7 +32,7 @@ def flash_attention(
 
     For this device's arrays alone: the compiler cannot split a kernel.
     """
-    # Late: it takes long, and what draws small images needs none of it.
+    # Imported late: it takes long, and sampling small images needs none of it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     b, n, heads, d = q.shape
@@ -53,31 +53,38 @@ def flash_attention(
         k_layout=last,
         v_layout=last,
     )
+    # Splash's own masks are constants of the program. Ours are data, so they go by segments below.
     full = splash.MultiHeadMask([splash.FullMask((rows, keys))] * heads)
+    # One shard: rows and heads were split before, by `attention._on_every_device`.
     kernel = splash.make_splash_mha(
         full, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
     q, k, v = (
+        # [b, n, heads, d] -> [b, heads, rows or keys, d]
         jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
         for x, length in ((q / math.sqrt(d), rows), (k, keys), (v, keys))
     )
 
     def segments(seen: Array) -> splash.SegmentIds:
-        """Keys that are not `seen` [m], or fill up the last block, are of one without a query."""
+        """Puts keys not `seen` [m], and the last block's padding, in a segment without queries."""
+        # A query attends to keys of its own segment only: queries are 0, hidden keys 1.
         unseen = ~jnp.pad(seen, (0, keys - m))
         return splash.SegmentIds(jnp.zeros(rows, jnp.int32), unseen.astype(jnp.int32))
 
     if mask is not None:
-        given, axis = jax.vmap(segments)(jnp.broadcast_to(mask[:, 0, 0], (b, m))), 0
+        # `axis` is the axis of examples to map over; None: all examples share the segments.
+        segment_ids, axis = jax.vmap(segments)(jnp.broadcast_to(mask[:, 0, 0], (b, m))), 0
     else:
-        given, axis = None if keys == m else segments(jnp.ones(m, bool)), None
-    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, axis))(q, k, v, given)
+        segment_ids, axis = None if keys == m else segments(jnp.ones(m, bool)), None
+    out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, axis))(q, k, v, segment_ids)
+    # Queries that fill up the last block are cut off, so they need no segment of their own.
     return out[:, :, :n].swapaxes(1, 2).astype(v.dtype)
 
 
 def _blocks(n: int, most: int) -> tuple[int, int]:
-    """Returns (length of a block, of all blocks): as few blocks of at most `most` as hold n."""
-    lanes = -(-n // _LANES)
+    """Returns (length of a block, length of all) for as few blocks of at most `most` as hold n."""
+    lanes = -(-n // _LANES)  # rounded up; in units of 128
     count = -(-lanes * _LANES // most)
+    # Equal blocks: full ones and a short rest would be padded by up to a whole block.
     block = -(-lanes // count) * _LANES
     return block, count * block

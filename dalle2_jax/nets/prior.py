@@ -83,16 +83,21 @@ class DiffusionPrior(nn.Module):
         x = jnp.concatenate(sequence, axis=1)  # b n+4 width
         shape = (self.context_length + 4, self.width)
         positions = self.param("positions", nn.initializers.normal(0.01), shape, jnp.float32)
-        # The four last tokens keep their places, however short the caption is.
+        # The last four tokens (z_txt, t, x_t, query) keep their positions, however many tokens n
+        # the caption is given with.
         places = jnp.concatenate([positions[:n], positions[-4:]])
         x = x + places[None].astype(self.dtype)
         keys = jnp.pad(txt_mask, ((0, 0), (0, 4)), constant_values=True)
+        # [b, 1, n + 4, n + 4]. Where there is no caption, its places attend nowhere and become an
+        # average of all values. No later token sees it, because they are masked as keys, too.
         mask = causal_mask(n + 4) & keys[:, None, None, :]
         x = Transformer(
             self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
         )(x, mask)
-        x = LayerNorm(name="norm")(x[:, -1])
-        if self.standardised:  # for the two methods below
+        x = LayerNorm(name="norm")(x[:, -1])  # the query's output [b, width]
+        # Declared here, since a compact module declares parameters in one method only; the methods
+        # below read them.
+        if self.standardised:
             self.param("mean", nn.initializers.zeros, (self.dim,), jnp.float32)
             self.param("std", nn.initializers.ones, (self.dim,), jnp.float32)
         return nn.Dense(self.dim, dtype=self.dtype, name="out")(x).astype(jnp.float32)
@@ -101,6 +106,7 @@ class DiffusionPrior(nn.Module):
         """z_img float32 [b, dim] -> x_0 [b, dim], the quantity that is noised and predicted."""
         if not self.standardised:
             return z_img
+        # No gradient: they are data, though they live among the parameters.
         mean, std = jax.lax.stop_gradient(self._statistics())
         return (z_img - mean) / std
 

@@ -43,6 +43,7 @@ def policy_name(remat: str | bool, setting: str = "remat") -> str:
 
     Raises UserError for any other; `setting` names in the message where it stands.
     """
+    # Without isinstance 0 and 1 would be found too, since they equal False and True.
     name = {False: "none", True: "full"}.get(remat, remat) if isinstance(remat, bool) else remat
     if name not in POLICIES:
         raise UserError(f"{setting}: no policy {name!r}{near_miss(str(name), POLICIES)}")

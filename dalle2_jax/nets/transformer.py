@@ -71,6 +71,7 @@ class Block(nn.Module):
         y = LayerNorm(name="norm1")(x)
         q, k, v = (split_heads(dense(width, name)(y), self.heads) for name in "qkv")
         if cache is not None and at is not None:
+            # All places [b, n, heads, d]; the caller's mask hides those that are not written yet.
             k, v = cache = cache.with_places(at, k, v)
         x = x + dense(width, "out")(merge_heads(attention(q, k, v, mask)))
         y = dense(round(self.mlp_ratio * width), "fc1")(LayerNorm(name="norm2")(x))
@@ -92,22 +93,24 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
 
     def setup(self) -> None:
+        # The scan carries x through the blocks. Each block takes its slice of the cache
+        # [depth, b, n, heads, d] and returns it updated, and the scan stacks them again.
         in_axes: Any = (nn.broadcast, 0, nn.broadcast)  # of mask, cache and place
         blocks: Any = nn.scan(
             rematerialised(Block, self.remat, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0},  # each parameter is [depth, ...]
+            split_rngs={"params": True},  # blocks start with different weights
             in_axes=in_axes,
             length=self.depth,
         )
         self.blocks = blocks(self.heads, self.activation, self.dtype, self.mlp_ratio)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        # None is an empty tree, which a scan may slice.
         return self.blocks(x.astype(self.dtype), mask, None, None)[0]
 
     def cached(self, x: Array, mask: Array, cache: Cache, at: Array | int) -> tuple[Array, Cache]:
-        """Runs on x [b, m, width] at the places from `at` on of a sequence that is decoded bit by
-        bit.
+        """Runs on x [b, m, width] at the places from `at` on of a sequence decoded step by step.
 
         `mask` [.., m, n] covers its places. Returns (the output there, the `cache` with them).
         """

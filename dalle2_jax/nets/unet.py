@@ -70,21 +70,26 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool) -> Array:
         resample = RESAMPLE[self.resample]
+        # Resampling comes before conv1: a halving block convolves a quarter of the pixels.
         h = resample(nn.silu(GroupNorm(self.groups, name="norm1")(x)))
         h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
         out = self.features * (2 if self.scale_shift else 1)
+        # [b, e] -> [b, 1, 1, out], to broadcast over pixels.
         emb = nn.Dense(out, dtype=self.dtype, name="emb")(nn.silu(emb))[:, None, None]
         norm2 = GroupNorm(self.groups, name="norm2")
         if self.scale_shift:
+            # A "tensor" axis of the mesh may have split the channels that are cut in two here.
             scale, shift = jnp.split(keep_rows_whole(emb), 2, axis=-1)
+            # 1 + scale: where the embedding says nothing (0), the norm's output passes unchanged.
             h = norm2(h) * (1 + scale) + shift
         else:
             h = norm2(h + emb)
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        # conv2 is zero at first: a fresh block passes on its skip path alone, however deep the net.
         h = Conv3x3(self.features, zero=True, dtype=self.dtype, name="conv2")(h)
         x = resample(x)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)  # a 1x1 convolution
         return x + h
 
 
@@ -101,7 +106,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array | None, context_mask: Array | None = None) -> Array:
         b, h, w, c = x.shape
-        heads = max(1, c // self.head_channels)
+        heads = max(1, c // self.head_channels)  # a level narrower than one head gets one
         y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
 
         def project(tokens: Array, names: Sequence[str]) -> list[Array]:
@@ -111,12 +116,16 @@ class AttentionBlock(nn.Module):
             ]
 
         q, k, v = project(y, ["q", "k", "v"])
+        # Tokens have keys and values of their own, but share the softmax with the pixels: one query
+        # weighs text against image.
         if context is not None:
             context_k, context_v = project(context, ["context_k", "context_v"])
-            k = jnp.concatenate([context_k, k], axis=1)
+            k = jnp.concatenate([context_k, k], axis=1)  # [b, n + h w, heads, d]
             v = jnp.concatenate([context_v, v], axis=1)
         mask = None
         if context_mask is not None:
+            # [b, 1, 1, n + h w]. Pixels are never masked, so every query has a key, which the flash
+            # kernel requires.
             mask = jnp.pad(context_mask, ((0, 0), (0, h * w)), constant_values=True)[:, None, None]
         out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")
         return x + out(merge_heads(attention(q, k, v, mask))).reshape(b, h, w, c)
@@ -170,6 +179,7 @@ class UNet(nn.Module):
         context_mask: Array | None = None,
         known: Array | None = None,
     ) -> Array:
+        # Argument 3 of ResBlock, counting self, is `train`: a Python bool, not an array.
         block_class = rematerialised(ResBlock, self.remat, static_argnums=(3,))
         attention_class = rematerialised(AttentionBlock, self.remat)
 
@@ -192,13 +202,19 @@ class UNet(nn.Module):
 
         levels = len(self.channel_mults)
         p = self.patch_size
+        # Every level but the last halves the folded image.
         factor = p * 2 ** (levels - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {x.shape[1:3]}")
         x = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(fold(x, p))
-        if known is not None:  # beside conv_in: weights that know of no such channels fit as well
+        if known is not None:
+            # A convolution of its own, rather than more input channels of conv_in. Weights trained
+            # without `known` then load unchanged, and since this one starts at zero, the network
+            # computes what it did before. conv_in has the bias already.
             conv = Conv3x3(self.channels, zero=True, dtype=self.dtype, use_bias=False, name=KNOWN)
             x += conv(fold(known.astype(self.dtype), p))
+        # Skips: conv_in's output, one a block and one a halving. That is levels * (num_blocks + 1),
+        # exactly as many as the way up takes: hence its one block more a level.
         skips = [x]
         for level in range(levels):
             for i in range(self.num_blocks):
@@ -217,6 +233,7 @@ class UNet(nn.Module):
 
         for level in reversed(range(levels)):
             for i in range(self.num_blocks + 1):
+                # Last in, first out: sizes match, since the way up mirrors the way down.
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block(x, level, f"up{level}_block{i}")
                 if level in self.attention_levels:
@@ -226,5 +243,6 @@ class UNet(nn.Module):
 
         x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
         out_channels = self.out_channels * p**2
+        # conv_out is zero at first: a fresh network predicts 0 everywhere.
         x = Conv3x3(out_channels, zero=True, dtype=self.dtype, name="conv_out")(x)
-        return unfold(x, p).astype(jnp.float32)
+        return unfold(x, p).astype(jnp.float32)  # losses and solvers compute in float32

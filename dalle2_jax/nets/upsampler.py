@@ -53,8 +53,10 @@ class Upsampler(nn.Module):
         emb = TimestepMLP(channels, 4 * channels, self.dtype, name="time")(t)
         out_channels = x_t.shape[-1] * (2 if self.learned_variance else 1)
         unet = UNet(out_channels=out_channels, **self.unet, dtype=self.dtype, name="unet")
-        x = jnp.concatenate([x_t, low_res], axis=-1).astype(self.dtype)
+        x = jnp.concatenate([x_t, low_res], axis=-1).astype(self.dtype)  # b h w 6
+        # No context: the upsampler reads no text.
         out = unet(x, emb, None, train, known=known if self.inpaints else None)
         if self.residual:
+            # A learned variance, in the channels after these, has nothing to be added to.
             out = out.at[..., : low_res.shape[-1]].add(low_res)
         return out

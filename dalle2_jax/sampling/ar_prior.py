@@ -47,10 +47,15 @@ class Settings:
 
 
 def top_share(logits: Array, share: float) -> Array:
-    """Logits [b, k] of the highest `share` of a distribution over k rising values: of the value on
-    the bound what lies above it."""
+    """Logits [b, k] of the highest `share` of a distribution over k rising values.
+
+    The value on the bound keeps the part of its probability that lies above it.
+    """
     p = jax.nn.softmax(logits, axis=-1)
     from_here = jnp.cumsum(p[:, ::-1], axis=-1)[:, ::-1]  # this value's and all higher ones'
+    # from_here - p is the mass of all higher values. While it is below `share` a value keeps its
+    # probability, or what is left of the share; beyond it, log 0 = -inf. Not normalised, which
+    # sampling does not need.
     return jnp.log(jnp.clip(share - (from_here - p), 0.0, p))
 
 
@@ -59,10 +64,12 @@ def nucleus(logits: Array, top_p: float) -> Array:
     if top_p >= 1:
         return logits
     p = jax.nn.softmax(logits, axis=-1)
+    # Sort, add up, and sort back: argsort(order) is the inverse permutation. mass_above counts only
+    # what is likelier, hence is 0 for the likeliest value, which therefore always stays.
     order = jnp.argsort(-p, axis=-1)
-    likelier = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
-    likelier = jnp.take_along_axis(likelier, jnp.argsort(order, axis=-1), axis=-1) - p
-    return jnp.where(likelier < top_p, logits, -jnp.inf)
+    mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=-1), axis=-1)
+    mass_above = jnp.take_along_axis(mass, jnp.argsort(order, axis=-1), axis=-1) - p
+    return jnp.where(mass_above < top_p, logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,7 @@ class ARPriorSampler:
         return z_img
 
 
+# The settings are static here, unlike a diffusion stage's: another temperature compiles anew.
 @functools.partial(jax.jit, static_argnums=0)
 def sample_z_img(
     sampler: ARPriorSampler, params: Params, cond: Mapping[str, Array], keys: Array
@@ -120,8 +128,9 @@ def sample_z_img(
     """Samples z_img float32 [b, dim], see `ARPriorSampler`."""
     b, k = keys.shape[0], sampler.candidates
     keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-    each = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-    codes = sample_codes(sampler, params, each, keys)
+    cond_rows = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+    # [b k, 1 + dims]; the rows of one caption are neighbours, as `nearest_to` expects.
+    codes = sample_codes(sampler, params, cond_rows, keys)
     z = forward(sampler.network, params, codes, method="to_z_img")
     return nearest_to(cond["z_txt"], z, sampler.unit_length)
 
@@ -137,18 +146,22 @@ def sample_codes(
     guided = settings.cfg_scale != 1
     text = [cond[name] for name in ("z_txt", "txt_enc", "txt_mask")]
     if guided:  # the rows again, without their captions
+        # An empty txt_mask is "no caption": the network then puts its null in place of z_txt.
         null = [*text[:2], jnp.zeros_like(text[2])]
         text = [jnp.concatenate(pair) for pair in zip(text, null, strict=True)]
 
     def guide(logits: Array) -> Array:
         if not guided:
             return logits
+        # [2 b, buckets] -> [b, buckets] each. The result is log p_null (p_cond / p_null)^w, not
+        # normalised.
         cond_logp, null_logp = jnp.split(jax.nn.log_softmax(logits, axis=-1), 2)
         return null_logp + settings.cfg_scale * (cond_logp - null_logp)
 
     def pick(logits: Array, place: Array | int) -> Array:
-        own = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
-        return jax.vmap(jax.random.categorical)(own, logits)
+        # A row's noise comes from its own key and the place, so it is the same in any batch.
+        row_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
+        return jax.vmap(jax.random.categorical)(row_keys, logits)
 
     def pick_code(logits: Array, place: Array) -> Array:
         if settings.temperature == 0:
@@ -157,12 +170,15 @@ def sample_codes(
 
     def step(carry: tuple[Array, Any], place: Array) -> tuple[tuple[Array, Any], Array]:
         code, past = carry
+        # Both halves read the same code: guidance compares them after the same past.
         rows = jnp.concatenate([code, code]) if guided else code
         logits, past = forward(network, params, rows, place, past, method="step")
         code = pick_code(guide(logits), place + 1)
         return (code, past), code
 
     logits, past = forward(network, params, *text, method="prefill")
+    # Sampled at any temperature, which is that of the codes: candidates differ even at 0.
     dot = pick(top_share(guide(logits), settings.dot_share), 0)
     _, codes = jax.lax.scan(step, (dot, past), jnp.arange(network.dims))
+    # The scan stacks codes by place, [dims, b].
     return jnp.concatenate([dot[:, None], codes.T], axis=1)

@@ -33,6 +33,7 @@ class DecoderSampler(StageSampler):
 
     def null(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
         null = without_caption(cond, self.network.learned_null)
+        # Guidance leaves out z_img and the caption together.
         return {**null, "z_mask": jnp.zeros_like(cond["z_mask"])}
 
     def __call__(
@@ -54,4 +55,5 @@ class DecoderSampler(StageSampler):
         if known is not None:
             cond = {**cond, "known": known}
         x_0 = yield from self.sample(params, cond, keys, self.shape, noise)
+        # The last step may overshoot a little where the settings do not clip.
         return jnp.clip(x_0, -1, 1)

@@ -57,10 +57,12 @@ def sampler(folder: Path, stage: str, clip: Any = None, dtype: str = "float32") 
         UserError: the folder has no such stage, its entry is damaged, or it was trained with
             another CLIP than the folder's.
     """
+    # Imports the sampler's module only now: a stage that is not loaded costs nothing.
     cls = stages.resolve(str(stages.find(stage).sampler))
     options = dict(cls.ENTRY_OPTIONS)
     required = [name for name, default in options.items() if default is None]
     fields = {field.name for field in dataclasses.fields(cls)}
+    # The autoregressive prior has no noise process and no errors to measure.
     diffuses = "process" in fields
     keys = ("model", "diffusion", "sampling") if diffuses else ("model", "sampling")
     if cls.needs_clip:
@@ -68,6 +70,7 @@ def sampler(folder: Path, stage: str, clip: Any = None, dtype: str = "float32") 
     entry, where = _entry(folder, stage, *keys, *required)
     section = _options_of(entry, options, where)
     if "unit_length" in fields:
+        # A property of CLIP, kept in CLIP's entry only, so that the two cannot disagree.
         section["unit_length"] = clip.unit_length
     parts = {
         "network": _network(network_class(stage), entry["model"], where, dtype),
@@ -107,6 +110,8 @@ def num_upsamplers(size: int | None, sizes: Sequence[int]) -> int:
     if not sizes[0] <= size <= sizes[-1]:
         possible = f"from {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"of {sizes[0]}"
         raise UserError(f"size={size}: this model generates images {possible} px")
+    # `sizes` rise, so the stages below `size`, counting the decoder, are as many as the upsamplers
+    # up to the first that reaches it.
     return sum(stage_size < size for stage_size in sizes)
 
 
@@ -123,6 +128,7 @@ def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list
         stage: entry["low_size"] for stage, entry in entries.items() if "low_size" in entry
     }
     chain = []
+    # Each turn removes a stage, so it ends even if a damaged folder has a cycle.
     while successors := sorted(stage for stage, low in remaining.items() if low == size):
         if len(successors) > 1:
             raise UserError(
@@ -130,6 +136,7 @@ def upsampler_chain(entries: Mapping[str, Mapping[str, Any]], size: int) -> list
             )
         del remaining[successors[0]]
         chain += successors
+        # Without image_size the chain ends: no stage starts at 0 px.
         size = entries[successors[0]].get("image_size", 0)
     if remaining:
         stage, low = min(remaining.items())
@@ -157,10 +164,12 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
     """
     cls = network_class(stage)
     try:
+        # float32 whatever the tensors are: shapes alone are compared.
         entry = entries[stage]
         module = _network(cls, entry["model"], where, "float32")
         inputs: tuple[Any, ...] = ()
         if getattr(cls, "reads_text", False):
+            # Layers take their shapes from their inputs, and txt_enc is as wide as the text tower.
             inputs = (entries["clip"]["model"]["text"]["width"],)
         if "image_size" in entry:
             inputs += (entry["image_size"],)
@@ -179,6 +188,7 @@ def expected_params(entries: Mapping[str, Any], stage: str, where: str) -> Param
 def _trace_init(module: nn.Module, inputs: tuple[Any, ...]) -> Params:
     """Returns the shapes of the parameters that `module.init` makes from `init_inputs(*inputs)`."""
     init = functools.partial(module.init, jax.random.key(0))
+    # The inputs are made inside, so neither they nor the parameters take memory.
     return jax.eval_shape(lambda: init(*module.init_inputs(*inputs)))["params"]
 
 
@@ -207,6 +217,7 @@ def _options_of(
     """Returns the entry's values of `options` (name -> default): whole numbers from 1, or bools."""
     values = {name: entry.get(name, default) for name, default in options.items()}
     for name, value in values.items():
+        # bool first: it is a kind of int, and True would pass for 1.
         if isinstance(options[name], bool):
             checks.require(isinstance(value, bool), f"{where}: {name}", "true or false", value)
         else:

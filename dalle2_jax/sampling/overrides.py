@@ -39,7 +39,10 @@ class SamplingOptions:
         changes: dict[str, dict[str, Any]] = {stage: {} for stage in samplers}
         for field in dataclasses.fields(self):
             for stage, value in self._by_stage(field.name, samplers).items():
+                # numpy scalars and lists become numbers and tuples: settings must be hashable.
                 changes[stage][field.name] = checks.to_python_values(value)
+        # `replace` runs the checks of both again, with all changes at once: options that only fit
+        # together are not refused one by one.
         return {
             stage: dataclasses.replace(
                 sampler, settings=dataclasses.replace(sampler.settings, **changes[stage])
@@ -53,6 +56,8 @@ class SamplingOptions:
             return {}
         stages = [name for name, s in samplers.items() if hasattr(s.settings, option)]
         if not isinstance(value, Mapping):
+            # Steps or guidance that suit the decoder do not suit the others (an upsampler refuses
+            # guidance). A solver may serve all stages.
             return dict.fromkeys(stages if option == "solver" else ["decoder"], value)
         for stage in value:
             if stage not in samplers:

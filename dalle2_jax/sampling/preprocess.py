@@ -22,6 +22,8 @@ def preprocess(images: np.ndarray, tower: Mapping[str, Any]) -> Array:
     """
     size = tower["image_size"]
     if tower.get("resize", "area") == "bicubic":
+        # On the host, as the CLIP that was trained with this filter saw its images; below they are
+        # then only converted, since they have their final size already.
         images = np.stack([clip_square(image, size) for image in images])
     return shrunk(middle(images), size)
 
@@ -34,6 +36,7 @@ def middle(images: np.ndarray) -> np.ndarray:
     return images[:, top : top + side, left : left + side]
 
 
+# Compiled once for each size of images.
 @functools.partial(jax.jit, static_argnums=1)
 def shrunk(images: Array | np.ndarray, size: int) -> Array:
     """uint8 [b, h, w, 3] -> float32 [b, size, size, 3] in [-1, 1], by the filter of training."""

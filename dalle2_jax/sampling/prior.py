@@ -63,9 +63,10 @@ class PriorSampler(StageSampler):
         """
         del known
         b, k = keys.shape[0], self.candidates
+        # Candidate j of a caption depends on the caption's key and j, not on its batch.
         keys = jax.vmap(lambda key: jax.random.split(key, k))(keys).reshape(b * k)
-        repeated = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
-        x_0 = yield from self.sample(params, repeated, keys, self.shape, noise)
+        cond_rows = jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+        x_0 = yield from self.sample(params, cond_rows, keys, self.shape, noise)
         z = forward(self.network, params, x_0, method="to_z_img")
         return nearest_to(cond["z_txt"], z, self.unit_length)
 
@@ -80,5 +81,7 @@ def nearest_to(z_txt: Array, z: Array, unit_length: bool) -> Array:
     """
     z = normalise(z) if unit_length else z
     candidates = z.reshape(len(z_txt), -1, z.shape[-1])  # b k dim
+    # Candidates are compared by direction, even where the result keeps its length. The length of
+    # z_txt is the same for all candidates of a row.
     best = jnp.argmax(jnp.einsum("bkd,bd->bk", normalise(candidates), z_txt), axis=1)
     return jnp.take_along_axis(candidates, best[:, None, None], axis=1)[:, 0]

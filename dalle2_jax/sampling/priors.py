@@ -1,6 +1,4 @@
-"""The choice of a prior, or of none: z_txt in place of z_img (the ablation of unCLIP's figure
-8).
-"""
+"""The choice of a prior, or of none: z_txt in place of z_img (the ablation of unCLIP, figure 8)."""
 
 from __future__ import annotations
 
@@ -41,6 +39,7 @@ class NoPrior:
     ) -> Events[Array]:
         """Returns z_txt in place of z_img, float32 [b, dim]."""
         del params, keys, noise, known
+        # Nothing to report, but without a yield this would be no generator.
         yield from ()
         return normalise(cond["z_txt"]) * self.length
 
@@ -63,6 +62,7 @@ def choose(name: str | None, model: Any) -> Any:
     if model.prior is not None and model.prior.stage == stage:
         return model.prior  # with the options it has
     if stage == NoPrior.stage:
+        # The decoder expects z_img as long as in training; z_txt may have quite another length.
         unit = model.clip.unit_length
         return NoPrior(1.0 if unit else _length(model.params.get("prior", {})))
     if stage not in model.priors:
@@ -75,4 +75,5 @@ def _length(diffusion: Params) -> float:
     """Returns the root mean square length of z_img, from the statistics of a standardised prior."""
     if "std" not in diffusion:
         raise UserError("prior='none': the length of this model's z_img is not known")
+    # E |z|^2 = |E z|^2 + the sum of the variances.
     return float(jnp.sqrt(jnp.sum(diffusion["mean"] ** 2 + diffusion["std"] ** 2)))

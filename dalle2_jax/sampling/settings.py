@@ -19,7 +19,7 @@ from dalle2_jax.validation.checks import is_number, is_whole_number
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a stage is sampled. Raises UserError for values out of range or that exclude each other.
+    """Sampling settings of a stage; UserError for values out of range or that exclude each other.
 
     Attributes:
         steps: number of sampling steps; several numbers are the steps in each equal part of time,
@@ -54,6 +54,7 @@ class Settings:
         for name, (is_valid, requirement) in CHECKS.items():
             value = getattr(self, name)
             checks.require(is_valid(value), name, requirement, value)
+        # Several numbers are counts in sections; every other spacing spreads one number.
         if isinstance(self.steps, tuple) and self.spacing not in ("", "sections"):
             raise UserError(
                 f"spacing={self.spacing!r} takes one number of steps, not {self.steps!r}"
@@ -66,6 +67,8 @@ class Settings:
             f"repeats={self.repeats} (RePaint's resampling, for a decoder that was not trained to "
             "inpaint)"
         )
+        # Resampling uses a step's noise for the way back, so the step must need none. A solver
+        # that remembers would mix predictions from before and after the way back.
         if (self.solver, self.eta) != ("ddim", 0):
             raise UserError(
                 f"{repainting} goes with ddim at eta=0, not {self.solver} at eta={self.eta:g}"
@@ -93,12 +96,14 @@ class Settings:
         """Returns where guidance acts, bool [num_timesteps]; None: everywhere."""
         if self.cfg_interval is None:
             return None
+        # Over the training schedule, since guidance sees the network's t.
         return guidance.within(process.training_schedule(), self.cfg_interval)
 
     def make_solver(
         self, schedule: schedules.Schedule, variances: np.ndarray | None = None
     ) -> Solver:
         """Returns the solver over `schedule`; `variances` [T] are the analytic ones, if used."""
+        # The other solvers have no options: `eta` and `variance` do not reach them.
         options: dict[str, Any] = {
             "ddim": {"eta": self.eta, "variance": variances},
             "ddpm": {"variance": self.variance if variances is None else variances},
@@ -118,6 +123,7 @@ def _is_clip(value: Any) -> bool:
     match value:
         case None:
             return True
+        # The rule's name and its own bounds are checked by `guidance.threshold`.
         case (str(), bound):
             return is_number(bound, 0) and bound > 0
     return False
@@ -137,6 +143,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_are_counts, "whole numbers from 1"),
     "clip": (_is_clip, 'null, ["static", bound] or ["dynamic", percentile]'),
     "cfg_scale": (is_number, "a finite number"),
+    # The range of eta, 0 to 1, is checked by DDIM itself.
     "eta": (is_number, "a finite number"),
     "cfg_interval": (_is_interval, "null or [low, high] of sigma / alpha, 0 <= low < high"),
     "cfg_rescale": (lambda x: is_number(x, 0, 1), "a number from 0 to 1"),

@@ -42,6 +42,8 @@ class StepsDone(NamedTuple):
     """The prediction of x_0 [b, ...] as of now; None before the first step."""
 
 
+# Generators, not callbacks: the caller decides when the next call starts, may stop between two, and
+# the server can stream each event as it comes.
 Events = Generator[StepsDone, None, Result]
 """Yields progress and returns the result."""
 
@@ -57,6 +59,7 @@ def finish(events: Events[Result], progress: Progress | None = None) -> Result:
         except StopIteration as end:
             return end.value
         if progress is not None:
+            # Dispatch is asynchronous: without waiting the bar would run ahead of the device.
             jax.block_until_ready(event.x_0)
             progress(event.done, event.total)
 
@@ -71,6 +74,7 @@ class Numbers(NamedTuple):
     guided_at: np.ndarray | None  # bool [num_timesteps]
 
 
+# Frozen and compared by value: two samplers of equal settings share compiled programs.
 @dataclasses.dataclass(frozen=True)
 class StageSampler:
     """Samples x_0 [b, ...] from a stage's network.
@@ -90,6 +94,7 @@ class StageSampler:
     settings: Settings
     x_0_error: tuple[float, ...] = dataclasses.field(default=(), kw_only=True)
     """The errors that `analytic.measure` found at the end of training; (): none were measured."""
+    # Not compared: the number of steps is traced, so another value needs no other program.
     steps_a_call: int = dataclasses.field(default=5, kw_only=True, compare=False)
     """Steps between two reports of progress."""
 
@@ -104,6 +109,7 @@ class StageSampler:
         return 1
 
     def __post_init__(self) -> None:
+        # Checked here rather than in Settings, which know no process.
         limit = self.process.num_timesteps
         if self.settings.num_steps > limit:
             raise UserError(f"steps must be at most {limit}, not {self.settings.steps}")
@@ -128,6 +134,7 @@ class StageSampler:
                 'variance="analytic" needs x_0_error, which a prior\'s training measures: see '
                 'docs/sampling.md, or set variance="small" in config.json'
             )
+        # DDPM's mean is DDIM's at eta = 1.
         eta = settings.eta if settings.solver == "ddim" else 1.0
         variances = analytic.variances(schedule, self.process.num_timesteps, self.x_0_error, eta)
         return settings.make_solver(schedule, variances)
@@ -152,6 +159,12 @@ class StageSampler:
     def program(self) -> StageSampler:
         """Returns this sampler without its numbers: the static argument of its program."""
         settings = self.settings
+        # Equal for all samplers that may share a program. What stays in it decides what is traced:
+        # the solver's class, clip, repeats, and whether there is guidance at all. At cfg_scale 1
+        # the network runs on half the rows, so that is another program.
+        #
+        # A template of one step has tables of length 1; `with_tables` replaces them by the padded
+        # ones, whose length is always num_timesteps.
         placeholders = dataclasses.replace(
             settings,
             steps=1,
@@ -199,8 +212,10 @@ class StageSampler:
         yield StepsDone(0, total)  # the first call compiles: a progress bar shows meanwhile
         program, numbers = self.program(), self.numbers()
         state = _begin(program, keys, tuple(shape), None if noise is None else noise[0])
+        # noise[0] is x_T. If it came alone, the steps make theirs from `keys`.
         steps_noise = noise[1:] if noise is not None and len(noise) > 1 else None
         done = 0
+        # Parts follow each other in time, each with parameters of its own; a call never spans two.
         for part, count in self.parts(params):
             last = done + count
             while done < last:
@@ -211,6 +226,7 @@ class StageSampler:
                     cond,
                     numbers,
                     state,
+                    # Of a fixed dtype: a Python int would be traced as weakly typed.
                     np.int32(total - 1 - done),
                     np.int32(steps),
                     keys,
@@ -235,6 +251,7 @@ class StageSampler:
         yield StepsDone(0, total)
         program, numbers = sampler.program(), sampler.inversion_numbers()
         x_t, done = x_0, 0
+        # Inversion starts at the clean end, where sampling stops.
         for part, count in reversed(sampler.parts(params)):
             last = done + count
             while done < last:
@@ -259,9 +276,11 @@ class StageSampler:
         schedule = self.settings.schedule(self.process)
         length = self.process.num_timesteps
         inverse = tables.padded(tables.tables_of(DDIMInversion(schedule)), length)
+        # Only the solver differs: the schedule and guidance belong to the denoiser.
         return self.numbers()._replace(solver=inverse)
 
 
+# A server asks for the same settings again and again.
 @functools.lru_cache(maxsize=64)
 def _numbers(sampler: StageSampler) -> Numbers:
     settings, length = sampler.settings, sampler.process.num_timesteps
@@ -279,6 +298,8 @@ def _numbers(sampler: StageSampler) -> Numbers:
 def _begin(
     program: StageSampler, keys: Array, shape: tuple[int, ...], noise: Array | None
 ) -> State:
+    # The template will do: `begin` asks the solver only for its memory, whose shape depends on its
+    # class and not on its tables.
     return begin(program.make_solver(), init_noise(keys, shape) if noise is None else noise)
 
 
@@ -295,6 +316,7 @@ def _advance(
     noise: Array | None,
 ) -> State:
     """Takes `count` steps from t = `first` down."""
+    # `program` has placeholders; the numbers of the sampler go in here, as tracers.
     solver = tables.with_tables(program.make_solver(), numbers.solver)
     denoiser = _denoiser(program, params, cond, numbers)
     return advance(solver, denoiser, state, first, count, keys, noise)
@@ -340,6 +362,7 @@ def _denoiser(program: StageSampler, params: Params, cond: PyTree, numbers: Numb
     def apply(x_t: Array, t: Array, cond: PyTree) -> Array:
         return program.apply(params, x_t, t, cond)
 
+    # A Python 1.0 turns guidance off while tracing; every other scale is traced.
     guided = guidance.guide(
         apply,
         cond,
@@ -352,5 +375,7 @@ def _denoiser(program: StageSampler, params: Params, cond: PyTree, numbers: Numb
     denoiser = denoiser_from(
         schedule, guided, process.prediction, settings.clip, process.learned_variance
     )
+    # Also for a network that is trained to inpaint: its prediction of known pixels is close, not
+    # exact.
     known = cond.get("known") if hasattr(cond, "get") else None
     return denoiser if known is None else inpainting.keeping(schedule, denoiser, known)

@@ -43,9 +43,12 @@ class UpsamplerSampler(StageSampler):
         if not self.separate_last_step:
             return super().parts(params)
         steps = self.settings.num_calls
-        return [(params["first"], steps - 1), (params["last"], 1)][steps == 1 :]
+        if steps == 1:
+            return [(params["last"], 1)]
+        return [(params["first"], steps - 1), (params["last"], 1)]
 
     def null(self, cond: Mapping[str, Array]) -> Mapping[str, Array]:
+        # Never read: cfg_scale is 1, and then guidance runs the conditional half alone.
         return cond
 
     def __call__(
@@ -64,6 +67,7 @@ class UpsamplerSampler(StageSampler):
             noise: [1 + steps, b, S, S, 3], see `StageSampler.sample`.
             known: [b, S, S, 4], the known part of the images, see `imaging.masks`.
         """
+        # The filter of training (`tasks.upsampler`); another would show in the result.
         cond = {"low_res": arrays.resize(low_res, self.image_size, "bicubic")}
         if known is not None:
             cond["known"] = known

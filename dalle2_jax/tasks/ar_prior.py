@@ -52,7 +52,7 @@ class ARPriorTask:
     entry: Mapping[str, Any]
     drop_caption: float = 0.1
     noise: float = 0.0
-    candidates: int = ARPriorSampler.candidates  # drawn for an image
+    candidates: int = ARPriorSampler.candidates
     fit_batches: int = 64
     stage: str = dataclasses.field(default=ARPriorSampler.stage, init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
@@ -71,6 +71,7 @@ class ARPriorTask:
         return self.network.init(key, *inputs)["params"]
 
     def trainable(self, path: str) -> bool:
+        # Fitted by `fit`, then fixed: the codes' meaning must not drift while they are learned.
         return not path.startswith("statistics/")
 
     def frozen(self) -> Params:
@@ -80,46 +81,55 @@ class ARPriorTask:
         """Fits the PCA of z_img and the range of each code: see `train.statistics.FitsStatistics`.
 
         Two passes over the data: the moments give the directions, then the values along them their
-        range. Logs the share of the variance that is lost.
+        range. Logs the share of the variance that the directions keep.
         """
 
-        def passed(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        # Both passes begin the data anew and so see the same batches.
+        def over_batches(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
             run = None
             for batch in itertools.islice(batches(), self.fit_batches):
+                # Jitted at the first batch, which shows the mesh.
                 run = run or _replicated(function, batch)
                 yield run(*args, frozen["clip"], batch)
 
         def moments(clip: Params, batch: Batch) -> tuple[Array, Array]:
             z, _ = self._encode(clip, batch)
+            # E z [d] and E z z^T [d, d]; batches are equally large, so means of means are means.
             return z.mean(axis=0), jnp.einsum("bi,bj->ij", z, z, precision=EXACT) / len(z)
 
-        def ranges(given: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
-            values = forward(statistics, given, *self._encode(clip, batch), method="values")
+        def ranges(pca: Params, clip: Params, batch: Batch) -> tuple[Array, Array]:
+            values = forward(statistics, pca, *self._encode(clip, batch), method="values")
             return values.min(axis=0), values.max(axis=0)
 
         n = self.network
         statistics = Statistics(n.dim, n.dims, n.buckets)
         total, count = None, 0
-        for found in passed(moments):
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        for batch_moments in over_batches(moments):
+            total = batch_moments if total is None else jax.tree.map(jnp.add, total, batch_moments)
             jax.block_until_ready(total)  # simulated devices abort when programs queue up
             count += 1
         assert total is not None, "there are no batches to fit to"
-        mean, components, kept = directions(*(x / count for x in total), n.dims)
-        given = {"mean": mean, "components": components}
-        given |= {"low": params["statistics"]["low"], "high": params["statistics"]["high"]}
+        mean, components, share = directions(*(x / count for x in total), n.dims)
+        pca = {
+            "mean": mean,
+            "components": components,
+            # Ranges of a fresh network: `values` does not read them, but its module declares them.
+            "low": params["statistics"]["low"],
+            "high": params["statistics"]["high"],
+        }
         low = high = None
-        for least, most in passed(ranges, given):
+        for least, most in over_batches(ranges, pca):
             low = least if low is None else jnp.minimum(low, least)
             high = most if high is None else jnp.maximum(high, most)
             jax.block_until_ready((low, high))
-        kept = float(kept)
-        kept_share = f"{n.dims} of {n.dim} directions keep {100 * kept:.2f} %"
-        logging.info("PCA of z_img: %s of the variance", kept_share)
-        if 1 - kept > MOST_LOST:
-            cure = "raise config.model.dims"
-            logging.warning("PCA of z_img: %s, more than 1 %% is lost: %s", kept_share, cure)
-        return {**given, "low": low, "high": high}
+        kept_share = float(share)
+        summary = f"{n.dims} of {n.dim} directions keep {100 * kept_share:.2f} %"
+        logging.info("PCA of z_img: %s of the variance", summary)
+        if 1 - kept_share > MOST_LOST:
+            logging.warning(
+                "PCA of z_img: %s, more than 1 %% is lost: raise config.model.dims", summary
+            )
+        return {**pca, "low": low, "high": high}
 
     def _encode(self, clip: Params, batch: Batch) -> tuple[Array, Array]:
         """(z_img, z_txt) of a batch."""
@@ -134,18 +144,20 @@ class ARPriorTask:
         key_drop, key_noise = jax.random.split(key)
         keep = jax.random.uniform(key_drop, (z_img.shape[0],)) >= self.drop_caption
         if train:
+            # This network always has a learned null, so an empty mask is "no caption".
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
             z_img = disturb(key_noise, z_img, self.noise) if self.noise else z_img
         logits, codes = forward(self.network, params, z_img, *text)
-        chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-        nats = (jax.nn.logsumexp(logits, axis=-1) - chosen).mean(axis=0)  # a code
-        again = forward(self.network, params, codes, method="to_z_img")
+        code_logits = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+        nats = (jax.nn.logsumexp(logits, axis=-1) - code_logits).mean(axis=0)  # a code
+        z_again = forward(self.network, params, codes, method="to_z_img")
         metrics = {
             "dot": nats[0],
             "codes": nats[1:].mean(),
             "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes),
-            "round_trip": jnp.sum(normalise(again) * normalise(z_img), axis=1).mean(),  # cosine
+            "round_trip": jnp.sum(normalise(z_again) * normalise(z_img), axis=1).mean(),  # cosine
         }
+        # Every code weighs the same, the dot product included.
         return nats.mean(), metrics
 
     def preview(
@@ -164,22 +176,26 @@ class ARPriorTask:
 
 
 def _replicated(function: Callable[..., Any], batch: Batch) -> Callable[..., Any]:
-    """`function`, jitted, whose results every device has whole."""
+    """Returns `function` jitted, its results replicated on every device."""
     place: Any = batch["image"].sharding
     return jax.jit(function, out_shardings=sharding.replicated(place.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def directions(mean: Array, second: Array, dims: int) -> tuple[Array, Array, Array]:
-    """E z [d] and E z z^T [d, d] -> (mean [d], the `dims` directions of the largest variance
-    [dims, d], by falling variance, and the share of the variance along them).
+    """Principal directions of z, from its moments E z [d] and E z z^T [d, d].
 
     An eigenvector has no sign: here its largest coordinate is positive.
+
+    Returns:
+        (mean [d], the `dims` directions [dims, d] by falling variance, the share of the variance
+        along them).
     """
     variances, vectors = jnp.linalg.eigh(second - mean[:, None] * mean[None])  # rising
     vectors = vectors[:, ::-1].T
     largest = jnp.argmax(jnp.abs(vectors), axis=1, keepdims=True)
     vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=1))
+    # Rounding may make the smallest eigenvalues slightly negative.
     variances = jnp.maximum(variances[::-1], 0)
     return mean, vectors[:dims], variances[:dims].sum() / variances.sum()
 
@@ -198,16 +214,20 @@ def from_config(config: Any) -> ARPriorTask:
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(where) else f"{where}: {message}") from error
-    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
+    sampler_options = {
+        "candidates": config.task.candidates,
+        "unit_length": clip.network.unit_length,
+    }
     task = construct(
         ARPriorTask,
         options,
         "config.task",
         network=network,
         clip=clip,
-        sampler=ARPriorSampler(network, settings, **drawn),
+        sampler=ARPriorSampler(network, settings, **sampler_options),
         entry={},
     )
+    # n images span n - 1 directions round their mean.
     count = task.fit_batches * config.batch_size
     if count <= network.dims:
         raise UserError(

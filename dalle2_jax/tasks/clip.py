@@ -32,7 +32,7 @@ class CLIPTask:
     max_shift: int = 0  # images are moved at random by up to so many pixels, edges repeated
     sam_rho: float = 0.0  # how far SAM moves the weights before a gradient is taken; 0: off
     sam_replica_batch: int = 64  # pairs that it moves them for together, those of one chip
-    sam_recompute: bool = False  # it keeps no moved weights: tasks/sam.py
+    sam_recompute: bool = False  # keeps no moved weights, see `sam`
     stage: str = dataclasses.field(default="clip", init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
 
@@ -52,13 +52,14 @@ class CLIPTask:
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Array, train: bool
     ) -> tuple[Array, Metrics]:
-        """Over all pairs of the global batch: under jit it is one, however it is split.
+        """Returns the loss over all pairs of the global batch, however devices split it.
 
         With SAM it is the loss at the moved weights, and the scale the mean over replicas.
         """
         images = arrays.to_float(batch["image"])
         if train and self.max_shift:
             images = random_shift(key, images, self.max_shift)
+        # After the shift, which therefore may be a fraction of a pixel of what CLIP sees.
         images = arrays.resize(images, self.network.image["image_size"], "area")
         inputs = images, batch["tokens"]
         if train and self.sam_rho:
@@ -74,8 +75,9 @@ class CLIPTask:
             )
         else:
             z_img, z_txt, scale = self._encode(params, inputs)
-        loss, *found = contrast(z_img, z_txt, scale)
-        metrics = {"image_to_text": found[0], "text_to_image": found[1]}
+        # With SAM, too, over the global batch: replicas meet again here, each with its own scale.
+        loss, image_to_text, text_to_image = contrast(z_img, z_txt, scale)
+        metrics = {"image_to_text": image_to_text, "text_to_image": text_to_image}
         return loss, {**metrics, "logit_scale": scale.mean()}
 
     def _encode(self, params: Params, inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -86,7 +88,7 @@ class CLIPTask:
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Each caption's own image, then those of the batch that CLIP finds nearest to it."""
+        """Shows each caption's own image, then those of the batch that CLIP finds nearest to it."""
         images = arrays.to_float(batch["image"])
         small = arrays.resize(images, self.network.image["image_size"], "area")
         z_img, z_txt, _ = forward(self.network, params, small, batch["tokens"])
@@ -98,6 +100,7 @@ class CLIPTask:
 
 def random_shift(key: Array, images: Array, most: int) -> Array:
     """Moves each image [b, h, w, c] by up to `most` pixels either way, edges repeated."""
+    # Corner (most, most) is the unmoved image.
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
     return arrays.crop(padded, corners, images.shape[1])
@@ -120,6 +123,8 @@ def from_config(config: Any) -> CLIPTask:
     task = construct(
         CLIPTask, options, "config.task", network=network, model=to_json_values(config.model)
     )
+    # That each chip's part is a multiple as well can only be checked on a mesh: `encode_perturbed`
+    # does.
     if task.sam_rho and config.batch_size % task.sam_replica_batch:
         raise UserError(
             f"config.batch_size={config.batch_size} is not a multiple of "

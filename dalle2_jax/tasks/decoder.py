@@ -58,9 +58,9 @@ class DecoderTask:
     image_size: int
     drop_z_img: float = 0.1
     drop_caption: float = 0.5
-    noise_z_img: float = 0.0  # most that z_img is disturbed in training, see `disturb`
-    nothing_known: float = 0.5  # of the images, where model.inpaints: see `known_in_part`
-    most_moved: float = 0.0  # of these, over white: for images of single things on white paper
+    noise_z_img: float = 0.0
+    nothing_known: float = 0.5
+    most_moved: float = 0.0
     stage: str = dataclasses.field(default="decoder", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
 
@@ -103,6 +103,8 @@ class DecoderTask:
         z_img = self.clip.encode_image(clip, arrays.to_float(batch["image"]))
         text, empty, learned = None, None, self.network.learned_null
         if self.network.text is None:
+            # Without a learned null a dropped caption is the empty one, encoded. With one,
+            # `decoder_condition` clears its mask.
             text = self.clip.encode_text(clip, tokens, None if learned else keep_txt)
         if guided and not learned:
             empty = self.clip.encode_text(clip, tokens, jnp.zeros(z_img.shape[:1], bool))
@@ -114,14 +116,17 @@ class DecoderTask:
         key_z, key_txt, key_loss, key_dropout, key_noise, key_known = jax.random.split(key, 6)
         b = batch["tokens"].shape[0]
         keep_txt = jax.random.uniform(key_txt, (b,)) >= self.drop_caption
+        # Nothing is dropped in evaluation: its loss is that of the conditional network.
         cond = self.condition(frozen, batch, keep_txt if train else None)
         if train:
+            # Independent of the caption's: the network learns all four combinations.
             cond["z_mask"] &= jax.random.uniform(key_z, (b,)) >= self.drop_z_img
             if self.noise_z_img:
                 cond["z_img"] = disturb(key_noise, cond["z_img"], self.noise_z_img)
         x_0 = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
         if train and self.network.inpaints:
             shares = self.nothing_known, self.most_moved
+            # z_img stays that of the unmoved image.
             x_0, cond["known"] = known_in_part(key_known, x_0, *shares)
 
         def apply(x_t: Array, t: Array) -> Array:
@@ -137,9 +142,9 @@ class DecoderTask:
         batch = previews.first(batch, rows)
         keys = jax.random.split(key, batch["tokens"].shape[0])
         cond = self.condition(frozen, batch, guided=True)
-        drawn = finish(self.sampler(params, cond, keys))
+        samples = finish(self.sampler(params, cond, keys))
         true = arrays.resize(arrays.to_float(batch["image"]), self.image_size, "area")
-        return {"decoder": previews.side_by_side(true, drawn)}
+        return {"decoder": previews.side_by_side(true, samples)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
@@ -154,6 +159,7 @@ def disturb(key: Array, z: Array, most: float) -> Array:
     """
     key_length, key_direction = jax.random.split(key)
     share = jax.random.uniform(key_length, (z.shape[0], 1), maxval=most)
+    # Of length about 1, since each of dim coordinates has variance 1 / dim.
     noise = jax.random.normal(key_direction, z.shape) / z.shape[1] ** 0.5
     return jnp.linalg.norm(z, axis=1, keepdims=True) * normalise(normalise(z) + share * noise)
 
@@ -180,7 +186,7 @@ def from_config(config: Any) -> DecoderTask:
             f"config.model.unit_length={network.unit_length}, but the CLIP of {clip.folder} has "
             f"{clip.network.unit_length}: set --config.model.unit_length={clip.network.unit_length}"
         )
-    size = {"image_size": config.task.get("image_size", 1)}  # `construct` tells where it lacks
+    size = {"image_size": config.task.get("image_size", 1)}  # if missing, `construct` says so
     task = construct(
         DecoderTask,
         options,

@@ -48,7 +48,7 @@ class PriorTask:
     entry: Mapping[str, Any]
     embedding_scale: float
     drop_caption: float = 0.1
-    candidates: int = PriorSampler.candidates  # drawn for an image
+    candidates: int = PriorSampler.candidates
     stage: str = dataclasses.field(default="prior", init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
     SECTIONS: ClassVar = {"sampling": Settings}
@@ -57,11 +57,13 @@ class PriorTask:
         check_numbers("config.task", 0, 1, drop_caption=self.drop_caption)
         check_numbers("config.task", 1e-6, embedding_scale=self.embedding_scale)
         check_whole_numbers("config.task", 1, candidates=self.candidates)
+        # Nothing divides samples by the scale. It only disappears where `nearest_to` brings them to
+        # unit length.
         keeps_length = self.network.standardised or not self.clip.network.unit_length
         if keeps_length and self.embedding_scale != 1:
             raise UserError(
                 f"config.task.embedding_scale={self.embedding_scale} must be 1 where z_img is "
-                "standardised or has no unit length: what is drawn is not scaled back"
+                "standardised or has no unit length: what is sampled is not scaled back"
             )
 
     def init(self, key: Array) -> Params:
@@ -97,6 +99,7 @@ class PriorTask:
                 self.network, params, x_t, t, cond["z_txt"], cond["txt_enc"], cond["txt_mask"]
             )
 
+        # to_x_0 standardises, if the network does; otherwise it is the identity.
         return apply, forward(self.network, params, z_img * self.embedding_scale, method="to_x_0")
 
     def condition(self, frozen: Params, tokens: Array, keep: Array) -> Mapping[str, Array]:
@@ -104,13 +107,12 @@ class PriorTask:
         learned = self.network.learned_null
         text = self.clip.encode_text(frozen["clip"], tokens, None if learned else keep)
         if learned:
+            # An empty mask is "no caption": the network replaces z_txt as well.
             text = text._replace(txt_mask=text.txt_mask & keep[:, None])
         return prior_condition(self.network, text)
 
     def measure(self, params: Params, frozen: Params, batch: Batch, key: Array) -> dict[str, Array]:
-        """Measures the errors that sampling with variance="analytic" needs, see
-        `analytic.measure`.
-        """
+        """Measures the errors of variance="analytic", see `diffusion.analytic.measure`."""
         everyone = jnp.ones(batch["tokens"].shape[:1], bool)
         apply, x_0 = self._posed(params, frozen, batch, everyone)
         return {"x_0_error": analytic.measure(self.process, apply, x_0, key)}
@@ -143,7 +145,10 @@ def from_config(config: Any) -> PriorTask:
     check_transformer("config.model", config.model, network.activation)
     process = construct(Process, config.diffusion, "config.diffusion")
     clip = FrozenCLIP.load(config)
-    drawn = {"candidates": config.task.candidates, "unit_length": clip.network.unit_length}
+    sampler_options = {
+        "candidates": config.task.candidates,
+        "unit_length": clip.network.unit_length,
+    }
     task = construct(
         PriorTask,
         options,
@@ -151,9 +156,11 @@ def from_config(config: Any) -> PriorTask:
         network=network,
         process=process,
         clip=clip,
-        sampler=make_sampler(PriorSampler, config, network, process, measured=True, **drawn),
+        sampler=make_sampler(
+            PriorSampler, config, network, process, measured=True, **sampler_options
+        ),
         entry={},
     )
-    kept = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}
-    entry = stage_entry(config, **kept, clip=task.clip.hash)
+    extra = {"embedding_scale": task.embedding_scale, "candidates": task.candidates}
+    entry = stage_entry(config, **extra, clip=task.clip.hash)
     return dataclasses.replace(task, entry=entry)

@@ -62,11 +62,11 @@ class UpsamplerTask:
     low_size: int
     image_size: int
     crop_fraction: float = 0.25
-    degradation: str = "blur"  # or "bsr" or "bsr_light", as in `degradation.STRENGTHS`
-    degraded_share: float = 1.0  # of the images that BSR spoils; the others stay true
-    blur_sigma: float = 0.6  # of a 3x3 kernel, in pixels of the small image; 0: none
-    noise_std: float = 0.0  # of gaussian noise on the small image: up to so much
-    nothing_known: float = 0.5  # of the crops, where model.inpaints: see `known_in_part`
+    degradation: str = "blur"
+    degraded_share: float = 1.0
+    blur_sigma: float = 0.6
+    noise_std: float = 0.0
+    nothing_known: float = 0.5
     separate_last_step: bool = False
     learns: tuple[str, ...] = PARTS
     SECTIONS: ClassVar = {"sampling": Settings}
@@ -85,6 +85,8 @@ class UpsamplerTask:
         if self.degradation not in DEGRADATIONS:
             near = near_miss(str(self.degradation), DEGRADATIONS)
             raise UserError(f"config.task.degradation={self.degradation!r} is unknown{near}")
+        # Crops of both sizes must show the same window, so they must start and end on whole pixels
+        # of the small image.
         factor, rest = divmod(self.image_size, self.low_size)
         if rest:
             raise UserError(
@@ -141,6 +143,7 @@ class UpsamplerTask:
         low_res = arrays.resize(low, self.crop_size, "bicubic")
         known = None
         if train and self.network.inpaints:
+            # x_0 stays as it is: without `most_moved` no image is moved.
             _, known = known_in_part(key_known, x_0, self.nothing_known)
 
         def loss_of(
@@ -159,18 +162,17 @@ class UpsamplerTask:
         # The networks share no parameter, so the gradient of the sum is each one's own.
         total, metrics = jnp.float32(0), {}
         keys = (jax.random.split(key, len(self.learns)) for key in (key_loss, key_dropout))
-        for part, *own in zip(self.learns, *keys, strict=True):
-            loss, part_metrics = loss_of(params[part], own, self.times[part])
+        for part, *part_keys in zip(self.learns, *keys, strict=True):
+            loss, part_metrics = loss_of(params[part], part_keys, self.times[part])
             total += loss
             metrics |= {f"{part}_{name}": value for name, value in part_metrics.items()}
         return total, metrics
 
     def corrupted_crops(self, images: Array, key: Array) -> tuple[Array, Array]:
-        """uint8 [b, h, w, 3] -> the same window of the corrupted small images and of the large
-        ones.
+        """Returns the same random window of the corrupted small images and of the large ones.
 
-        Returns ([b, crop / f, crop / f, 3], [b, crop, crop, 3]) in [-1, 1], f = image_size /
-        low_size.
+        uint8 [b, h, w, 3] -> [b, crop / f, crop / f, 3] and [b, crop, crop, 3] in [-1, 1], where
+        f = image_size / low_size.
         """
         key_crop, key_blur, key_noise = jax.random.split(key, 3)
         high = arrays.resize(arrays.to_float(images), self.image_size, "area")
@@ -179,17 +181,22 @@ class UpsamplerTask:
             # From next to none up to the full blur: the true small image is then a case of it.
             sigma = jax.random.uniform(key_blur, (low.shape[0],), minval=0.05, maxval=1.0)
             low = arrays.gaussian_blur(low, 3, sigma * self.blur_sigma)
+        # After the blur, which would see the edges of crops as borders.
         low, x_0 = arrays.random_crop_pair(key_crop, low, high, self.crop_size)
-        if self.degradation != "blur":  # of the crop alone, as in latent diffusion
+        if self.degradation != "blur":
+            # Of the crop alone, as in latent diffusion; its cost grows with side^3.
             key_blur, key_share = jax.random.split(key_blur)
             strength = degradation.STRENGTHS[self.degradation]
-            # Its operations are made for factors up to 4.
-            seen = arrays.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
-            spoilt = degradation.bsr(key_blur, seen, low.shape[1], strength)
-            chosen = jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
-            low = jnp.where(chosen, spoilt, low)
+            # BSR's operations are made for factors up to 4, so larger crops are reduced first.
+            crops = arrays.resize(x_0, min(self.crop_size, 4 * low.shape[1]), "area")
+            bsr_low = degradation.bsr(key_blur, crops, low.shape[1], strength)
+            is_degraded = (
+                jax.random.uniform(key_share, (low.shape[0], 1, 1, 1)) < self.degraded_share
+            )
+            low = jnp.where(is_degraded, bsr_low, low)
         if self.noise_std:
             key_std, key_noise = jax.random.split(key_noise)
+            # Each image has its own level, from none up: clean images stay within what is learned.
             std = self.noise_std * jax.random.uniform(key_std, (low.shape[0], 1, 1, 1))
             low = low + std * jax.random.normal(key_noise, low.shape)
         return low, x_0
@@ -197,21 +204,21 @@ class UpsamplerTask:
     @property
     def times(self) -> dict[str, range]:
         """The t that each of the two networks serves."""
+        # The first t of the sampled schedule is its cleanest, which is sampled last. With some
+        # spacings it depends on the number of steps: then "last" serves no other number.
         last = int(self.sampler.settings.schedule(self.process).timesteps[0])
         return {"first": range(last + 1, self.process.num_timesteps), "last": range(last, last + 1)}
 
     def preview(
         self, params: Params, frozen: Params, batch: Batch, key: Array, rows: int
     ) -> dict[str, Array]:
-        """Shows the small image, the one sampled from it and the true one, a row for each
-        example.
-        """
+        """Shows, for each example, the small image, the one sampled from it and the true one."""
         images = arrays.to_float(previews.first(batch, rows)["image"])
         true = arrays.resize(images, self.image_size, "area")
         low = arrays.resize(true, self.low_size, "area")
-        drawn = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
-        shown = arrays.resize(low, self.image_size, "nearest")
-        return {self.stage: previews.side_by_side(shown, drawn, true)}
+        samples = finish(self.sampler(params, low, jax.random.split(key, low.shape[0])))
+        low_enlarged = arrays.resize(low, self.image_size, "nearest")
+        return {self.stage: previews.side_by_side(low_enlarged, samples, true)}
 
     def export(self, params: Params) -> tuple[Mapping[str, Any], Params]:
         return self.entry, params
@@ -229,8 +236,8 @@ def from_config(config: Any) -> UpsamplerTask:
             "config.model.residual=True goes with config.diffusion.prediction='x_0', not "
             f"{process.prediction!r}: the small image is added to what is predicted"
         )
-    drawn = {
-        "image_size": config.task.get("image_size", 1),  # `construct` tells where it lacks
+    sampler_options = {
+        "image_size": config.task.get("image_size", 1),  # if missing, `construct` says so
         "separate_last_step": config.task.separate_last_step,
     }
     task = construct(
@@ -239,7 +246,8 @@ def from_config(config: Any) -> UpsamplerTask:
         "config.task",
         network=network,
         process=process,
-        sampler=make_sampler(UpsamplerSampler, config, network, process, **drawn),
+        sampler=make_sampler(UpsamplerSampler, config, network, process, **sampler_options),
+        # The entry needs the finished task, whose checks come first: it is put in below.
         entry={},
     )
     check_images(config, task.image_size, "config.task")

@@ -66,9 +66,12 @@ def make_solver(name: str, schedule: Schedule, **options: Any) -> Solver:
         UserError: an unknown name (the message names the near miss) or option.
     """
     check_name(name)
-    known = [f.name for f in dataclasses.fields(_SOLVERS[name]) if f.name != "schedule"]
+    # A solver's fields are its options: the dataclass is their only list.
+    option_names = [f.name for f in dataclasses.fields(_SOLVERS[name]) if f.name != "schedule"]
     for option in options:
-        if option not in known:
-            takes = ", ".join(known) or "no options"
-            raise UserError(f"sampler {name!r} has no option {option!r}: it takes {takes}")
+        if option not in option_names:
+            raise UserError(
+                f"sampler {name!r} has no option {option!r}: "
+                f"it takes {', '.join(option_names) or 'no options'}"
+            )
     return _SOLVERS[name](schedule, **options)

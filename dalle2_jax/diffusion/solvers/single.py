@@ -10,7 +10,7 @@ Analytic-DPM (2201.06503, see `analytic`) leaves the means and takes other varia
 
 Heun (EDM 2206.00364, algorithm 1, without churn). With alpha = sqrt(abar), sigma = sqrt(1 - abar)
 their variable is x / alpha, their noise level sigma / alpha, whose log falls by h, and their
-derivative eps. Told of ours, and by x_0, that is
+derivative eps. In our variables, and written with x_0, that is
     x'      = alpha_{t-1} x_0(x_t, t) + sigma_{t-1} eps(x_t, t)                              (4)
     x_{t-1} = x' + alpha_{t-1} (exp(h) - 1) / 2 (x_0(x', t-1) - x_0(x_t, t))                 (5)
 (4) is DDIM's step, and all there is at t = 0. In (5) the network is evaluated again. Its factor
@@ -75,12 +75,12 @@ class DDPM(OverSchedule):
 
     def __post_init__(self) -> None:
         if isinstance(self.variance, str) and self.variance not in ("small", "large"):
-            known = "'small', 'large' or a table"
-            raise UserError(f"variance must be {known}, not {self.variance!r}")
+            raise UserError(f"variance must be 'small', 'large' or a table, not {self.variance!r}")
 
     @table
     def _log_variance(self) -> np.ndarray:
         if not isinstance(self.variance, str):
+            # Analytic variances may be 0, at t = 0 above all, where no noise is added anyway.
             return np.log(np.maximum(self.variance, 1e-20))
         if self.variance == "large":
             return np.log(self.schedule.beta)
@@ -94,6 +94,7 @@ class DDPM(OverSchedule):
         log_variance = pred.log_variance
         if log_variance is None:
             log_variance = extract(self._log_variance, t, x_t.ndim)
+        # Not log variance -inf: the clipped one at t = 0 is finite, so zero is said here.
         std = jnp.where(t > 0, jnp.exp(0.5 * log_variance), 0.0)
         return mean + std * noise, memory
 
@@ -119,7 +120,9 @@ class DDIM(OverSchedule):
     def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.eta * np.sqrt(self.schedule.posterior_variance)  # (2), for it is eta^2 beta~
         prev = self.schedule.alpha_bar_prev
+        # Another variance replaces the noise alone: the mean keeps the s of eta.
         noise = s if self.variance is None else np.sqrt(self.variance)
+        # s^2 <= beta~ <= 1 - prev, so only rounding could make the root's argument negative.
         return np.sqrt(prev), np.sqrt(np.maximum(1 - prev - s**2, 0)), noise
 
     def step(
@@ -151,6 +154,7 @@ class Heun(OverSchedule):
         abar, prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
         alpha, sigma = np.sqrt(prev), np.sqrt(1 - prev)
         growth = np.zeros_like(abar)  # (exp(h) - 1) / 2; none at t = 0
+        # logsnr falls with t, so h = -diff / 2 is positive.
         growth[1:] = np.expm1(-0.5 * np.diff(self.schedule.logsnr)) / 2
         return alpha, sigma, alpha * np.minimum(growth, 1.0)
 
@@ -165,6 +169,7 @@ class Heun(OverSchedule):
             again = denoiser(x_prev, batch_t(t - 1, x_t))
             return x_prev + c_change * (again.x_0 - pred.x_0)
 
+        # A `cond` on a scalar evaluates one branch only: no evaluation is wasted at t = 0.
         return jax.lax.cond(t > 0, corrected, lambda: x_prev), memory
 
 

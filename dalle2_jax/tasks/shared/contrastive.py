@@ -30,10 +30,13 @@ import jax.numpy as jnp
 from dalle2_jax.parallel.shards import current_batch_axes, on_shards
 from dalle2_jax.types import Array
 
-COLUMNS = 1024  # of the logits at a time
+# Captions that a chip visits at a time.
+COLUMNS = 1024
 
 
 class Contrast(NamedTuple):
+    """The contrastive loss of a batch, with the accuracy of both directions."""
+
     loss: Array  # scalar: mean cross-entropy over both directions
     image_to_text: Array  # scalar in [0, 1]: how often an image's own caption scores highest
     text_to_image: Array
@@ -47,13 +50,13 @@ def contrast(z_img: Array, z_txt: Array, scale: Array) -> Contrast:
     Everything in float32. b must be a multiple of the batch shards of the mesh it is traced in.
     """
     z_img, z_txt, scale = (x.astype(jnp.float32) for x in (z_img, z_txt, scale))
-    losses, text_found, image_found = _pairs(z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1]))
-    return Contrast(losses.mean(), text_found.mean(), image_found.mean())
+    losses, text_hits, image_hits = _pairs(z_img, z_txt, jnp.broadcast_to(scale, z_img.shape[:1]))
+    return Contrast(losses.mean(), text_hits.mean(), image_hits.mean())
 
 
 @jax.custom_vjp
 def _pairs(z_img: Array, z_txt: Array, scale: Array) -> tuple[Array, Array, Array]:
-    """(each pair's loss [b], its caption is found [b] 0 or 1, its image is found [b])."""
+    """Returns (losses [b], hits of the captions [b], 0 or 1, hits of the images [b])."""
     return _pairs_fwd(z_img, z_txt, scale)[0]
 
 
@@ -66,6 +69,7 @@ def _pairs_fwd(z_img: Array, z_txt: Array, scale: Array) -> tuple[Any, Any]:
 
 def _pairs_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
     axes, n = current_batch_axes()
+    # The hits are counts, so only the losses have a cotangent that matters.
     return on_shards(functools.partial(_backward, axes, n), axes)(*residuals, cotangents[0])
 
 
@@ -84,12 +88,14 @@ class _Peak(NamedTuple):
         return cls(jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
 
     def see(self, logits: Array, first: Array, axis: int) -> _Peak:
-        """With the logits along `axis`, which stand at `first`, `first` + 1, ... of the batch."""
+        """Takes in logits that stand, along `axis`, at `first`, `first` + 1, ... of the batch."""
         top = logits.max(axis)
         place = first + jnp.argmax(logits, axis).astype(jnp.int32)
         # A shard meets the batch from its own place on: of equal logits the first is not the
         # first it meets.
         won = (top > self.top) | ((top == self.top) & (place < self.place))
+        # Sums are relative to the maximum, so no exponential overflows. When the maximum rises,
+        # the old sum shrinks by exp(old - new): at first by exp(-inf) = 0, times a sum of 0.
         highest = jnp.maximum(top, self.top)
         seen = jnp.exp(logits - jnp.expand_dims(highest, axis)).sum(axis)
         total = self.total * jnp.exp(self.top - highest) + seen
@@ -105,14 +111,23 @@ def _dots(a: Array, b: Array) -> Array:
 
 
 def _round(
-    axes: tuple[str, ...], n: int, visit: Callable[..., Any], rows: Any, given: Any, found: Any
+    axes: tuple[str, ...], n: int, visit: Callable[..., Any], rows: Any, captions: Any, columns: Any
 ) -> tuple[Any, Any]:
-    """Takes the captions, `given` and what is `found` of them ([m, ...] each), round the ring.
+    """Takes the captions of every shard round the ring, each with its sums.
 
-    `visit(rows, given, found, row, column)` sees up to COLUMNS of them at a time and returns
-    (rows, found); `row` and `column` are the places of the first of either in the global batch.
+    Args:
+        visit: (rows, captions, columns, row, column) -> (rows, columns), for all images of this
+            shard and up to COLUMNS captions. `row` and `column` are the places of the first image
+            and of the first caption in the global batch.
+        rows: sums over captions, [m, ...]; they stay with the images.
+        captions: what `visit` reads of the captions, [m, ...].
+        columns: sums over images, [m, ...]; they travel with the captions.
+
+    Returns:
+        (rows, columns) once every caption has met every image; columns are home again.
     """
-    m = jax.tree.leaves(given)[0].shape[0]
+    m = jax.tree.leaves(captions)[0].shape[0]
+    # The largest divisor of m, since a scan needs equal pieces. If m is a large prime, it is 1.
     width = next(c for c in range(min(m, COLUMNS), 0, -1) if m % c == 0)
     me = jax.lax.axis_index(axes) if axes else 0
 
@@ -124,27 +139,31 @@ def _round(
         return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree) if axes else tree
 
     def turn(carry: Any, t: Array) -> tuple[Any, None]:
-        rows, given, found = carry
-        columns = (me - t) % n * m + width * jnp.arange(m // width)
-        rows, found = jax.lax.scan(
-            lambda rows, x: visit(rows, x[0], x[1], me * m, x[2]), rows, (given, found, columns)
+        rows, captions, columns = carry
+        firsts = (me - t) % n * m + width * jnp.arange(m // width)  # places in the global batch
+        # After t turns the captions of shard me - t are here. The scan threads `rows` through the
+        # pieces, and stacks `columns`, which each piece has for itself.
+        rows, columns = jax.lax.scan(
+            lambda rows, x: visit(rows, x[0], x[1], me * m, x[2]), rows, (captions, columns, firsts)
         )
-        # `given` does not wait for the visit: the compiler may send it in the meantime.
-        return (rows, move(given), move(found)), None
+        # `captions` does not wait for the visit: the compiler may send it in the meantime.
+        return (rows, move(captions), move(columns)), None
 
-    start = rows, jax.tree.map(cut, given), jax.tree.map(cut, found)
-    (rows, _, found), _ = jax.lax.scan(turn, start, jnp.arange(n))
-    return rows, jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), found)
+    # n turns move everything once round, so columns end on the shard whose captions they belong to.
+    start = rows, jax.tree.map(cut, captions), jax.tree.map(cut, columns)
+    (rows, _, columns), _ = jax.lax.scan(turn, start, jnp.arange(n))
+    return rows, jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), columns)
 
 
 def _forward(axes: tuple[str, ...], n: int, z_img: Array, z_txt: Array, scale: Array) -> Any:
     """Computes on one shard, all [m]: losses, hits of both directions, log-sum-exps of both."""
     m = z_img.shape[0]
 
-    def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:
-        dots = _dots(z_img, given[0].T)  # m c
+    def visit(rows: Any, captions: Any, columns: Any, row: Array, column: Array) -> tuple[Any, Any]:
+        dots = _dots(z_img, captions[0].T)  # m c
+        # One product serves both directions; they differ only in whose scale multiplies it.
         rows = rows.see(scale[:, None] * dots, column, axis=1)
-        return rows, found.see(given[1][None, :] * dots, row, axis=0)
+        return rows, columns.see(captions[1][None, :] * dots, row, axis=0)
 
     rows, columns = _round(axes, n, visit, _Peak.none(m), (z_txt, scale), _Peak.none(m))
     here = (jax.lax.axis_index(axes) if axes else 0) * m + jnp.arange(m)
@@ -167,9 +186,9 @@ def _backward(
     """Computes on one shard the gradients of z_img, z_txt [m, d] and scale [m]."""
     m = z_img.shape[0]
 
-    def visit(rows: Any, given: Any, found: Any, row: Array, column: Array) -> tuple[Any, Any]:
-        (dz_img, dscale), (dz_txt, dscale_txt) = rows, found
-        txt, scale_txt, lse, g_txt = given
+    def visit(rows: Any, captions: Any, columns: Any, row: Array, column: Array) -> tuple[Any, Any]:
+        (dz_img, dscale), (dz_txt, dscale_txt) = rows, columns
+        txt, scale_txt, lse, g_txt = captions
         dots = _dots(z_img, txt.T)  # m c
         same = row + jnp.arange(m)[:, None] == column + jnp.arange(txt.shape[0])[None, :]
         # softmax - one-hot of either direction, times its pair's share
@@ -177,10 +196,11 @@ def _backward(
         by_column = (jnp.exp(scale_txt[None, :] * dots - lse[None, :]) - same) * (g_txt / 2)[None]
         pull = scale[:, None] * by_row + scale_txt[None, :] * by_column  # of the dot products
         rows = dz_img + _dots(pull, txt), dscale + jnp.sum(by_row * dots, axis=1)
-        found = dz_txt + _dots(pull.T, z_img), dscale_txt + jnp.sum(by_column * dots, axis=0)
-        return rows, found
+        columns = dz_txt + _dots(pull.T, z_img), dscale_txt + jnp.sum(by_column * dots, axis=0)
+        return rows, columns
 
+    # Gradients of captions and of images have the same shapes: m d, and m of the scale.
     nothing = jnp.zeros_like(z_img), jnp.zeros_like(scale)
-    given = z_txt, scale, lse_txt, g
-    (dz_img, dscale), (dz_txt, dscale_txt) = _round(axes, n, visit, nothing, given, nothing)
+    captions = z_txt, scale, lse_txt, g
+    (dz_img, dscale), (dz_txt, dscale_txt) = _round(axes, n, visit, nothing, captions, nothing)
     return dz_img, dz_txt, dscale + dscale_txt

@@ -44,8 +44,10 @@ def make_sampler(
         if not measured:
             message = f'{where}.variance="analytic" is a prior\'s alone, whose training measures it'
             raise UserError(message)
+        # Previews only: the exported entry takes the settings from the config, with "analytic".
         settings = dataclasses.replace(settings, variance="small")
     try:
+        # Tried on a dummy, since Settings does not know the rules of clipping.
         guidance.threshold(jax.numpy.zeros((1, 1)), settings.clip)
         return cls(network, process, settings, **options)
     except UserError as error:
@@ -67,6 +69,7 @@ def denoising_loss(
     """
     key_t, key_noise = jax.random.split(key)
     times = range(process.num_timesteps) if times is None else times
+    # `times` is a range of step 1, so its start and length say all.
     t = times.start + sample_t(key_t, x_0.shape[0], len(times), stratified=True)
     noise = jax.random.normal(key_noise, x_0.shape)
     losses = training_losses(
@@ -99,6 +102,8 @@ def known_in_part(
     """
     key_mask, key_nothing, key_moved = jax.random.split(key, 3)
     b, size = x_0.shape[:2]
+    # One number decides both:  [0, nothing_known) nothing is known,  [.., (1 + nothing_known) / 2)
+    # known in place,  [.., 1) known and moved. So what is entirely unknown never moves.
     place = jax.random.uniform(key_nothing, (b, 1, 1, 1))
     if most_moved:
         moves = place >= (1 + nothing_known) / 2

@@ -29,15 +29,16 @@ def check_captions(config: Any, text: Mapping[str, Any], whose: str) -> None:
     """Raises UserError if the tokens of `config.data` are not those that `text` reads."""
     names = ("context_length", "vocab_size")
     try:
+        # What the config leaves out, the tokenizer's defaults decide, as they will in the pipeline.
         tokenizer = Tokenizer(**{name: config.data[name] for name in names if name in config.data})
     except ValueError as error:
         raise UserError(f"config.data: {error}") from error
-    given = {name: getattr(tokenizer, name) for name in names}
-    _check_equal("config.data", given, {name: text.get(name) for name in names}, whose)
+    values = {name: getattr(tokenizer, name) for name in names}
+    _check_equal("config.data", values, {name: text.get(name) for name in names}, whose)
 
 
 def check_images(config: Any, least: int, whose: str) -> None:
-    """Raises UserError if the images of `config.data` are smaller than those learned from."""
+    """Raises UserError if the images of `config.data` have less than `least` pixels a side."""
     size = config.data.get("image_size", DataConfig.image_size)
     if size < least:
         raise UserError(
@@ -47,12 +48,12 @@ def check_images(config: Any, least: int, whose: str) -> None:
 
 
 def _check_equal(
-    where: str, given: Mapping[str, Any], wanted: Mapping[str, Any], whose: str
+    where: str, values: Mapping[str, Any], expected: Mapping[str, Any], whose: str
 ) -> None:
-    for name, value in wanted.items():
-        if given.get(name) != value:
+    for name, value in expected.items():
+        if values.get(name) != value:
             raise UserError(
-                f"{where}.{name}={given.get(name)} but {whose} has {value}: "
+                f"{where}.{name}={values.get(name)} but {whose} has {value}: "
                 f"set --{where}.{name}={value}"
             )
 
@@ -96,6 +97,7 @@ class FrozenCLIP:
                 "config.clip_from is empty: name the model folder of a trained CLIP, "
                 "as in --config.clip_from=runs/tiny/model"
             )
+        # No weights, hence the hash "": `params` then returns shapes alone.
         if re.search(r"\.py(:\w+)?$", config.clip_from):
             network, folder, weights = _network_of(config.clip_from), config.clip_from, ""
         else:
@@ -123,12 +125,14 @@ class FrozenCLIP:
     def params(self) -> Params:
         """Returns the parameters; only shapes if there are no weights, see `load`."""
         if not self.hash:
+            # Enough for ahead-of-time compilation, which allocates nothing.
             inputs = self.network.init_inputs
             return jax.eval_shape(lambda: self.network.init(jax.random.key(0), *inputs()))["params"]
         return load.params(Path(self.folder), "clip")
 
     def encode_image(self, params: Params, images: Array) -> Array:
         """Images [b, s, s, 3] in [-1, 1] of any size -> z_img [b, dim]."""
+        # The filter that this CLIP was trained with. Bicubic overshoots, hence the clip.
         method = self.network.image.get("resize", "area")
         images = jnp.clip(arrays.resize(images, self.image_size, method), -1, 1)
         return forward(self.network, params, images, method="encode_image")

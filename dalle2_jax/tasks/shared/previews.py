@@ -23,10 +23,11 @@ def side_by_side(*columns: Array) -> Array:
 
 
 def nearest(images: Array, z_img: Array, z: Array) -> Array:
-    """For each row what was asked and what was found: the true image, then the nearest ones.
+    """Lays out, for each row, the true image and then the images nearest to z.
 
-    images [b, h, w, 3] in [-1, 1] with their z_img [b, d]; z [r, d] stands for the first r of
-    them. Only directions count. Where the second column equals the first, z says what it should.
+    images [b, h, w, 3] in [-1, 1] have z_img [b, d]; z [r, d] belongs to the first r of them. Only
+    directions count. A z is right if the second column of its row equals the first.
     """
     order = jnp.argsort(-z @ normalise(z_img).T, axis=1)[:, :_NEAREST]  # r k
+    # order.T: one array of images a rank, from the nearest on.
     return side_by_side(images[: len(z)], *(images[column] for column in order.T))

@@ -71,8 +71,12 @@ def encode_perturbed(
         # computed, and then not used.
         here = cast(jax.lax.stop_gradient(params))
         grads = jax.grad(lambda p: loss(encode(p, inputs)))(here)
+        # The norm adds up millions of squares, which bfloat16 would lose.
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        # One norm over all parameters, as in the paper; no gradient at all moves nothing.
         length = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
+        # `params` is not stopped here, so the step's gradient reaches them through this sum with
+        # factor 1: that of the loss at the moved weights.
         return cast(jax.tree.map(lambda p, g: p + length * g, params, grads))
 
     def shard(params: Params, inputs: PyTree) -> PyTree:
@@ -81,6 +85,7 @@ def encode_perturbed(
 
         if jax.tree.leaves(inputs)[0].shape[0] == replica_batch:
             return replica(inputs)  # of a loop of one turn the TPU compiler computes all twice
+        # [m, ...] -> [replicas, replica_batch, ...]; a loop, as each replica has its own weights.
         groups = jax.tree.map(lambda x: x.reshape(-1, replica_batch, *x.shape[1:]), inputs)
         out = jax.lax.map(jax.checkpoint(replica) if recompute else replica, groups)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
