@@ -16,7 +16,14 @@ from dalle2_jax.cli import commands  # first: it reports an environment without 
 # isort: split
 from absl import flags
 
-from dalle2_jax.cli import edit_flags, generate_flags, request, sampling_flags, topology
+from dalle2_jax.cli import (
+    best_of_flag,  # noqa: F401  defines --best_of
+    edit_flags,
+    generate_flags,
+    request,
+    sampling_flags,
+    topology,
+)
 
 MODES = [request.GENERATE, *edit_flags.MODE_NAMES]
 MODE = flags.DEFINE_enum(

@@ -51,7 +51,7 @@ class Denoiser(Protocol):
 
 
 class Solver(Protocol):
-    """One step of sampling, as a pure function that `lax.scan` carries from t = T - 1 down to 0."""
+    """One step of sampling, as a pure function that a loop carries from t = T - 1 down to 0."""
 
     @property
     def evaluations(self) -> int:

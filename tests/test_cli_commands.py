@@ -1,6 +1,7 @@
 """Behaviour that all commands share: mistakes in one line, no noise, the compilation cache."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from command import MAIN, run
 
 from dalle2_jax.cli import commands
+from dalle2_jax.pipelines.modes import GENERATE, MODES, MODES_OF
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,6 +188,16 @@ def test_help_and_the_commands_name(arguments, status, texts):
     assert done.returncode == status
     output = done.stderr if status else done.stdout
     assert all(text in output for text in texts), output
+
+
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_a_command_has_only_flags_that_one_of_its_modes_takes(command):
+    modes_of = {name.lower(): modes for name, modes in MODES_OF.items()}
+    own = {GENERATE} if command == "generate" else MODES.keys() - {GENERATE}
+    names = re.findall(r"^ +--(?:\[no\])?(\w+):", run(*MAIN, command, "--help").stdout, re.M)
+    assert {"prompt", "n", "seed"} <= set(names)
+    unused = [name for name in names if not own & set(modes_of.get(name, MODES))]
+    assert unused == []
 
 
 @pytest.fixture

@@ -7,7 +7,11 @@ Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-from dalle2_jax.cli import commands, request
+from dalle2_jax.cli import (
+    best_of_flag,  # noqa: F401  defines --best_of
+    commands,
+    request,
+)
 
 prepare = commands.stop_at_once
 

@@ -52,18 +52,12 @@ PRIOR = flags.DEFINE_enum(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Images generated at a time: more take more memory."
 )
-BEST_OF = flags.DEFINE_integer(
-    "best_of",
-    None,
-    "(generate) Generate so many images for each prompt and keep the --n nearest to it by CLIP. "
-    "Default: keep all.",
-    1,
-)
 LIKE = flags.DEFINE_string(
     "like",
     None,
     "A PNG that this program wrote: generate that image again. Other flags override what it says; "
-    "with --prompt, --n, --best_of or --frames all images of its request are generated.",
+    "with one that changes how many images there are, such as --n or --prompt, all of them are "
+    "generated.",
 )
 
 

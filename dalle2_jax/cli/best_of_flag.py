@@ -1,0 +1,13 @@
+"""The flag --best_of, of the commands that generate: no edit ranks its images."""
+
+from __future__ import annotations
+
+from absl import flags
+
+BEST_OF = flags.DEFINE_integer(
+    "best_of",
+    None,
+    "(generate) Generate so many images for each prompt and keep the --n nearest to it by CLIP. "
+    "Default: keep all.",
+    1,
+)
