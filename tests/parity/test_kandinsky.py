@@ -21,6 +21,7 @@ from dalle2_jax.nets.conditioning import prior_condition  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
+from dalle2_jax.sampling.stage import finish  # noqa: E402
 from dalle2_jax.tokenizer import Tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -75,7 +76,8 @@ def test_z_img_of_one_noise(both, monkeypatch):
         for captions in (PROMPTS, [""] * count)
     )
     keys = jax.random.split(jax.random.key(0), count)
-    found = prior(params, prior_condition(prior.network, text, empty), keys, noise=noise)
+    condition = prior_condition(prior.network, text, empty)
+    found = finish(prior(params, condition, keys, noise=noise))
     assert not queue and steps == 25 and prior.settings.clip == ("static", 10.0)
     assert_close(found, expected)
 
