@@ -75,7 +75,14 @@ def count(tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(("name", "variant"), ALL)
+# Tracing a loss at full size takes seconds; the other variants repeat it with other sizes.
+QUICK = ("paper", "tiny", "judge")
+VARIANT_CASES = [
+    pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in ALL
+]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANT_CASES)
 def test_every_variant_builds_its_network(clips, name, variant):
     made = task(clips, name, variant)
     assert made.stage == (name if "upsampler" not in name else f"upsampler_{made.image_size}")
