@@ -14,7 +14,7 @@ from dalle2_jax.nets.clip import CLIP
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.pretrained import unclip
+from dalle2_jax.pretrained import karlo_diffusers
 from dalle2_jax.sampling import load
 from dalle2_jax.sampling.settings import Settings
 from dalle2_jax.validation.sections import construct, to_json_values, with_defaults
@@ -108,7 +108,7 @@ def entries(tmp_path_factory) -> dict:
     found = {}
     for kind in ("UnCLIPPipeline", "UnCLIPImageVariationPipeline"):
         folder = write_settings(tmp_path_factory.mktemp(kind), kind)
-        found |= {stage.name: stage.entry for stage in unclip.stages(folder)}
+        found |= {stage.name: stage.entry for stage in karlo_diffusers.stages(folder)}
     return found
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dalle2_jax import DALLE2
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import diffusers, names, openai
+from dalle2_jax.pretrained import names, names_diffusers, names_openai
 from dalle2_jax.pretrained.convert import import_model
 from dalle2_jax.sampling import load
 from dalle2_jax.storage import model_folder
@@ -20,11 +20,11 @@ from dalle2_jax.storage import model_folder
 DIM, VOCAB, CONTEXT = 12, 90, 7
 RULES = {
     "transformers": [
-        *diffusers.CLIP_TEXT,
-        *diffusers.CLIP_IMAGE,
+        *names_diffusers.CLIP_TEXT,
+        *names_diffusers.CLIP_IMAGE,
         ("logit_scale", "logit_scale", names.SAME),
     ],
-    "open_clip": openai.CLIP,
+    "open_clip": names_openai.CLIP,
 }
 
 

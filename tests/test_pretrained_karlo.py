@@ -11,7 +11,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.nets.decoder import Decoder
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.pretrained import adm, names, recognise, unclip
+from dalle2_jax.pretrained import karlo_diffusers, names, names_adm, recognise
 
 SMALL = dict(channels=32, channel_mults=[1, 2, 4], num_blocks=2, attention_levels=[1, 2])
 FULL = dict(channels=320, channel_mults=[1, 2, 3, 4], num_blocks=3, attention_levels=[1, 2, 3])
@@ -26,15 +26,15 @@ def stages(size: str) -> dict:
     }[size]
     decoder = section | SHARED | {"scale_shift": True}
     upsampler = section | SHARED | {"attention_levels": [], "scale_shift": False}
-    prior = unclip.prior_entry(dim, 77, width, depth, width // 64)["model"]
-    model = unclip.decoder_entry(dim, 77, decoder, 4, wide, 64)["model"]
+    prior = karlo_diffusers.prior_entry(dim, 77, width, depth, width // 64)["model"]
+    model = karlo_diffusers.decoder_entry(dim, 77, decoder, 4, wide, 64)["model"]
     return {
         "prior": (
             DiffusionPrior(**prior),
-            [*adm.PRIOR, ("0", "mean", names.SAME), ("1", "std", names.SAME)],
+            [*names_adm.PRIOR, ("0", "mean", names.SAME), ("1", "std", names.SAME)],
         ),
-        "decoder": (Decoder(**model), [*adm.unet(decoder), *adm.conditions(4)]),
-        "upsampler": (Upsampler(upsampler), adm.unet(upsampler)),
+        "decoder": (Decoder(**model), [*names_adm.unet(decoder), *names_adm.conditions(4)]),
+        "upsampler": (Upsampler(upsampler), names_adm.unet(upsampler)),
     }
 
 
@@ -108,12 +108,12 @@ def test_at_its_real_size_every_tensor_has_its_place(stage):
     assert {name: there.get(name) for name in PLACES[stage]} == PLACES[stage]
     assert sum(math.prod(shape) for shape in there.values()) == PARAMETERS[stage]
     if stage != "prior":
-        assert adm.unet_section(there) == dict(network.unet)
+        assert names_adm.unet_section(there) == dict(network.unet)
 
 
 def test_each_heads_q_k_and_v_lie_side_by_side_there():
     there = np.arange(2 * 3 * 64 * 5).reshape(2, 3, 64, 5)  # heads, parts, channels of a head
-    rules = [rule for rule in adm.ATTENTION if rule[0] == "qkv.weight"]
+    rules = [rule for rule in names_adm.ATTENTION if rule[0] == "qkv.weight"]
     given = {"qkv.weight": there.reshape(-1, 5, 1)}
     found = names.to_ours(rules, given, given.__getitem__)
     for part, name in enumerate("qkv"):

@@ -8,7 +8,7 @@ from flax import traverse_util
 from dalle2_jax.errors import UserError
 from dalle2_jax.nets.prior import DiffusionPrior
 from dalle2_jax.nets.upsampler import Upsampler
-from dalle2_jax.pretrained import diffusers, names
+from dalle2_jax.pretrained import names, names_diffusers
 
 RULES = [
     *names.module("blocks.{l}.fc", "blocks.fc", names.DENSE),
@@ -91,9 +91,9 @@ def test_every_parameter_of_a_network_has_one_name_there(name):
     inputs = network.init_inputs(8) if name == "prior" else network.init_inputs()
     params = network.init(jax.random.key(0), *inputs)["params"]
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep=".").items()}
-    there = list(names.to_theirs(getattr(diffusers, rules), flat, flat.__getitem__))
+    there = list(names.to_theirs(getattr(names_diffusers, rules), flat, flat.__getitem__))
     assert len(dict(there)) == len(there)
-    again = names.to_ours(getattr(diffusers, rules), dict(there), dict(there).__getitem__)
+    again = names.to_ours(getattr(names_diffusers, rules), dict(there), dict(there).__getitem__)
     assert sorted(again.names) == sorted(flat) and not again.unknown
     for key, tensor in flat.items():
         np.testing.assert_array_equal(again.tensor(key), tensor)

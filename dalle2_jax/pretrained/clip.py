@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import diffusers, openai
+from dalle2_jax.pretrained import names_diffusers, names_openai
+from dalle2_jax.pretrained.karlo_diffusers import image_tower, text_tower
 from dalle2_jax.pretrained.names import SAME, within
 from dalle2_jax.pretrained.sources import Config, Stage, network, read_json, sizes_of
 from dalle2_jax.pretrained.torchscript import is_archive
-from dalle2_jax.pretrained.unclip import image_tower, text_tower
 
 # What transformers takes where a config.json says nothing: ViT-B/32.
 TEXT: Mapping[str, Any] = {
@@ -77,7 +77,11 @@ def _transformers(folder: Path) -> Stage:
     image.expect(hidden_act=activation)
     dim = whole.whole("projection_dim", 512)
     entry = _stage(text_tower(text), image_tower(image, processor), dim=dim, activation=activation)
-    rules = [*diffusers.CLIP_TEXT, *diffusers.CLIP_IMAGE, ("logit_scale", "logit_scale", SAME)]
+    rules = [
+        *names_diffusers.CLIP_TEXT,
+        *names_diffusers.CLIP_IMAGE,
+        ("logit_scale", "logit_scale", SAME),
+    ]
     return Stage("clip", entry, {"clip": folder}, within("clip/", "", rules))
 
 
@@ -121,7 +125,7 @@ def _open_clip(folder: Path) -> Stage:
     )
     there = [folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()]
     part = there[0] if there else folder / OPEN_CLIP_WEIGHTS[0]
-    return Stage("clip", entry, {"clip": part}, within("clip/", "", openai.CLIP))
+    return Stage("clip", entry, {"clip": part}, within("clip/", "", names_openai.CLIP))
 
 
 def openai_stage(path: Path, unit_length: bool = True) -> Stage:
@@ -152,7 +156,7 @@ def openai_stage(path: Path, unit_length: bool = True) -> Stage:
             activation="quick_gelu",
             unit_length=unit_length,
         )
-    return Stage("clip", entry, {"clip": path}, within("clip/", "", openai.CLIP))
+    return Stage("clip", entry, {"clip": path}, within("clip/", "", names_openai.CLIP))
 
 
 def _tower(shapes: Mapping[str, Any], width: int, name: str) -> dict[str, Any]:

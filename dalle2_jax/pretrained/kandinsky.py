@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dalle2_jax.pretrained import unclip
+from dalle2_jax.pretrained import karlo_diffusers
 from dalle2_jax.pretrained.sources import Stage
 
 PIPELINES = ("KandinskyV22PriorPipeline", "KandinskyPriorPipeline")
@@ -19,5 +19,5 @@ def stages(folder: Path) -> Iterator[Stage]:
     """Yields the stages of the pipeline in `folder`, CLIP first; raises UserError for other
     networks.
     """
-    yield unclip.clip_stage(folder, "image_processor")
-    yield unclip.prior_stage(folder, "scheduler")
+    yield karlo_diffusers.clip_stage(folder, "image_processor")
+    yield karlo_diffusers.prior_stage(folder, "scheduler")

@@ -6,17 +6,17 @@ import re
 from pathlib import Path
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import clip, kandinsky, karlo, unclip
+from dalle2_jax.pretrained import clip, kandinsky, karlo_diffusers, karlo_original
 from dalle2_jax.pretrained.sources import Stage, read_json
 from dalle2_jax.storage import licence, model_folder
 
-PIPELINES = {name: reader for reader in (unclip, kandinsky) for name in reader.PIPELINES}
+PIPELINES = {name: reader for reader in (karlo_diffusers, kandinsky) for name in reader.PIPELINES}
 
 
 def is_foreign(folder: Path) -> bool:
     """Returns whether a folder holds another program's model, even one that nothing here reads."""
     pipeline = (folder / "model_index.json").is_file()
-    return pipeline or karlo.is_here(folder) or clip.is_here(folder)
+    return pipeline or karlo_original.is_here(folder) or clip.is_here(folder)
 
 
 def stages(source: Path) -> list[Stage]:
@@ -30,8 +30,8 @@ def stages(source: Path) -> list[Stage]:
         if str(kind) in PIPELINES:
             return list(PIPELINES[str(kind)].stages(source))
         raise UserError(f"{index}: {kind} is not read here, but {', '.join(PIPELINES)}")
-    if karlo.is_here(source):
-        return list(karlo.stages(source))
+    if karlo_original.is_here(source):
+        return list(karlo_original.stages(source))
     if clip.is_here(source):
         return list(clip.stages(source))
     if (source / model_folder.CONFIG_NAME).is_file():
@@ -39,9 +39,7 @@ def stages(source: Path) -> list[Stage]:
         raise UserError(f"{source} is a model folder already: there is nothing to import")
     reason = "a pickle or a file of another program"
     if source.is_dir():
-        reason = (
-            f"none of {index.name}, {karlo.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
-        )
+        reason = f"none of {index.name}, {karlo_original.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
     raise UserError(f"{source} is no model that is read here: {reason}")
 
 
@@ -64,7 +62,9 @@ def licence_of(source: Path) -> str:
     index = folder / "model_index.json"
     origin = str(read_json(index).get("_name_or_path") or "") if index.is_file() else ""
     by_name = "kakaobrain/karlo" in origin or "kakaobrain--karlo" in str(folder)  # the hub's cache
-    openrail = named[1] == "creativeml-openrail-m" if named else by_name or karlo.is_here(folder)
+    openrail = (
+        named[1] == "creativeml-openrail-m" if named else by_name or karlo_original.is_here(folder)
+    )
     if openrail:
         return licence.OPENRAIL_M.read_text(encoding="utf-8")
     return f"{named[1]}, as the model card of {origin or folder.name} says\n" if named else ""

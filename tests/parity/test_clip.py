@@ -18,7 +18,7 @@ from torch import nn  # noqa: E402
 
 from dalle2_jax.errors import UserError  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
-from dalle2_jax.pretrained import names, openai, recognise  # noqa: E402
+from dalle2_jax.pretrained import names, names_openai, recognise  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
 
@@ -295,7 +295,7 @@ def test_gradients(tmp_path):
         return sum(x.diagonal().sum() for x in rows)
 
     flat = load_flat(jax.grad(loss)(params))
-    found = dict(names.to_theirs(openai.CLIP, flat, flat.__getitem__))
+    found = dict(names.to_theirs(names_openai.CLIP, flat, flat.__getitem__))
     assert found.keys() == theirs.keys()
     largest = max(np.abs(x).max() for x in theirs.values())
     for name, x in theirs.items():

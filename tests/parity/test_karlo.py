@@ -20,8 +20,8 @@ from flax import traverse_util  # noqa: E402
 from dalle2_jax import DALLE2, pretrained  # noqa: E402
 from dalle2_jax.errors import UserError  # noqa: E402
 from dalle2_jax.nets.forward import forward  # noqa: E402
-from dalle2_jax.pretrained import diffusers as tables  # noqa: E402
-from dalle2_jax.pretrained import names, openai  # noqa: E402
+from dalle2_jax.pretrained import names, names_openai  # noqa: E402
+from dalle2_jax.pretrained import names_diffusers as tables  # noqa: E402
 from dalle2_jax.pretrained.convert import import_model  # noqa: E402
 from dalle2_jax.sampling import load  # noqa: E402
 from dalle2_jax.storage import model_folder  # noqa: E402
@@ -204,7 +204,9 @@ def test_openais_own_clip_beside_the_checkpoints_serves_as_well(
     kept = traverse_util.flatten_dict(model_folder.read_params(folder / "ours", "clip"), sep=".")
     tensors = {name: np.asarray(kept.get(name, np.ones(x.shape))) for name, x in flat.items()}
     tensors["logit_scale"] = np.float32(1.0)
-    found = names.to_theirs(openai.CLIP, tensors, lambda name: tensors[name].astype(np.float32))
+    found = names.to_theirs(
+        names_openai.CLIP, tensors, lambda name: tensors[name].astype(np.float32)
+    )
     shutil.copytree(folder, tmp_path / "k", ignore=shutil.ignore_patterns("ours", "text_encoder"))
     as_openai_saved(found, tmp_path / "k/ViT-L-14.pt")
     import_model(tmp_path / "k", tmp_path / "ours")

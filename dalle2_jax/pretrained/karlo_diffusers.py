@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle2_jax.pretrained import diffusers
+from dalle2_jax.pretrained import names_diffusers
 from dalle2_jax.pretrained.names import within
 from dalle2_jax.pretrained.sources import Config, Stage, read_json
 
@@ -50,14 +50,14 @@ def clip_stage(folder: Path, processor: str | None) -> Stage:
         "text": text_tower(text),
         "image": None,
     }
-    parts, rules = ["text_encoder"], within("text_encoder/", "", diffusers.CLIP_TEXT)
+    parts, rules = ["text_encoder"], within("text_encoder/", "", names_diffusers.CLIP_TEXT)
     if processor:
         image = _config(folder, "image_encoder")
         image.expect(projection_dim=model["dim"], hidden_act=model["activation"])
         prepared = Config(folder / processor / "preprocessor_config.json")
         model["image"] = image_tower(image, prepared)
         parts += ["image_encoder"]
-        rules += within("image_encoder/", "", diffusers.CLIP_IMAGE)
+        rules += within("image_encoder/", "", names_diffusers.CLIP_IMAGE)
     return Stage("clip", {"model": model}, _inside(folder, parts), rules)
 
 
@@ -119,7 +119,9 @@ def prior_stage(folder: Path, scheduler: str) -> Stage:
     dim, length = settings.whole("embedding_dim"), settings.whole("num_embeddings")
     entry = prior_entry(dim, length, heads * channels, settings.whole("num_layers"), heads)
     entry |= _schedule(folder / scheduler, "x_0", False, steps=25, cfg_scale=4.0)
-    return Stage("prior", entry, _inside(folder, ["prior"]), within("prior/", "", diffusers.PRIOR))
+    return Stage(
+        "prior", entry, _inside(folder, ["prior"]), within("prior/", "", names_diffusers.PRIOR)
+    )
 
 
 def prior_entry(dim: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
@@ -157,8 +159,8 @@ def _decoder(folder: Path) -> Stage:
         settings.whole("sample_size"),
     )
     entry |= _schedule(folder / "decoder_scheduler", "eps", True, steps=25, cfg_scale=8.0)
-    rules = within("decoder/", "", diffusers.UNET)
-    rules += within("text_proj/", "", diffusers.text_projection(extra_tokens))
+    rules = within("decoder/", "", names_diffusers.UNET)
+    rules += within("text_proj/", "", names_diffusers.text_projection(extra_tokens))
     return Stage("decoder", entry, _inside(folder, ["decoder", "text_proj"]), rules)
 
 
@@ -192,8 +194,8 @@ def _upsampler(folder: Path) -> Stage:
     low_size = _config(folder, "decoder").whole("sample_size")
     entry = upsampler_entry(unet, size, low_size)
     entry |= _schedule(folder / "super_res_scheduler", "eps", False, steps=7, cfg_scale=1.0)
-    rules = within("super_res_first/", "first.", diffusers.UNET)
-    rules += within("super_res_last/", "last.", diffusers.UNET)
+    rules = within("super_res_first/", "first.", names_diffusers.UNET)
+    rules += within("super_res_last/", "last.", names_diffusers.UNET)
     parts = _inside(folder, ("super_res_first", "super_res_last"))
     return Stage(f"upsampler_{size}", entry, parts, rules)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.pretrained import adm, unclip
+from dalle2_jax.pretrained import karlo_diffusers, names_adm
 from dalle2_jax.pretrained.clip import openai_stage
 from dalle2_jax.pretrained.names import SAME, within
 from dalle2_jax.pretrained.sources import Stage, network, sizes_of
@@ -45,7 +45,7 @@ def clip_stage(folder: Path) -> Stage:
     """The CLIP beside the checkpoints: OpenAI's file, or its text tower as transformers saves it.
     UserError: there is neither."""
     if (folder / "text_encoder").is_dir():
-        return unclip.clip_stage(folder, None)
+        return karlo_diffusers.clip_stage(folder, None)
     if not (folder / CLIP).is_file():
         raise UserError(
             f"{folder}/{CLIP} is missing: put OpenAI's file or transformers' text_encoder there"
@@ -67,10 +67,10 @@ def _prior(path: Path, statistics: Path) -> Stage:
     with sizes_of(path):
         length, width = shapes["positional_embedding"][1:]
         depth = len([name for name in shapes if name.endswith(".ln_1.weight")])
-        dim, heads = shapes["out_proj.weight"][0], width // adm.HEAD_CHANNELS
-        entry = unclip.prior_entry(dim, length - 4, width, depth, heads)
-    entry |= unclip.schedule("x_0", False, steps=25, cfg_scale=4.0, bound=10.0)
-    rules = within("prior/model.", "", adm.PRIOR)
+        dim, heads = shapes["out_proj.weight"][0], width // names_adm.HEAD_CHANNELS
+        entry = karlo_diffusers.prior_entry(dim, length - 4, width, depth, heads)
+    entry |= karlo_diffusers.schedule("x_0", False, steps=25, cfg_scale=4.0, bound=10.0)
+    rules = within("prior/model.", "", names_adm.PRIOR)
     rules += [("statistics/0", "mean", SAME), ("statistics/1", "std", SAME)]
     return Stage("prior", entry, {"prior": path, "statistics": statistics}, rules)
 
@@ -78,13 +78,13 @@ def _prior(path: Path, statistics: Path) -> Stage:
 def _decoder(path: Path, context_length: int) -> Stage:
     shapes = _shapes(path, "model.")
     with sizes_of(path):
-        unet = adm.unet_section(shapes)
+        unet = names_adm.unet_section(shapes)
         width, dim = shapes["text_seq_proj.0.weight"][0], shapes["clip_emb.weight"][1]
         extra_tokens = shapes["clip_tok_proj.weight"][0] // width
     args = (dim, context_length, unet, extra_tokens, width, IMAGE_SIZE)
-    entry = unclip.decoder_entry(*args)
-    entry |= unclip.schedule("eps", True, steps=25, cfg_scale=8.0, bound=1.0)
-    rules = [*adm.unet(unet), *adm.conditions(extra_tokens)]
+    entry = karlo_diffusers.decoder_entry(*args)
+    entry |= karlo_diffusers.schedule("eps", True, steps=25, cfg_scale=8.0, bound=1.0)
+    rules = [*names_adm.unet(unet), *names_adm.conditions(extra_tokens)]
     return Stage("decoder", entry, {"decoder": path}, within("decoder/model.", "", rules))
 
 
@@ -94,12 +94,12 @@ def _upsampler(path: Path) -> Stage:
     rules, unets = [], []
     for theirs, ours in parts.items():
         with sizes_of(path):
-            unets.append(adm.unet_section(_shapes(path, theirs)))
-        rules += within(f"upsampler/{theirs}", ours, adm.unet(unets[-1]))
+            unets.append(names_adm.unet_section(_shapes(path, theirs)))
+        rules += within(f"upsampler/{theirs}", ours, names_adm.unet(unets[-1]))
     if unets[0] != unets[1]:
         raise UserError(f"{path}: the two networks of the upsampler are not of one size")
-    entry = unclip.upsampler_entry(unets[0], UPSAMPLED_SIZE, IMAGE_SIZE)
-    entry |= unclip.schedule("eps", False, steps=7, cfg_scale=1.0, bound=1.0)
+    entry = karlo_diffusers.upsampler_entry(unets[0], UPSAMPLED_SIZE, IMAGE_SIZE)
+    entry |= karlo_diffusers.schedule("eps", False, steps=7, cfg_scale=1.0, bound=1.0)
     return Stage(f"upsampler_{UPSAMPLED_SIZE}", entry, {"upsampler": path}, rules)
 
 
