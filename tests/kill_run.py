@@ -71,10 +71,13 @@ def plant(point: str, at: int) -> None:
         raise ValueError(point)
 
 
-def data(seconds: float, hang_at: int = -1):
+def data(seconds: float, hang_at: int = -1, result=None):
     def batches(start: int):
         for number, batch in enumerate(toy_task.dataset()(start), start):
-            time.sleep(1000 if number == hang_at else seconds)
+            if number == hang_at:
+                result.put("hangs")
+                time.sleep(1000)
+            time.sleep(seconds)
             yield batch
 
     return batches
@@ -97,7 +100,7 @@ def run(workdir, num_steps, cache, result=None, seconds=0.0, point="", at=-1, ha
     for number in (signal.SIGINT, signal.SIGTERM):  # as train.py does
         signal.signal(number, commands.stop)
     config = toy_task.config(num_steps=num_steps, checkpoint_every=5)
-    done = loop.train(config, toy_task.ToyTask(), data(seconds, hang_at), workdir)
+    done = loop.train(config, toy_task.ToyTask(), data(seconds, hang_at, result), workdir)
     if result is not None:
         result.put((done.step, done.stopped_by, int(done.state.position), digest(done.state)))
     raise SystemExit(done.exit_status)

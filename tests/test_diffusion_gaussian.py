@@ -132,7 +132,7 @@ def test_a_scalar_t_serves_the_whole_batch() -> None:
     out, x_t = draw((3, 2, 2, 1))
     one = to_prediction(s, "v", out, x_t, jnp.int32(7))
     many = to_prediction(s, "v", out, x_t, jnp.full(3, 7))
-    np.testing.assert_array_equal(one.x_0, many.x_0)
+    np.testing.assert_allclose(one.x_0, many.x_0, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_outputs_are_promoted() -> None:

@@ -65,12 +65,14 @@ def test_a_step_back_is_the_forward_process():
     x_t, noise = jax.random.normal(jax.random.key(3), (2, 20_000, 1, 1, 3))
     last = jnp.int32(num_calls(STEPS, 2) - 1)
     x, _ = repeated.step(denoiser, x_t, last, noise, ())
-    assert float(x.var()) == pytest.approx(1, abs=0.02)
+    # Five standard deviations of a variance of 60,000 samples, sqrt(2 / 60,000), and more of a
+    # correlation of as many.
+    assert float(x.var()) == pytest.approx(1, abs=0.03)
     correlation = np.corrcoef(np.ravel(x), np.ravel(x_t))[0, 1]
     # Of x_t = s x_0 + n eps DDIM makes s' x_0 + n' eps, of which (2) keeps sqrt(a / b).
     a, b = SCHEDULE.alpha_bar[-1], SCHEDULE.alpha_bar_prev[-1]
     ddim = np.sqrt(a * b) + np.sqrt((1 - a) * (1 - b))
-    assert correlation == pytest.approx(np.sqrt(a / b) * ddim, abs=0.02)
+    assert correlation == pytest.approx(np.sqrt(a / b) * ddim, abs=0.03)
 
 
 def test_resampling_brings_the_missing_nearer_to_what_goes_with_the_known():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import EPS
 
 from dalle2_jax.diffusion import gaussian, sample, schedules, solvers
 from dalle2_jax.diffusion.inversion import DDIMInversion, invert_steps
@@ -49,15 +50,18 @@ def test_x_T_of_a_normal_distribution_is_x_0_by_its_deviation():
     ]
     assert errors[2] < 0.1
     for coarse, fine in itertools.pairwise(errors):
-        assert 1.5 < coarse / fine < 2.6  # of first order
+        assert 1.5 < coarse / fine < 2.6  # of first order: about 2
 
 
 def test_more_evaluations_come_to_the_exact_inverse_of_ddim():
-    s = schedules.respace(FULL, 25, "even")
+    # Not up to pure noise, where rounding errors of x_t grow by 1 / sqrt(abar) = 2e4 in x_0. At
+    # t = 960 they grow by 16, and the errors of up to three evaluations are far above rounding.
+    s = schedules.respace(FULL, range(0, 961, 40))
     errors = [np.abs(draw(s, invert(s, n)) - X_0).max() for n in (1, 2, 3, 12)]
     assert errors[0] > 0.05
     assert all(more < less / 3 for less, more in itertools.pairwise(errors[:3]))
-    assert errors[3] < 3e-3  # float32: where all but noise is gone, x_0 is a small difference
+    # 25 steps there and back, each rounding |x_t| <= 4 a few times, and the growth by 16.
+    assert errors[3] < 2 * 25 * 16 * 4 * EPS < errors[2] / 3
 
 
 @pytest.mark.parametrize("t", [0, 1, 13, 24])
@@ -71,4 +75,6 @@ def test_a_step_undoes_a_step_of_ddim_where_eps_does_not_change(t):
     x, step = jnp.asarray(X_0), jnp.asarray(t)
     up = DDIMInversion(s).inverse_step(constant, x, step, 1)
     down, _ = solvers.DDIM(s).step(constant, up, step, jnp.zeros(x.shape), ())
-    np.testing.assert_allclose(down, x, atol=3e-4)
+    # x_0 is a difference of numbers up to 4, of which each is rounded to EPS / 2, over sqrt(abar).
+    growth = np.sqrt(s.alpha_bar_prev[t] / s.alpha_bar[t])
+    np.testing.assert_allclose(down, x, atol=8 * EPS * growth)

@@ -88,7 +88,7 @@ def test_the_bound_trains_the_variance_and_not_the_mean(kind: str) -> None:
 
 def test_a_perfect_network_has_no_divergence() -> None:
     out = run(lambda x_t, t: both(NOISE, -1.0), "eps", True)
-    np.testing.assert_allclose(out["mse"], 0)
+    np.testing.assert_array_equal(out["mse"], 0)
     np.testing.assert_allclose(out["vb"][1:], 0, atol=1e-5)
 
 
@@ -160,8 +160,8 @@ def test_a_weighting_is_one_loss_on_x_0_whatever_the_kind(weighting: str, plus: 
 
 def test_min_v_unbounded_is_the_plain_loss_on_v() -> None:
     unbounded = 10 * np.exp(S.logsnr).max()
-    np.testing.assert_allclose(losses.loss_weight(S, "v", f"min_v_{unbounded:.0f}"), 1)
-    assert losses.loss_weight(S, "x_0", "min_v_20").min() >= 1
+    np.testing.assert_allclose(losses.loss_weight(S, "v", f"min_v_{unbounded:.0f}"), 1, rtol=1e-6)
+    assert losses.loss_weight(S, "x_0", "min_v_20").min() >= 1 - 1e-6  # float32
 
 
 @pytest.mark.parametrize("weighting", ["minsnr", "min_snr", "min_v_0", "min_v_0.0", "min_v_²"])

@@ -74,9 +74,12 @@ def test_the_exact_denoiser_recovers_the_mixture(
     mode = np.argmin(((x[:, None] - MEANS[None]) ** 2).sum(-1), axis=1)
     # Four standard deviations of a frequency at n = 4096 are 0.031.
     np.testing.assert_allclose(np.bincount(mode, minlength=3) / len(x), WEIGHTS, atol=0.035)
+    # Four standard deviations of a mean of the rarest mode's 819 are 0.014, of a std 10 %; the rest
+    # is the error of few steps, which leaves the std up to 10 % from STD. In float32 it has three
+    # digits more.
     for k in range(3):
         np.testing.assert_allclose(x[mode == k].mean(0), MEANS[k], atol=0.03)
-        np.testing.assert_allclose(x[mode == k].std(0), STD, rtol=0.15)
+        np.testing.assert_allclose(x[mode == k].std(0), STD, rtol=0.2)
 
 
 def ode_error(name: str, steps: int, variance: float = 0.25) -> float:
@@ -96,6 +99,7 @@ def ode_error(name: str, steps: int, variance: float = 0.25) -> float:
 def test_ddim_is_of_first_order_and_2m_of_second() -> None:
     ddim = [ode_error("ddim", n) for n in (20, 40, 80)]
     multi = [ode_error("dpm++", n) for n in (20, 40, 80)]
+    # 2 and 4, but for the next order of these steps' length; rounding is far below every error.
     assert all(1.8 < a / b < 2.2 for a, b in itertools.pairwise(ddim))
     assert all(a / b > 3.5 for a, b in itertools.pairwise(multi))
     assert all(m < d / 5 for m, d in zip(multi, ddim, strict=True))

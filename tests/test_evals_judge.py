@@ -37,9 +37,9 @@ def test_batches_do_not_change_a_row(judge):
     assert many.shape == (9, 24)
     np.testing.assert_allclose(np.linalg.norm(many, axis=1), 1.0, atol=1e-5)
     for i in (0, 3, 4, 8):
-        np.testing.assert_array_equal(
-            judge.embed_images(random_images(9)[i : i + 1]), many[i : i + 1]
-        )
+        # To rounding: products of matrices compute the last rows of a batch in another way.
+        alone = judge.embed_images(random_images(9)[i : i + 1])
+        np.testing.assert_allclose(alone, many[i : i + 1], atol=1e-5)
 
 
 def test_large_images_are_read_at_the_judges_size(judge):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from tolerance import EPS
 
 from dalle2_jax.imaging import arrays, degradation, operations
 from dalle2_jax.imaging.operations import BLUR, JPEG, METHODS, NOISE, NOTHING, RADIUS, RESIZE
@@ -70,9 +71,11 @@ def kernel(variances, angle, radius=RADIUS):
 def test_kernels_sum_to_one_within_their_radius(variances, angle):
     k = np.asarray(kernel(variances, angle, radius=5))
     assert k.shape == (25, 25) and k.min() >= 0
-    assert k.sum() == pytest.approx(1, abs=1e-6)
+    # The sum that the weights were divided by is of 625 terms, in any order; what a kernel without
+    # a limited radius has outside is 1 % and more.
+    assert k.sum(dtype=float) == pytest.approx(1, abs=625 * EPS)
     inner = slice(RADIUS - 5, RADIUS + 6)
-    assert k[inner, inner].sum() == pytest.approx(1, abs=1e-6)
+    assert k[inner, inner].sum(dtype=float) == pytest.approx(1, abs=625 * EPS)
 
 
 def test_a_kernels_moments_are_its_variances_along_its_angle():
@@ -150,16 +153,20 @@ def pillow_jpeg(x, quality):
 
 @pytest.mark.parametrize("quality", [30, 50, 80, 95])
 @pytest.mark.parametrize("side", [64, 50])
-@pytest.mark.parametrize(("sigma", "grey", "levels"), [(1.0, True, 1.5), (4.0, False, 3)])
+@pytest.mark.parametrize(("sigma", "grey", "levels"), [(1.0, True, 1.7), (4.0, False, 3.6)])
 def test_jpeg_is_pillows(side, quality, sigma, grey, levels):
     """But for libjpeg's whole numbers in between: it rounds the cosine transforms and the pixels,
     each to half a level of 255, and in colour also the two conversions and the halved colours."""
     x = smooth(side, sigma=sigma)
     x = arrays.to_float(arrays.to_uint8(jnp.repeat(x[..., :1], 3, axis=-1) if grey else x))
     ours, want = jpeg(x, quality), pillow_jpeg(x, quality)
+    # Twice what these roundings come to with libjpeg-turbo. A rounding that falls to the other side
+    # moves a coefficient by a whole step, so that bounds nearer than that hold for one build alone.
     assert 127.5 * np.sqrt(np.mean((ours - want) ** 2)) < levels
-    assert psnr(ours, want) > psnr(x, want) + 4  # what JPEG loses is far more
-    assert abs(np.mean(ours - want)) < 0.2 / 127.5
+    # What JPEG loses is far more, and files of a neighbouring quality are at twice the distance.
+    assert psnr(ours, want) > psnr(x, want) + 2
+    assert psnr(ours, want) > psnr(jpeg(x, quality - 5), want) + 2
+    assert abs(np.mean(ours - want)) < 0.25 / 127.5  # cutting in place of rounding is 0.5
 
 
 def test_jpeg_loses_more_at_a_lower_quality(images):
@@ -221,12 +228,14 @@ def test_noise_is_grey_independent_or_correlated():
         else:
             levels["correlated"].append(np.sqrt(np.mean(stds[i] ** 2)))
     shares = {kind: len(values) / len(keys) for kind, values in levels.items()}
-    assert shares == pytest.approx({"grey": 0.4, "independent": 0.4, "correlated": 0.2}, abs=0.05)
+    # Five standard deviations of a share of 1500, 0.013 each.
+    assert shares == pytest.approx({"grey": 0.4, "independent": 0.4, "correlated": 0.2}, abs=0.065)
     for kind in ("grey", "independent"):  # a whole number from 2 to 25, uniformly
-        assert np.mean(levels[kind]) == pytest.approx(13.5, abs=1.0)
-        assert 1.8 < np.min(levels[kind]) < 2.2 and 24 < np.max(levels[kind]) < 27
-    # the mean variance of the axes, uniform up to 25^2
-    assert np.mean(np.square(levels["correlated"])) == pytest.approx(25**2 / 2, rel=0.1)
+        assert np.mean(levels[kind]) == pytest.approx(13.5, abs=1.5)
+        # Measured on 576 pixels, a std errs by 1 / sqrt(2 * 576) = 3 %: four times that.
+        assert 1.76 < np.min(levels[kind]) < 2.24 and 24 < np.max(levels[kind]) < 28
+    # the mean variance of the axes, uniform up to 25^2: of 300, 2 % each
+    assert np.mean(np.square(levels["correlated"])) == pytest.approx(25**2 / 2, rel=0.12)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +250,8 @@ def test_every_order_is_equally_likely(chains):
     orders = collections.Counter(map(tuple, kinds))
     assert set(orders) == set(itertools.permutations([BLUR, BLUR, RESIZE, RESIZE, NOISE, JPEG]))
     counts = np.array(list(orders.values()))  # of 180 orders, 33 each
-    assert np.sum((counts - counts.mean()) ** 2) / counts.mean() < 240  # chi^2, 179 degrees
+    # chi^2 of 179 degrees of freedom, and five times its std of sqrt(2 * 179)
+    assert np.sum((counts - counts.mean()) ** 2) / counts.mean() < 179 + 5 * 19
     assert np.mean(chains.kind == NOTHING) * 6 == pytest.approx(0.1, abs=0.02)
 
 
@@ -263,7 +273,7 @@ def test_a_chains_parameters_are_within_their_bounds(chains):
     quality = chains.quality[used[JPEG]]
     assert (quality.min(), quality.max()) == (30, 95)
     kernels = chains.kernel[used[BLUR]]
-    np.testing.assert_allclose(kernels.sum((1, 2)), 1, atol=1e-5)
+    np.testing.assert_allclose(kernels.sum((1, 2), dtype=float), 1, atol=625 * EPS)
     i = np.arange(-RADIUS, RADIUS + 1)
     y, x = np.meshgrid(i, i, indexing="ij")
     xx, yy, xy = ((kernels * w[None]).sum((1, 2)) for w in (x * x, y * y, x * y))
@@ -282,7 +292,7 @@ def test_every_image_is_degraded_in_its_own_way():
     assert low.shape == (6, 16, 16, 3) and low.dtype == np.float32
     assert np.isfinite(low).all() and abs(low).max() <= 1
     for a, b in itertools.combinations(low, 2):
-        assert np.abs(a - b).mean() > 0.01
+        assert np.abs(a - b).mean() > 0.005  # were they degraded alike: 0
     np.testing.assert_array_equal(bsr(jax.random.key(0), x, 16, degradation.BSR), low)
     other = bsr(jax.random.key(1), x, 16, degradation.BSR)
     assert np.abs(other - low).mean((1, 2, 3)).min() > 0.005

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import EPS
 
 from dalle2_jax.imaging import masks
 
@@ -66,9 +67,8 @@ def test_a_small_pixel_is_known_if_all_that_it_covers_is():
     np.testing.assert_array_equal(small[..., 3], [[0, 1], [1, 0]])
     np.testing.assert_array_equal(small[0, 0, :3], [0, 0, 0])  # colours are 0 where unknown
     # Within the roundings of a scale, a shift and a mean, which a compiler may fuse.
-    tolerance = 4 * np.finfo(np.float32).eps
-    np.testing.assert_allclose(small[0, 1, :3], [-1, -1, -1], rtol=tolerance)
-    np.testing.assert_allclose(small[1, 0, :3], [1, 1, 1], rtol=tolerance)
+    np.testing.assert_allclose(small[0, 1, :3], [-1, -1, -1], rtol=4 * EPS)
+    np.testing.assert_allclose(small[1, 0, :3], [1, 1, 1], rtol=4 * EPS)
 
 
 def test_a_border_along_the_edge_of_the_known_part_is_unknown():

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tolerance import ROUNDED
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipelines.dalle2 import DALLE2, Latents
@@ -38,6 +39,8 @@ def test_with_more_steps_an_image_is_kept_better():
         error = tiny.reconstruct(images, steps=steps).astype(float) - images
         return 20 * np.log10(255 / np.sqrt((error**2).mean()))
 
+    # Each is 3 dB above the last, the last at 33 dB: the bounds leave a factor of 1.6 and more in
+    # the mean square error. Another image comes to 6 dB.
     few, more, most = psnr(5), psnr(20), psnr(80)
     assert few + 1 < more < most - 1 and most > 29
 
@@ -60,8 +63,9 @@ def test_variations_without_noise_are_the_reconstruction(model):
     again = model.reconstruct(IMAGES, steps=STEPS)
     assert again.shape == (3, 16, 16, 3)
     same = model.variations(IMAGES, 2, steps=STEPS, eta=0.0, cfg_scale=1.0)
-    # The upsampler's noise depends on the seed and on the number among an image's n.
-    assert apart(same[::2][0], again[0]) <= 2
+    # The upsampler's noise depends on the seed and on the number among an image's n. Its image is
+    # rounded, and the decoder's that it enlarges.
+    assert apart(same[::2][0], again[0]) <= 2 * ROUNDED
     others = model.variations(IMAGES, 2, steps=STEPS, eta=1.0)
     assert others.shape == (6, 16, 16, 3)
     assert all(apart(others[i], others[j]) > 8 for i in range(6) for j in range(i))
@@ -73,7 +77,7 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(small):
     frames = small.interpolate(a, b, 5, steps=STEPS)
     ends = small.reconstruct(IMAGES[:2], steps=STEPS)
     assert frames.shape == (5, 8, 8, 3)
-    assert apart(frames[[0, -1]], ends) <= 1
+    assert apart(frames[[0, -1]], ends) <= ROUNDED
     fixed = small.interpolate(a, b, 5, steps=STEPS, x_T="fixed")
     assert apart(fixed[0], ends[0]) > 8
     other = small.interpolate(a, b, 5, 1, steps=STEPS, x_T="fixed")
@@ -84,27 +88,28 @@ def test_an_interpolation_to_a_text_keeps_x_T_and_ends_in_its_z_img(small):
     frames = small.interpolate(IMAGES[0], "a cat", 3, seed=4, steps=STEPS)
     x_T = small.invert(IMAGES[:1], steps=STEPS).x_T
     z_img = small.sample_prior("a cat", seed=4)
-    assert apart(frames[0], small.reconstruct(IMAGES[:1], steps=STEPS)[0]) <= 1
-    assert apart(frames[-1], small.decode(Latents(z_img, x_T), steps=STEPS)[0]) <= 1
+    assert apart(frames[0], small.reconstruct(IMAGES[:1], steps=STEPS)[0]) <= ROUNDED
+    assert apart(frames[-1], small.decode(Latents(z_img, x_T), steps=STEPS)[0]) <= ROUNDED
 
 
 def test_sample_prior_samples_the_z_img_that_generate_decodes(model):
     z_img = model.sample_prior(["a cat", "dog, flat"], n=2, seed=3)
     assert z_img.shape == (4, model.cascade.clip.dim)
     images = model.generate(["a cat", "dog, flat"], n=2, seed=3)
-    assert apart(images, model.generate(["a cat", "dog, flat"], n=2, seed=3, z_img=z_img)) <= 1
+    again = model.generate(["a cat", "dog, flat"], n=2, seed=3, z_img=z_img)
+    assert apart(images, again) <= ROUNDED
 
 
 def test_a_text_diff_starts_at_the_reconstruction_and_turns_towards_the_difference(small):
     frames = small.text_diff(IMAGES[0], "a cat", "dog, flat", 4, theta=0.9, steps=STEPS)
-    assert apart(frames[0], small.reconstruct(IMAGES[:1], steps=STEPS)[0]) <= 1
+    assert apart(frames[0], small.reconstruct(IMAGES[:1], steps=STEPS)[0]) <= ROUNDED
     assert all(apart(frames[i], frames[0]) > 2 for i in range(1, 4))
     # At theta 1 z_img is the difference itself, whatever the image shows.
     last = small.text_diff(IMAGES[0], "a cat", "dog, flat", 2, theta=1, steps=STEPS)[-1]
     z_new, z_old = small.encode_text(["a cat", "dog, flat"])
     x_T = small.invert(IMAGES[:1], steps=STEPS).x_T
     z_d = (z_new - z_old)[None] / np.linalg.norm(z_new - z_old)
-    assert apart(last, small.decode(Latents(z_d, x_T), steps=STEPS)[0]) <= 1
+    assert apart(last, small.decode(Latents(z_d, x_T), steps=STEPS)[0]) <= ROUNDED
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_a_run_that_was_taken_over_stops(bucket, monkeypatch):
     path = paths.to_path(f"{bucket}/run/.lock")
     lock = bucket_lib.BucketLock(path)
     path.write_text(json.dumps({"host": "other", "pid": 1, "run": "x", "beat": 0}))
-    assert stopped.wait(10)
+    assert stopped.wait(60)
     lock.close()
 
 

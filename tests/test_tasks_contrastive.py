@@ -45,8 +45,12 @@ def embeddings(b=64, d=4, seed=0, near=0.5):
     return jnp.asarray(z[0], jnp.float32), jnp.asarray(z[1], jnp.float32)
 
 
-def check_equal(got, want, rtol=1e-5):
-    """To rtol of the array's greatest entry: entries that cancel have rounding alone."""
+def check_equal(got, want, rtol=1e-4):
+    """To rtol of the array's greatest entry: entries that cancel have rounding alone.
+
+    Logits of up to 100 are rounded to 100 EPS / 2 at each of a few operations, which is the
+    relative error of their exponentials. What a shard leaves out is 1 / 64 and more.
+    """
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         size = np.abs(np.asarray(other)).max()
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * size)

@@ -146,7 +146,7 @@ def test_the_replicas_matter(wanted):
         logits_loss(*toy_encode(params, inputs)),
         by_hand(toy_encode, params, inputs, RHO, BATCH)[0],
     ):
-        assert abs(other - wanted[0]) > 1e-2
+        assert abs(other - wanted[0]) > 5e-3  # the losses above agree to 3e-5
 
 
 @pytest.mark.slow

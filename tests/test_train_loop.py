@@ -91,9 +91,13 @@ def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):
     script = [sys.executable, toy_task.__file__, str(tmp_path / "killed"), "30"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
 
-    def start_and_wait_for(step: int):
+    def start_and_wait_for(step: int, *slow_from: str):
         process = subprocess.Popen(
-            script, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*script, *slow_from],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         for line in process.stdout:
             if line.startswith(f"step {step}/"):
@@ -104,7 +108,7 @@ def test_kill_9_resumes_bit_equal_and_sigterm_saves(tmp_path):
     time.sleep(0.1)  # the save of step 5 is asynchronous
     process.kill()
     process.wait()
-    process = start_and_wait_for(14)
+    process = start_and_wait_for(14, "15")  # a second each, so that the signal is in time
     process.send_signal(signal.SIGTERM)
     told = process.stdout.read()
     assert process.wait() == 0 and "stopped by SIGTERM" in told

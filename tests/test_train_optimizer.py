@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tolerance import BFLOAT16, EPS
 from toy_task import config
 
 from dalle2_jax.errors import UserError
@@ -21,7 +22,9 @@ def settings(**changes):
 
 def test_warm_up_then_constant():
     schedule = make_schedule(settings(learning_rate=1.0, warmup_steps=4), 10)
-    np.testing.assert_allclose([schedule(n) for n in range(6)], [0.2, 0.4, 0.6, 0.8, 1, 1])
+    np.testing.assert_allclose(
+        [schedule(n) for n in range(6)], [0.2, 0.4, 0.6, 0.8, 1, 1], rtol=4 * EPS
+    )
 
 
 def test_cosine_ends_at_zero_after_warm_up():
@@ -41,7 +44,8 @@ def test_unknown_dtype_of_moments_is_refused():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_first_moments_in_bfloat16_train_nearly_alike(accumulate):
-    """A rounding of 2^-9 at most in each moment, and with it in each step."""
+    """A rounding of 2^-9 at most in each moment, of which b1 = 0.9 stays in the next: of slowly
+    changing moments the roundings add up to 2^-9 / (1 - b1)."""
     key = jax.random.key(0)
     start = {"w": jax.random.normal(key, (64, 8))}
     found = {}
@@ -55,7 +59,7 @@ def test_first_moments_in_bfloat16_train_nearly_alike(accumulate):
         assert optax.tree.get(state, "nu")["w"].dtype == "float32"
         found[dtype] = params["w"] - start["w"]
     apart = optax.tree.norm(found["bfloat16"] - found["float32"])
-    assert 0 < apart < 2**-7 * optax.tree.norm(found["float32"])
+    assert 0 < apart < BFLOAT16 / (1 - 0.9) * optax.tree.norm(found["float32"])
 
 
 def test_decay_spares_vectors_biases_and_scales():
@@ -98,8 +102,10 @@ def test_first_update_of_adamw():
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
     grads = {"kernel": jnp.array([[3.0, -4.0], [3.0, -4.0]]), "bias": jnp.array([1.0, -1.0])}
     updates, _ = opt.tx.update(grads, opt.tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], [[-0.1 - 0.1, 0.1 - 0.1]] * 2, atol=1e-6)
-    np.testing.assert_allclose(updates["bias"], [-0.1, 0.1], atol=1e-6)
+    # 1 - b2 = 0.001 in float32 has a relative error of EPS / 0.002, of which the root halves it.
+    error = 0.1 * EPS / 0.004
+    np.testing.assert_allclose(updates["kernel"], [[-0.1 - 0.1, 0.1 - 0.1]] * 2, atol=error)
+    np.testing.assert_allclose(updates["bias"], [-0.1, 0.1], atol=error)
 
 
 def test_clipping_is_by_the_global_norm():
@@ -131,7 +137,7 @@ def average(values, decay: float, warmup: bool, accumulate: int = 1) -> list[flo
 
 
 def test_moving_average_known_values():
-    np.testing.assert_allclose(average([8, 8, 8], 0.5, False), [4, 6, 7])
+    np.testing.assert_allclose(average([8, 8, 8], 0.5, False), [4, 6, 7], rtol=4 * EPS)
 
 
 def test_moving_average_warms_up():
@@ -142,7 +148,7 @@ def test_moving_average_warms_up():
 
 
 def test_moving_average_moves_with_updates_only():
-    np.testing.assert_allclose(average([8, 8, 8, 8], 0.5, False, 2), [0, 4, 4, 6])
+    np.testing.assert_allclose(average([8, 8, 8, 8], 0.5, False, 2), [0, 4, 4, 6], rtol=4 * EPS)
 
 
 def test_moving_average_of_what_stays_is_the_same_bit_for_bit():

@@ -91,12 +91,13 @@ def config(**changes):
     return build.complete(given)
 
 
-def slow_dataset(seconds: float):
+def slow_dataset(seconds: float, slow_from: int = 10**9):
+    """Batches that take some time; a second each from number `slow_from` on."""
     import time
 
     def batches(start: int):
-        for batch in dataset()(start):
-            time.sleep(seconds)
+        for number, batch in enumerate(dataset()(start), start):
+            time.sleep(1 if number >= slow_from else seconds)
             yield batch
 
     return batches
@@ -107,10 +108,11 @@ def losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-if __name__ == "__main__":  # python toy_task.py WORKDIR NUM_STEPS: a run to send signals to
+if __name__ == "__main__":  # toy_task.py WORKDIR NUM_STEPS [SLOW_FROM]: a run to send signals to
     from dalle2_jax.train import loop
 
     settings = config(num_steps=int(sys.argv[2]), checkpoint_every=5, mesh=dict(data=1))
-    result = loop.train(settings, ToyTask(), slow_dataset(0.02), sys.argv[1])
+    data = slow_dataset(0.02, *map(int, sys.argv[3:]))
+    result = loop.train(settings, ToyTask(), data, sys.argv[1])
     print("stopped by", result.stopped_by, "after", result.step)
     sys.exit(result.exit_status)

@@ -219,7 +219,8 @@ def test_openai(tmp_path, kind):
     assert_same(tmp_path / "ours", expected)
     if kind == "half":
         size = sum(p.stat().st_size for p in (tmp_path / "ours").glob("*.safetensors"))
-        assert size < 2.1 * sum(p.numel() for p in model.parameters()) + 10_000
+        # Two bytes a parameter, and the file's header; in float32 it would be four.
+        assert size < 3 * sum(p.numel() for p in model.parameters()) + 10_000
 
 
 # text (width, layers, heads), image (width, layers, heads, patch, size), embedding, MLP, activation
