@@ -39,7 +39,10 @@ def stages(source: Path) -> list[Stage]:
         raise UserError(f"{source} is a model folder already: there is nothing to import")
     reason = "a pickle or a file of another program"
     if source.is_dir():
-        reason = f"none of {index.name}, {karlo_original.PRIOR}, {clip.OPEN_CLIP}, CLIP's config.json is there"
+        reason = (
+            f"none of {index.name}, {karlo_original.PRIOR}, {clip.OPEN_CLIP}, "
+            "CLIP's config.json is there"
+        )
     raise UserError(f"{source} is no model that is read here: {reason}")
 
 
