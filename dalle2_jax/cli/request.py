@@ -65,7 +65,7 @@ def main(mode: str | None, modes: Sequence[str]) -> int:
     from dalle2_jax.storage import paths
 
     commands.keep_compiled_programs()
-    out, only, metadata = Path(generate_flags.OUT.value), None, {}
+    out, only, metadata = paths.to_path(generate_flags.OUT.value), None, {}
     if like is None:
         request = Request(**_fields(mode or GENERATE, out, only_present=False))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def load(path: str) -> Any:
 
     Raises UserError if there is no such file, it fails, or it returns no ConfigDict.
     """
-    file, _, variant = path.partition(":")
+    file, _, variant = os.path.expanduser(path).partition(":")
     if not Path(file).is_file():
         raise UserError(_missing(file))
     spec = importlib.util.spec_from_file_location("config_file", file)

@@ -28,13 +28,15 @@ def is_remote(name: object) -> bool:
 
 
 def to_path(name: str | os.PathLike[str] | Path) -> Path:
-    """Returns a path by its name; one that is a path already is returned as it is.
+    """Returns a path by its name. A leading ~ is the user's home, as a shell that saw it would say.
+
+    Shells expand it at the start of a word alone, so not in `--out=~/images`.
 
     Raises:
         UserError: an address that is not gs://BUCKET/FOLDER, or gcsfs is not installed.
     """
     if not is_remote(name):
-        return Path(name)
+        return Path(os.path.expanduser(name))
     if not isinstance(name, str):
         return cast(Any, name)  # a UPath
     if not name.startswith("gs://") or not name.removeprefix("gs://").strip("/"):

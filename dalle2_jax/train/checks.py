@@ -14,7 +14,7 @@ from dalle2_jax.storage import model_folder, paths
 
 def folder(name: str | os.PathLike[str], setting: str) -> Path:
     """Returns `name` as an absolute path, or one in a bucket; raises UserError for "" or a file."""
-    text = str(name)
+    text = os.path.expanduser(str(name))
     if not text.strip():
         raise UserError(f"{setting} is empty: name a folder")
     if paths.is_remote(text):

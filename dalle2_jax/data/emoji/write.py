@@ -59,7 +59,7 @@ def build(
             f"{out}: the set is made on this machine; give a local --out and copy it with "
             f"`gcloud storage cp -r FOLDER {out}`"
         )
-    out = pathlib.Path(out)
+    out = paths.to_path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / "dataset_info.json").is_file():
             raise UserError(
