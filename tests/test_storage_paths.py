@@ -178,14 +178,14 @@ def test_long_logs_are_not_rewritten_each_time(bucket, monkeypatch):
 
 def test_a_second_run_is_refused_while_the_first_lives(bucket):
     path = paths.to_path(f"{bucket}/run/.lock")
-    first = bucket_lib.BucketLock(path)
+    first = bucket_lib.HeartbeatLock(path)
     owner = json.loads(path.read_text())
     path.write_text(json.dumps({**owner, "host": "elsewhere"}))  # what another machine reads
     first._me["host"] = "elsewhere"
     with pytest.raises(UserError, match=r"another run .* on elsewhere\) is training in gs://buc"):
-        bucket_lib.BucketLock(path)
+        bucket_lib.HeartbeatLock(path)
     first.close()
-    bucket_lib.BucketLock(path).close()
+    bucket_lib.HeartbeatLock(path).close()
     assert not fake_bucket.names("bucket/run/")
 
 
@@ -193,14 +193,14 @@ def test_the_lock_of_a_dead_run_is_taken_over(bucket, caplog):
     path = paths.to_path(f"{bucket}/run/.lock")
     message = "takes over"
     path.write_text(json.dumps({"host": "gone", "pid": 1, "run": "x", "beat": 7}))
-    bucket_lib.BucketLock(path).close()
+    bucket_lib.HeartbeatLock(path).close()
     assert message in caplog.text  # after the lock was watched for a while
     caplog.clear()
     script = [sys.executable, "-c", "import os; print(os.getpid())"]
     dead = subprocess.run(script, text=True, stdout=subprocess.PIPE, check=True).stdout
     owner = {"host": socket.gethostname(), "pid": int(dead), "run": "y", "beat": 7}
     path.write_text(json.dumps(owner))
-    bucket_lib.BucketLock(path).close()
+    bucket_lib.HeartbeatLock(path).close()
     assert message not in caplog.text  # at once: a dead process of this machine
     assert not fake_bucket.names("bucket/run/")
 
@@ -209,7 +209,7 @@ def test_a_run_that_was_taken_over_stops(bucket, monkeypatch):
     stopped = threading.Event()
     monkeypatch.setattr(bucket_lib.os, "_exit", lambda status: stopped.set())
     path = paths.to_path(f"{bucket}/run/.lock")
-    lock = bucket_lib.BucketLock(path)
+    lock = bucket_lib.HeartbeatLock(path)
     path.write_text(json.dumps({"host": "other", "pid": 1, "run": "x", "beat": 0}))
     assert stopped.wait(60)
     lock.close()
@@ -221,7 +221,7 @@ def test_a_released_lock_stops_nobody(bucket, monkeypatch):
     monkeypatch.setattr(bucket_lib.os, "_exit", exits.append)
     monkeypatch.setattr(bucket_lib, "_LAST_BEAT", 0.1)
     path = paths.to_path(f"{bucket}/run/.lock")
-    lock = bucket_lib.BucketLock(path)
+    lock = bucket_lib.HeartbeatLock(path)
     read = lock._read
 
     def slow():
@@ -233,7 +233,7 @@ def test_a_released_lock_stops_nobody(bucket, monkeypatch):
     monkeypatch.setattr(lock, "_read", slow)
     assert reading.wait(60)
     lock.close()
-    second = bucket_lib.BucketLock(path)
+    second = bucket_lib.HeartbeatLock(path)
     resume.set()
     lock._thread.join(60)
     assert not exits and second._read()["run"] == second._me["run"]

@@ -1,7 +1,11 @@
 """Saving and restoring, and what happens where the disk or another process does harm."""
 
+import errno
+import json
+import os
 import resource
 import signal
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,8 @@ from toy_task import ToyTask, config
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
+from dalle2_jax.storage import cache
+from dalle2_jax.train.bucket import HeartbeatLock
 from dalle2_jax.train.checkpoint import Checkpoints, WorkdirLock
 from dalle2_jax.train.optimizer import make_optimizer
 from dalle2_jax.train.state import abstract_state, init_state
@@ -267,6 +273,60 @@ def test_a_write_that_fails_is_told(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert kept(tmp_path) == []
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A function that makes `flock` fail with a code."""
+
+    def fail(code):
+        def flock(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        monkeypatch.setattr("dalle2_jax.train.bucket.BEAT_SECONDS", 0.2)
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_where_the_file_system_has_no_locks_a_heartbeat_is_one(
+    tmp_path, no_flock, monkeypatch, caplog, code
+):
+    no_flock(code)
+    with WorkdirLock(tmp_path):
+        assert len([r for r in caplog.records if "has no file locks" in r.message]) == 1
+        owner = json.loads((tmp_path / ".lock.json").read_text())
+        assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
+        monkeypatch.setattr("socket.gethostname", lambda: "another-host")
+        with pytest.raises(UserError, match=rf"run \(process {os.getpid()} on .* is training"):
+            WorkdirLock(tmp_path)
+    assert not (tmp_path / ".lock.json").exists()
+    with WorkdirLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_held_is_another_run(tmp_path, no_flock, code):
+    no_flock(code)
+    with pytest.raises(UserError, match=r"another run .* is training in"):
+        WorkdirLock(tmp_path)
+
+
+def test_a_cache_works_without_locks(tmp_path, no_flock):
+    no_flock(errno.ENOSYS)
+    with cache.locked(tmp_path / "copy"):
+        pass
+
+
+def test_of_two_heartbeats_that_start_at_once_one_gets_the_lock(tmp_path, no_flock, monkeypatch):
+    no_flock(errno.ENOSYS)
+    with WorkdirLock(tmp_path), monkeypatch.context() as patch:
+        # The second has looked before the first wrote.
+        patch.setattr(HeartbeatLock, "_wait_for_the_dead", lambda _: None)
+        patch.setattr(type(tmp_path), "unlink", lambda *_, **__: None)
+        with pytest.raises(UserError, match=rf"another run \(process {os.getpid()} on "):
+            WorkdirLock(tmp_path)
 
 
 def test_lock_is_exclusive_and_released(tmp_path):

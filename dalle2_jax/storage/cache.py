@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.storage.paths import as_user_error
+from dalle2_jax.storage.paths import as_user_error, has_no_locks
 
 _INDEX = ".copy.json"  # {file: version} of what a copy holds
 _FILES_AT_ONCE = 256  # fetched between two writings of the index, so that a killed run resumes
@@ -41,10 +41,15 @@ def folder() -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Lets one process of this machine at a time make `path`; others wait, then find it made.
 
-    The folder that holds `path` must exist.
+    The folder that holds `path` must exist. Where its file system has no locks, nobody waits: two
+    processes may then make the same thing, each whole.
     """
     with open(path.parent / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even by a kill
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, even by a kill
+        except OSError as error:
+            if not has_no_locks(error):
+                raise
         yield
 
 

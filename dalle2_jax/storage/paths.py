@@ -10,6 +10,7 @@ memory, is copied first: see `cache.local_copy`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import tempfile
@@ -73,6 +74,14 @@ def as_user_error(action: str, path: object) -> Iterator[None]:
         if isinstance(error, UserError) or not is_remote(path):
             raise
         raise UserError(f"{action} {path}: {reason(error)}") from error
+
+
+def has_no_locks(error: OSError) -> bool:
+    """Returns whether a lock failed because the file system has none: Lustre, NFS, some FUSE.
+
+    Only EWOULDBLOCK (and EACCES, by POSIX) say that another process holds it.
+    """
+    return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EINTR)
 
 
 def make_folder(path: Path) -> None:

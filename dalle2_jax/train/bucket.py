@@ -1,4 +1,4 @@
-"""Locks and logs of a workdir in a bucket, which has neither locks nor appending."""
+"""Locks and logs of a workdir that has none: a bucket, and some file systems of clusters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from absl import logging
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.storage import paths
+from dalle2_jax.storage.atomic import replacing
 
 BEAT_SECONDS = 20.0
 _BEATS = 4  # an owner that was not heard for so long is dead
@@ -24,13 +25,17 @@ _LAST_BEAT = 20.0  # seconds that its writing may take: the lock is given back a
 _PART_BYTES = 1 << 16
 
 
-class BucketLock:
-    """An object that names who trains in a workdir, written anew every BEAT_SECONDS.
+class HeartbeatLock:
+    """A file that names who trains in a workdir, written anew every BEAT_SECONDS.
+
+    It serves where there is no lock of a kernel: in a bucket, and on a local path whose file system
+    has no `flock`. On a local path it is created exclusively, so of two runs that start at once
+    only one gets it.
 
     It holds a counter and no time, so that clocks need not agree: a lock that was left behind, as
-    by a machine that was taken away, is watched for _BEATS beats and then taken over. Not as strict
-    as a lock of the kernel: two runs that start within a second may both see no lock; then the one
-    that wrote first notices and stops.
+    by a machine that was taken away, is watched for _BEATS beats and then taken over. In a
+    bucket two runs that start within a second may both see no lock; then the one that wrote first
+    notices and stops.
     """
 
     def __init__(self, path: Path):
@@ -40,7 +45,7 @@ class BucketLock:
         self._me["run"] = uuid.uuid4().hex
         with paths.as_user_error("cannot write", path):
             self._wait_for_the_dead()
-            self._write(0)
+            self._create()
             time.sleep(min(1.0, BEAT_SECONDS / 10))  # one that began in the same moment shows now
             owner = self._read()
         if owner and owner["run"] != self._me["run"]:
@@ -72,6 +77,18 @@ class BucketLock:
                 return
             if now != first:
                 raise self._taken(now)
+
+    def _create(self) -> None:
+        """Writes the first beat; raises UserError if another run did so in this moment."""
+        if paths.is_remote(self._path):
+            self._write(0)
+            return
+        self._path.unlink(missing_ok=True)  # of a dead run
+        try:
+            with self._path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps({**self._me, "beat": 0}))
+        except FileExistsError:
+            raise self._taken(self._read() or {"pid": "unknown", "host": "another host"}) from None
 
     def _died_here(self, owner: dict[str, Any]) -> bool:
         """Returns whether the process was one of this machine that no longer runs."""
@@ -106,7 +123,12 @@ class BucketLock:
             return None
 
     def _write(self, beat: int) -> None:
-        self._path.write_text(json.dumps({**self._me, "beat": beat}), encoding="utf-8")
+        text = json.dumps({**self._me, "beat": beat})
+        if paths.is_remote(self._path):
+            self._path.write_text(text, encoding="utf-8")
+            return
+        with replacing(self._path) as temporary:  # nobody reads half a beat
+            temporary.write_text(text, encoding="utf-8")
 
     def _beat(self) -> None:
         beat = 0

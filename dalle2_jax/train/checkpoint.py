@@ -33,12 +33,13 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.parallel import sharding
 from dalle2_jax.storage import paths
 from dalle2_jax.train import hosts, manifest
-from dalle2_jax.train.bucket import BucketLock
+from dalle2_jax.train.bucket import HeartbeatLock
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import PyTree
 
 # How a network is computed, not what it is.
 _MAY_CHANGE = ("remat", "dtype", "dropout")
+_HEARTBEAT = ".lock.json"  # the lock where the file system has none
 _REMOVED = "removed"  # Orbax moves old steps here: a kill while files go leaves no half checkpoint
 
 
@@ -50,7 +51,11 @@ def describe(state: PyTree) -> dict[str, list[Any]]:
 
 
 class WorkdirLock:
-    """Keeps a second trainer out of a workdir; the kernel releases it when the process dies."""
+    """Keeps a second trainer out of a workdir.
+
+    The kernel releases it when the process dies. In a bucket, and where the file system has no
+    locks, a file with a heartbeat does the same, see `bucket.HeartbeatLock`.
+    """
 
     def __init__(self, workdir: Path):
         """Takes the lock; raises UserError if another process holds it or it cannot be written.
@@ -63,7 +68,7 @@ class WorkdirLock:
     def _lock(self, workdir: Path) -> int:
         paths.prepare_folder(workdir)
         if paths.is_remote(workdir):
-            self._file = BucketLock(workdir / ".lock")
+            self._file = HeartbeatLock(workdir / ".lock")
             return 0
         path = workdir / ".lock"
         try:
@@ -76,6 +81,14 @@ class WorkdirLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if paths.has_no_locks(error):
+                self._file.close()
+                logging.warning(
+                    "%s has no file locks (%s): %s, written again and again, keeps other runs out",
+                    *(workdir, error.strerror, _HEARTBEAT),
+                )
+                self._file = HeartbeatLock(workdir / _HEARTBEAT)
+                return 0
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()
