@@ -159,7 +159,8 @@ class Cascade:
         ):
             images = yield from self._run(keys, captions, rows)
             images = np.asarray(arrays.to_uint8(images))
-            yield Batch(start, images[: rows.total - start])  # without the rows that fill it up
+            # The last batch is filled up by repeated rows, so that all have one compiled shape.
+            yield Batch(start, images[: rows.total - start])
 
     def sample_prior(
         self,
@@ -236,6 +237,7 @@ class Cascade:
 
             texts = jax.tree.map(lambda tokens, caption=caption: tokens[caption], captions)
             batch = (seeds[caption], index, texts, rows_of(z_img), rows_of(known_images))
+            # One transfer for all inputs, each split over the devices by rows.
             seed_rows, index, texts, z_rows, known_rows = jax.device_put(
                 batch, placement.by_batch()
             )
@@ -267,15 +269,18 @@ class Cascade:
             if not isinstance(sampler, StageSampler):
                 raise UserError(f"noise: {stage} takes no noise: it samples from the seed alone")
             values = arguments.finite_array(f"noise[{stage!r}]", values)
-            # x_T, and the noise of each step; or x_T alone.
+            # x_T, and the noise of each step; or x_T alone, and the keys make that of the steps.
             shape = (sampler.settings.num_calls + 1, total * sampler.rows, *sampler.shape)
             if values.shape not in (shape, (1, *shape[1:])):
                 raise UserError(f"noise[{stage!r}] must be {list(shape)}, not {list(values.shape)}")
+            # Rows of one image are neighbours: [total * r] becomes [total, r].
             checked[stage] = values.reshape(len(values), total, sampler.rows, *sampler.shape)
         return checked
 
     def _run(self, keys: Mapping[str, Array], captions: Captions, rows: _Rows) -> Steps[Array]:
         """Runs all stages on a batch; returns images [b, h, w, 3] in [-1, 1]."""
+        # The mesh is visible while tracing: attention kernels need it to shard themselves. Not
+        # across a `yield`, where the caller's code runs.
         with placement.visible(placement.mesh()):
             text, empty = self.encode_captions(captions)
         z_img = rows.z_img
@@ -288,7 +293,7 @@ class Cascade:
             # the known region by one such pixel and let the upsampler generate both sides.
             border = upsampler.image_size // images.shape[1]
             images = yield from self._run_stage(stage, keys, images, rows, border)
-        # Sizes between two stages are averaged down from the larger one.
+        # A size between those of two stages is averaged down from the larger one.
         return arrays.resize(images, self.image_size, "area")
 
     def _run_prior(

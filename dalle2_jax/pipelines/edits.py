@@ -82,6 +82,7 @@ def rank(
             prompt, index = divmod(place, best_of)
             if index == 0:
                 (z_txt,) = normalise(cascade.encode_text([prompts[prompt]]))
+            # A copy, or each kept image would hold the memory of its whole batch.
             best.append(Ranked(image.copy(), index, float(np.vdot(z, z_txt))))
             # Only n images are held. The sort is stable: of equal ones the earlier stays.
             best = sorted(best, key=lambda one: -one.score)[:n]
@@ -181,6 +182,7 @@ def text_diff(
     """Turns the image towards a text; see `DALLE2.text_diff`."""
     frames = limits.whole_number("frames", frames)
     shares = np.linspace(0, limits.number("theta", theta), frames)
+    # z_d = norm(z_new - z_old), and z_img turns towards it by slerp (unCLIP, section 3.3).
     z_new, z_old = normalise(cascade.encode_text([new, old]))
     if np.allclose(z_new, z_old, atol=1e-6):
         raise UserError(
@@ -213,6 +215,8 @@ def probe(
     z_img, x_T = yield from invert(
         cascade, arguments.image("image", image), steps, batch_size=batch_size
     )
+    # With k directions z_img is its projection onto the first k principal components (section 4,
+    # figure 7); x_T stays, so that only what the embedding holds changes.
     z = [z_img[0] if k is None else project(z_img[0], mean, components[:k]) for k in counts]
     latents = Latents(np.stack(z), np.repeat(x_T, len(z), axis=0))
     yield from decode(cascade, latents, steps, batch_size)
@@ -278,6 +282,7 @@ def inpaint(
     n = limits.whole_number("n", n, highest=MAX_RETURNED)
     prompt = None if prompt is None else arguments.prompt(prompt)
     z_img = cascade.encode_image(image[None]) if prompt is None else None
+    # Without a prompt the image's own embedding says what the hole is to show.
     images = yield from _fill(
         cascade,
         np.repeat(image[None], n, axis=0),
@@ -326,6 +331,7 @@ def outpaint(
     prompt = None if prompt is None else arguments.prompt(prompt)
     # A canvas of at least one frame; where it is larger than the result, `window_of_result` cuts.
     extended, known_mask, window_of_result = canvas.extend(image, margins, size)
+    # All n canvases have one known_mask, so their frames are generated as one batch of n rows.
     images = np.repeat(extended[None], n, axis=0)
     if prompt is None:
         z_img = cascade.encode_image(image[None])

@@ -38,6 +38,7 @@ def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | Non
     with appearing(out) as folder:
         for stage in stages:
             params, stored = convert(source, stage, entries, dtype)
+            # These learned on CLIP's embeddings: another CLIP beside them would be noise to them.
             if stage.name in ("prior", "decoder"):
                 entries[stage.name]["clip"] = model_folder.stage_hash(folder, "clip")
             logging.info("%s: %s", stage.name, ", ".join(map(str, stage.parts.values())))
@@ -48,14 +49,15 @@ def import_model(source: Path, out: Path, dtype: model_folder.StorageDtype | Non
 
 @contextlib.contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` if the block ends well, and goes if not.
+    """Yields a folder that takes the name `out` if the block ends well, and goes if not.
 
-    UserError where it cannot be written, or there is something of that name.
+    Raises UserError where it cannot be written, or there is something of that name.
     """
     try:
         check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
+        # Beside `out`, on its file system, so that the last step is a rename, which is atomic.
         with tempfile.TemporaryDirectory(_UNFINISHED, f".{out.name}.", out.parent) as above:
             folder = Path(above) / out.name
             folder.mkdir()
@@ -66,7 +68,7 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """UserError where there is something of that name, or none can be."""
+    """Raises UserError where there is something of that name, or none can be."""
     try:
         taken = out.exists()
     except OSError as error:
@@ -89,19 +91,22 @@ def convert(
     entries: Mapping[str, Any],
     dtype: model_folder.StorageDtype | None = None,
 ) -> tuple[dict[str, Any], model_folder.StorageDtype]:
-    """The parameters of one of the source's stages, nested, and the type that they are stored in.
+    """Returns the parameters of one of the source's stages, nested, and their type on disk.
 
-    `dtype` and UserError as in `import_model`.
+    `dtype` and UserError are as in `import_model`.
     """
-    found: sources.Tensors = {}
+    # Nothing is read yet: each tensor is a function that reads it.
+    readers: sources.Tensors = {}
     for name, path in stage.parts.items():
-        tensors = sources.network(path)
-        found |= {f"{name}/{tensor}": read for tensor, read in tensors.items()}
+        for tensor, read in sources.network(path).items():
+            readers[f"{name}/{tensor}"] = read
     where = f"{source}: {stage.name}"
     try:
-        converted = names.to_ours(stage.rules, found, lambda name: found[name]())
+        converted = names.to_ours(stage.rules, readers, lambda name: readers[name]())
     except UserError as error:
         raise UserError(f"{where} is another network: {error}") from error
+    # The settings that were read from the source say which tensors our network of them has. Names
+    # and shapes must be exactly those: what is left over would be another network.
     shapes: Any = load.expected_params(entries, stage.name, where)
     expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep=".")
     missing = sorted(expected.keys() - set(converted.names))
@@ -126,14 +131,14 @@ def convert(
 
 
 def _some(names: list[str], what: str) -> str:
-    """The first of the names."""
+    """Returns the first of the names, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"; {what}: {', '.join(names[:3])}{more}" if names else ""
 
 
 def _storage(tensors: Mapping[str, np.ndarray]) -> model_folder.StorageDtype:
-    """The narrowest type that loses nothing."""
-    found = {tensor.dtype.name for tensor in tensors.values()}
-    if len(found) == 1 and (only := found.pop()) in ("float16", "bfloat16"):
+    """Returns the narrowest type that loses nothing."""
+    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    if len(dtypes) == 1 and (only := dtypes.pop()) in ("float16", "bfloat16"):
         return only
     return "float32"

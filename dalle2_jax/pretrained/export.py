@@ -29,8 +29,8 @@ from dalle2_jax.storage.atomic import replacing
 from dalle2_jax.tokenizer import EOT, SOT, vocabulary
 from dalle2_jax.types import Params
 
-# Training's, and what says nothing of the function: gradients, numbers' types, steps and guidance,
-# which are arguments of a pipeline's call.
+# Settings that diffusers' files do not hold: those of training, those that do not change what the
+# network computes, and steps and guidance, which are arguments of a pipeline's call there.
 _OURS_ALONE = {
     "dtype", "remat", "dropout", "learned_temperature", "weighting",
     "steps", "cfg_scale", "cfg_interval", "cfg_rescale", "solver", "spacing", "eta",
@@ -52,12 +52,14 @@ def export_model(folder: Path, out: Path) -> None:
                 text = settings if isinstance(settings, str) else json.dumps(settings, indent=2)
                 (made / name).parent.mkdir(parents=True, exist_ok=True)
                 (made / name).write_text(text + "\n", encoding="utf-8")
+            # What was just written is read as an import would read it, before any tensor is: only
+            # if the settings come back the same is the model one that diffusers can hold.
             stages = recognise.stages(made)
             for stage in stages:
-                said = entries[stage.name]
+                entry = entries[stage.name]
                 if stage.name == "clip" and _image_tower(stage) is None:
-                    said = said | {"model": said["model"] | {"image": None}}
-                _check_same(f"{folder}/config.json: {stage.name}", said, stage)
+                    entry = {**entry, "model": {**entry["model"], "image": None}}
+                _check_same(f"{folder}/config.json: {stage.name}", entry, stage)
         except UserError as error:
             raise UserError(str(error).replace(f"{made}/", f"{folder}, in diffusers' ")) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -72,7 +74,7 @@ def export_model(folder: Path, out: Path) -> None:
 
 
 def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
-    """The stage's tensors, one network in memory at a time."""
+    """Writes the stage's tensors, one network in memory at a time."""
     source = model_folder.stage_path(folder, stage.name)
     tensors = sources.tensors(source)
     flat: dict[str, Any] = traverse_util.flatten_dict(expected, sep=".")
@@ -90,8 +92,9 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
     ours = tensors.keys() - {"logit_scale"}  # images are drawn without
     if stage.name == "clip" and _image_tower(stage) is None:
         ours = {name for name in ours if not name.startswith("image_tower.")}
-    found = names.to_theirs(stage.rules, ours, read)
-    for part, network in itertools.groupby(found, lambda named: named[0].partition("/")[0]):
+    # Names begin with the folder of their network, and the rules keep those of one together.
+    named_tensors = names.to_theirs(stage.rules, ours, read)
+    for part, network in itertools.groupby(named_tensors, lambda one: one[0].partition("/")[0]):
         theirs = {name.removeprefix(f"{part}/"): tensor for name, tensor in network}
         stem = "model" if part.endswith("_encoder") else "diffusion_pytorch_model"
         path = stage.parts[part] / f"{stem}.safetensors"

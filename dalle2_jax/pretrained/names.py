@@ -58,8 +58,10 @@ def then(first: Layout, second: Layout) -> Layout:
 
 
 def feature_major(count: int) -> Layout:
-    """Rows [features count, ...], of which neighbours are one feature of `count` tokens, as rows
-    in which a token's features are neighbours."""
+    """Returns the layout of rows [features count, ...] whose neighbours are one feature's tokens.
+
+    In ours a token's features are neighbours.
+    """
 
     def swap(x: np.ndarray, n: int) -> np.ndarray:
         return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
@@ -68,8 +70,10 @@ def feature_major(count: int) -> Layout:
 
 
 def head_major(count: int, channels: int) -> Layout:
-    """Rows [heads count channels, ...], of which neighbours are one head's `count` parts (q, k, v),
-    as rows in which a part's heads are neighbours."""
+    """Returns the layout of rows [heads count channels, ...] whose neighbours are a head's parts.
+
+    The `count` parts are q, k and v. In ours the heads of a part are neighbours.
+    """
 
     def swap(x: np.ndarray, n: int) -> np.ndarray:
         return x.reshape(-1, n, channels, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
@@ -78,7 +82,10 @@ def head_major(count: int, channels: int) -> Layout:
 
 
 def pointwise(spatial: int) -> Layout:
-    """A convolution's kernel [out, in, 1, ...] of so many spatial axes -> [in, out]."""
+    """Returns the layout of a convolution's kernel [out, in, 1, ...] that is [in, out] in ours.
+
+    A convolution of 1 x 1 is a matrix product, which is what our networks call it.
+    """
     ones = (1,) * spatial
     return Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(x.T.shape + ones))
 
@@ -99,12 +106,12 @@ POINTWISE: Module = {"weight": ("kernel", pointwise(1)), "bias": ("bias", SAME)}
 
 
 def module(theirs: str, ours: str, kind: Module) -> list[Rule]:
-    """The rules of one module's tensors."""
+    """Returns the rules of one module's tensors."""
     return [(f"{theirs}.{a}", f"{ours}.{b}", layout) for a, (b, layout) in kind.items()]
 
 
 def fused(theirs: str, ours: Sequence[str], kind: Module, order: Layout = SAME) -> list[Rule]:
-    """The rules of one module that is several of ours; `order` brings its rows into theirs."""
+    """Returns the rules of one module that is several of ours; `order` is that of its rows."""
     return [
         (f"{theirs}.{a}", [f"{part}.{b}" for part in ours], then(order, layout))
         for a, (b, layout) in kind.items()
@@ -112,7 +119,7 @@ def fused(theirs: str, ours: Sequence[str], kind: Module, order: Layout = SAME) 
 
 
 def within(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
-    """`rules` below a name on either side."""
+    """Returns `rules` with a prefix before each name on either side."""
     return [
         (theirs + a, ours + b if isinstance(b, str) else [ours + part for part in b], layout)
         for a, b, layout in rules
@@ -123,22 +130,35 @@ _PLACE = re.compile(r"\{(~?)(\w+)\}")
 
 
 def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converted:
-    """A source's tensors as ours. Raises UserError where two rules speak of one tensor, or layers
-    are missing."""
+    """Plans a source's tensors as ours.
+
+    Raises UserError where two rules speak of one tensor, or layers are missing.
+    """
+    # Two passes. The first sees names only and plans, so that a wrong model is refused before a
+    # byte of its weights is read:
+    #
+    #     for each of their names:       rule = the only one whose pattern matches
+    #         for each part of the rule: sources[our name][layer] = (their name, part, rule)
+    #
+    # The second, `tensor`, reads the tensors of one of our names when it is asked for, so that only
+    # one is in memory at a time: it turns each, splits fused ones, and stacks layers.
     names = sorted(names)
     sources: dict[str, dict[int, tuple[str, int, Rule]]] = {}
     unknown = []
     for name in names:
-        found = [(rule, match) for rule in rules if (match := _pattern(rule[0]).fullmatch(name))]
-        if len(found) > 1:
-            raise UserError(f"{name} is named by {len(found)} rules: {[r[0] for r, _ in found]}")
-        if not found:
+        matches = [(rule, match) for rule in rules if (match := _pattern(rule[0]).fullmatch(name))]
+        if len(matches) > 1:
+            rule_names = [rule[0] for rule, _ in matches]
+            raise UserError(f"{name} is named by {len(matches)} rules: {rule_names}")
+        if not matches:
             unknown.append(name)
             continue
-        rule, match = found[0]
+        rule, match = matches[0]
         places = {place: int(number) for place, number in match.groupdict().items()}
         for place, before in _from_the_end(rule[0]).items():
+            # Their upsampling blocks count from the deepest level, ours from the highest.
             places[place] = _count(before.format(**places), names) - 1 - places[place]
+        # Layers that one tensor of ours holds, stacked for `nn.scan`; 0 where none are stacked.
         layer = places.get(_stacked(rule) or "", 0)
         for part, ours in enumerate(_parts(rule)):
             layers = sources.setdefault(ours.format(**places), {})
@@ -152,17 +172,20 @@ def to_ours(rules: Sequence[Rule], names: Iterable[str], read: Read) -> Converte
     def tensor(ours: str) -> np.ndarray:
         pieces = []
         for _, (name, part, rule) in sorted(sources[ours].items()):
-            given = read(name)
+            tensor_read = read(name)
             try:
-                whole = rule[2].ours(given)
+                whole = rule[2].ours(tensor_read)
+                # Fused q, k and v are neighbours along the last axis, that of the outputs.
                 parts = len(_parts(rule))
                 pieces.append(np.split(whole, parts, axis=-1)[part] if parts > 1 else whole)
                 fits = pieces[-1].shape == pieces[0].shape
             except (ValueError, IndexError):
                 fits = False
             if not fits:
-                message = f"its shape {given.shape} is not what stands there"
-                raise UserError(f"{name} is of another network: {message}")
+                raise UserError(
+                    f"{name} is of another network: its shape {tensor_read.shape} is not what "
+                    "stands there"
+                )
         stacked = _stacked(next(iter(sources[ours].values()))[2])
         if not stacked:
             return np.asarray(pieces[0], order="C")
@@ -186,7 +209,9 @@ class Converted:
 def to_theirs(
     rules: Sequence[Rule], names: Iterable[str], read: Read
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of all tensors of ours. UserError: one has no place there."""
+    """Yields (their name, tensor) of all tensors of ours; UserError if one has no place there."""
+    # The rules read backwards: parts are fused, stacks taken apart, layouts turned back. The order
+    # is that of the rules, so that tensors of one network come together and can be written at once.
     names = sorted(names)
     left = set(names)
     for rule in rules:
@@ -195,6 +220,7 @@ def to_theirs(
         if not parts:
             continue
         for name in names:
+            # The first part finds the others: a fused tensor has all of them or none.
             match = _pattern(parts[0]).fullmatch(name)
             if not match:
                 continue
@@ -227,6 +253,7 @@ def _plain(template: str) -> str:
 
 @functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
+    # Six digits are more layers than any network has, and keep int() from hostile lengths.
     return re.compile(
         re.sub(r"\\\{(?:\\~|~)?(\w+)\\\}", r"(?P<\1>[0-9]{1,6})", re.escape(template))
     )
@@ -237,13 +264,13 @@ def _places(template: str) -> list[str]:
 
 
 def _stacked(rule: Rule) -> str | None:
-    """The place of the layers that are one tensor of ours."""
+    """Returns the place that their name has and ours lacks: that of stacked layers, or None."""
     left = [p for p in _places(rule[0]) if _parts(rule) and p not in _places(_parts(rule)[0])]
     return left[0] if left else None
 
 
 def _from_the_end(template: str) -> dict[str, str]:
-    """{place counted from the end: the name before it}"""
+    """Returns {place that is counted from the end, written {~place}: the name before it}."""
     found = [match for match in _PLACE.finditer(template) if match[1]]
     return {match[2]: _plain(template[: match.start()]) for match in found}
 
