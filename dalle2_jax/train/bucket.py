@@ -81,6 +81,7 @@ class HeartbeatLock:
     def _create(self) -> None:
         """Writes the first beat; raises UserError if another run did so in this moment."""
         if paths.is_remote(self._path):
+            # A bucket's path has no "write if absent": write, wait, and see who was last.
             self._write(0)
             return
         self._path.unlink(missing_ok=True)  # of a dead run
@@ -100,12 +101,13 @@ class HeartbeatLock:
             return True
         except OSError:  # it is another user's
             return False
+        # Our own number: of a former run in this process, or in a container that began anew.
         return int(owner["pid"]) == os.getpid()
 
     def _give_way(self, owner: dict[str, Any]) -> None:
         """Ends this process at once: two runs would spoil each other's checkpoints."""
         print(f"{self._taken(owner)}: it took over from this one", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(2)  # from this thread sys.exit would end the thread alone
 
     def _taken(self, owner: dict[str, Any]) -> UserError:
         return UserError(
@@ -156,7 +158,7 @@ class BucketLines:
 
     @staticmethod
     def read(path: Path) -> list[bytes]:
-        """The lines of `path` and its parts, each once."""
+        """Returns the lines of `path` and its parts, each once."""
         files = [path] if path.exists() else []
         lines = [line for file in files + _parts(path) for line in file.read_bytes().splitlines()]
         return list(dict.fromkeys(lines))  # a start that was killed may have left some twice
@@ -164,6 +166,7 @@ class BucketLines:
     @staticmethod
     def replace(path: Path, content: bytes) -> None:
         """Makes `content` all that there is."""
+        # In this order: a kill in between leaves lines twice, which `read` mends, but loses none.
         path.write_bytes(content)
         for part in _parts(path):
             part.unlink()
@@ -179,11 +182,11 @@ class BucketLines:
             self._part, self._text = self._part + 1, ""
 
     def close(self) -> None:
-        """All was flushed."""
+        """Does nothing, as all was flushed."""
 
 
 def _parts(path: Path) -> list[Path]:
     if not path.parent.is_dir():
         return []
-    pattern = f"{path.stem}.[0-9][0-9][0-9][0-9]{path.suffix}"
+    pattern = f"{path.stem}.[0-9][0-9][0-9][0-9]{path.suffix}"  # four digits sort as text
     return sorted(path.parent.glob(pattern), key=str)

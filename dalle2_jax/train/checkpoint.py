@@ -72,7 +72,8 @@ class WorkdirLock:
             return 0
         path = workdir / ".lock"
         try:
-            self._file = path.open("a+")  # held until __exit__
+            # Held until __exit__. Not "w", which would empty the file before its owner is read.
+            self._file = path.open("a+")
         except OSError as error:
             message = (
                 f"cannot write {path} ({error.strerror}): remove it, or choose another --workdir"
@@ -89,6 +90,7 @@ class WorkdirLock:
                 )
                 self._file = HeartbeatLock(workdir / _HEARTBEAT)
                 return 0
+            # Held by another process, which wrote its id there.
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()
@@ -142,6 +144,7 @@ class Checkpoints:
         self.committed: int | None = None  # the newest that this run has written
         self.failed = False  # one could not be written
         self._after_bad_steps: dict[int, bool] = {}  # of the checkpoints seen so far
+        # A checkpoint stays if any of these policies wants it.
         keepers: list[Any] = [_Newest(max(keep, 1), self._is_good)]
         if best_metric:
             keepers.append(
@@ -149,18 +152,19 @@ class Checkpoints:
                     get_metric_fn=lambda metrics: metrics[best_metric],
                     reverse=True,  # the lowest is the best
                     n=1,
-                    keep_checkpoints_without_metrics=False,
+                    keep_checkpoints_without_metrics=False,  # `_Newest` decides over those
                 )
             )
         # Orbax writes the scores to disk, for the next run to know them, only with a best_fn.
         best = {"best_fn": lambda metrics: metrics[best_metric], "best_mode": "min"}
         self._best_metric = best_metric
-        self._identity = json.loads(json.dumps(identity or {}))  # as it is read back
+        self._identity = json.loads(json.dumps(identity or {}))  # as it is read back: tuples, lists
         self._manager = ocp.CheckpointManager(
             str(self._folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 cleanup_tmp_directories=True,
+                # Training waits for the copy to the host; files are written in the background.
                 enable_async_checkpointing=True,
                 temporary_path_class=(
                     manifest.CommittedFolder if paths.is_remote(workdir) else manifest.RenamedFolder
@@ -196,6 +200,7 @@ class Checkpoints:
         bad_steps = int(state.faults.in_a_row)
         meta = {"arrays": describe(state), "identity": self._identity, "bad_steps": bad_steps}
         self._after_bad_steps[step] = bool(bad_steps)
+        # NaN has no place in an order: such a score counts as none.
         best = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         self._writing = step
         try:
@@ -206,7 +211,7 @@ class Checkpoints:
                     meta=self._ocp.args.JsonSave(meta),
                 ),
                 metrics=best if self._best_metric in best else None,
-                force=True,
+                force=True,  # when to save is the loop's decision, not Orbax's
             )
         except Exception as error:
             raise self._write_error(step, error) from error
@@ -218,7 +223,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the last save is on disk; raises UserError if it could not be written."""
-        step, self._writing = self._writing, None
+        step, self._writing = self._writing, None  # at once: a failure is reported one time
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -276,6 +281,8 @@ class Checkpoints:
 
     def _newest_whole(self, good: bool) -> int:
         """Returns the newest (good) step whose files are what was written, or -1."""
+        # From the newest on, since hashing reads all of a checkpoint. It comes before `_is_good`,
+        # which trusts what the checkpoint says of itself.
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             if fault := self._read(folder, read_all=True):
@@ -304,6 +311,7 @@ class Checkpoints:
 
     def _restore(self, step: int, template: TrainState) -> TrainState:
         args = self._ocp.args
+        # Before Orbax restores, as it would cast dtypes without a word.
         meta = self._meta(step)
         here, there = describe(template), meta["arrays"]
         changed = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
@@ -314,6 +322,8 @@ class Checkpoints:
                 f"there and {here.get(name, 'absent')} here ({len(changed)} such array(s)). "
                 "Use the config it was started with, or another --workdir."
             )
+        # Equal shapes are not enough: with another CLIP or another schedule the same arrays would
+        # mean something else.
         there, here = (_flat(identity) for identity in (meta.get("identity", {}), self._identity))
         for name in sorted(here.keys() & there.keys()):  # a key may be newer than the checkpoint
             if here[name] != there[name] and name.rpartition(".")[2] not in _MAY_CHANGE:
@@ -331,13 +341,14 @@ class Checkpoints:
         return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
 
     def _is_good(self, step: int) -> bool:
-        """Returns whether a run may go back to a checkpoint; one that cannot be read counts as
-        good.
+        """Returns whether a run may go back to a checkpoint.
+
+        One that cannot be read counts as good.
         """
-        if step not in self._after_bad_steps:
+        if step not in self._after_bad_steps:  # of a former run
             try:
                 self._after_bad_steps[step] = bool(self._meta(step)["bad_steps"])
-            except Exception:
+            except Exception:  # kept rather than removed, and looked at again next time
                 return True
         return not self._after_bad_steps[step]
 
@@ -364,6 +375,7 @@ class Checkpoints:
                 f"{path} is damaged ({fault}), and cannot be moved to {self._broken} "
                 f"({error.strerror}): move that away"
             ) from error
+        # The time, as one step may be damaged, written again and damaged again.
         target = self._broken / f"{path.name}.{time.time_ns()}"
         paths.move(path, target)
         self._found_broken.append(f"step {path.name}: {fault}")
@@ -377,13 +389,13 @@ class _Newest:
         self._number, self._is_good = number, is_good
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]  # oldest first
         kept = {*steps[-self._number :], *[step for step in steps if self._is_good(step)][-1:]}
         return [step in kept for step in steps]
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """{"model": {"dim": 8}} -> {"model.dim": 8}."""
+    """Flattens nested sections: {"model": {"dim": 8}} -> {"model.dim": 8}."""
     return traverse_util.flatten_dict(dict(identity), sep=".")
 
 

@@ -82,6 +82,8 @@ def check_best_metric(config: Any, names: Iterable[str]) -> None:
             f"{setting} is nothing that evaluation gives{near_miss(config.best_metric, names)} "
             f"({', '.join(names)})"
         )
+    # The last step is saved always, and evaluated if `every` divides it. Otherwise a step before it
+    # must be a multiple of both.
     if config.num_steps % every and not (save and math.lcm(every, save) <= config.num_steps):
         raise UserError(
             f"{setting}: no checkpoint is saved at a step that is evaluated; make "

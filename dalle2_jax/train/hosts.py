@@ -16,9 +16,9 @@ from absl import logging
 
 from dalle2_jax.errors import UserError
 
-_MESSAGE_BYTES = 2048
+_MESSAGE_BYTES = 2048  # of JSON from process 0: every host must know the size beforehand
 _COMPILING_SECONDS = 3600  # as long as the watchdog gives the first step
-_meetings = itertools.count()
+_meetings = itertools.count()  # a barrier's name serves once; all hosts count alike
 # What a TPU's own environment says of a slice: its hosts, or several slices.
 _TPU_HOSTS, _TPU_SLICES = "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"
 
@@ -121,17 +121,21 @@ def from_first(work: Callable[[], int]) -> int:
         return work()
     from jax.experimental import multihost_utils
 
+    # A broadcast takes arrays of one shape on all hosts, so the text lies in zeros: [2048].
     buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
     failure: Exception | None = None
     if jax.process_index() == 0:
         try:
             message: dict[str, int | str] = {"value": work()}
         except (UserError, OSError) as error:
+            # JSON may write a character in several bytes, as \u00e9.
             failure, message = error, {"error": str(error)[: _MESSAGE_BYTES // 8]}
         text = json.dumps(message).encode()
         buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    # The broadcast is a sum over hosts, of which all but one give zeros; in some versions of JAX
+    # the sum widens the dtype.
     heard = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8)
-    if failure:
+    if failure:  # raised only now, as the other hosts wait in the broadcast
         raise failure
     answer = json.loads(heard.tobytes().rstrip(b"\0"))
     if "error" in answer:
@@ -150,7 +154,7 @@ def compile_together(step: Any, *args: Any) -> None:
         return
     import orbax.checkpoint as ocp  # late: mistakes in the flags are reported at once
 
-    step.lower(*args).compile()
+    step.lower(*args).compile()  # `step` itself then finds the program in JAX's cache
     everyone = set(range(jax.process_count()))  # without them Orbax meets in a collective, too
     name = f"compiled_{next(_meetings)}"
     ocp.multihost.sync_global_processes(name, processes=everyone, timeout=_COMPILING_SECONDS)

@@ -52,15 +52,12 @@ def train(
     Args:
         config: a complete config (`build.complete`).
         dataset: position -> the batches from there on.
-        eval_dataset: the same of held-out data; None: nothing is evaluated, and previews show
-            training images.
+        eval_dataset: the same of held-out data; None: no evaluation, previews of training images.
         tensorboard: also write TensorBoard's files.
 
     Raises:
-        UserError: a mistake, or data, disk or folder failed on the way; what was learned until then
-            is saved if possible.
-        Diverged: going back to the last good checkpoint (`recovery`) did not help; that checkpoint
-            stays.
+        UserError: a mistake, or data, disk or folder failed on the way; learned weights are saved.
+        Diverged: going back to the last good checkpoint (`recovery`) did not help; it stays.
     """
     workdir = checks.folder(workdir, "--workdir")
     model = checks.export_folder(config, workdir)
@@ -70,9 +67,10 @@ def train(
     template = abstract_state(
         task, optimizer, config.seed, mesh, config.sharding_rules, config.offload
     )
+    # Frozen parameters are no part of the state: not checkpointed, averaged or donated.
     frozen = place_frozen(task.frozen(), mesh)
     outputs = Outputs(config, task, frozen, mesh, eval_dataset or dataset, model, dataset)
-    if config.best_metric:
+    if config.best_metric:  # of a misspelt name no checkpoint would ever be the best
         names = outputs.metric_names(template.params) if eval_dataset else ()
         checks.check_best_metric(config, names)
     identity = _identity(task, template)
@@ -82,14 +80,19 @@ def train(
         Checkpoints(workdir, config.keep, config.best_metric, identity) as checkpoints,
         Stopper(config.max_minutes, config.watchdog_seconds) as stopper,
     ):
+        # A finished run that is started again trains nothing, so it replaces no CLIP either.
         if (checkpoints.latest_step() or 0) < config.num_steps:
             checks.check_stands_alone(model, task.stage)
         if config.export_to:
             paths.prepare_folder(model)  # not only after hours of training
         on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Steps are in lock-step on simulated devices (see `run`), so there is no lag to use. Else
+        # two steps are in flight when the host looks at the one before them.
         recovery = Recovery(
             checkpoints,
             template,
+            # Deferred: to make the first state may mean to fit statistics to the data, and after a
+            # rollback it is made only if no good checkpoint exists.
             lambda: fresh_state(config, task, optimizer, template, frozen, dataset, mesh),
             config.max_skips,
             lag=0 if on_cpu else 2,
@@ -101,6 +104,7 @@ def train(
             if config.init_from:
                 logging.info("init_from=%s was for its first step", config.init_from)
         else:
+            # Before `Reporter`, which drops the lines after step 0 and with them the evidence.
             checks.check_not_lost(workdir, last_saved(workdir))
         keep_licences(config, model)
         if start > config.num_steps:
@@ -110,6 +114,7 @@ def train(
             Profile(config.profile, workdir, start) as profile,
         ):
             report.parameters(template.params)
+            # The run before may have ended between the checkpoint and its line.
             report.saved(start)
             session = _Session(
                 config=config,
@@ -128,8 +133,10 @@ def train(
             )
             state, step, stopped_by = session.run(state)
             stopper.busy()
+            # The last save is still being written in the background.
             checkpoints.wait()
             report.saved(checkpoints.committed)
+        # Not after a signal: whoever sent it, a scheduler for one, may kill the process soon.
         if stopped_by in (None, "max_minutes"):
             outputs.export(state.ema_params)
         return Result(step, stopped_by, state)
@@ -162,8 +169,11 @@ class _Session:
         try:
             while step < config.num_steps and not stopped_by:
                 batch = global_batch(next(data), self.mesh)
+                # The first call compiles. A rollback to `start` comes by here again, on all hosts.
                 if step == start:
                     hosts.compile_together(self.train_step, state, self.frozen, batch)
+                # Returns at once: `state` and `metrics` are futures, the old state is donated.
+                # `step` is counted on the host, since int(state.step) would wait for the device.
                 state, metrics = self.train_step(state, self.frozen, batch)
                 step, self.scores = step + 1, {}
                 window.add(metrics)
@@ -183,7 +193,7 @@ class _Session:
                     step, position = int(state.step), int(state.position)
                     data, window = self._open_data(position)
                     self.report.go_back(step, position, event)
-                    continue
+                    continue  # a stop that is due ends the loop: this state is on disk, or step 0's
                 if _due(config.log_every, step, config.num_steps):
                     self.report.log(step, config.num_steps, config.batch_size, window.mean())
                 self._after_step(state, step, bool(save), bool(stopped_by))
@@ -202,6 +212,7 @@ class _Session:
         config, since = self.config, time.perf_counter()
         self.stopper.busy()
         self.checkpoints.check()  # a disk that filled up in the meantime
+        # Evaluated before the save, which writes the scores beside the weights (`best_metric`).
         if self.evaluates and _due(config.eval_every, step):
             self.scores = self.outputs.evaluate(state.ema_params)
             self.report.scalars(step, self.scores)

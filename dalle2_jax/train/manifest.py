@@ -48,6 +48,7 @@ def fault(folder: Path, read_all: bool = True) -> str:
     """
     try:
         listed = sorted(json.loads((folder / NAME).read_bytes()).items())
+        # Sizes first: they are cheap, and a file that was cut short is the usual damage.
         sizes = _each(_size, [folder / name for name, _ in listed])
         for (name, (size, _)), found in zip(listed, sizes, strict=True):
             if found != size:
@@ -102,7 +103,9 @@ async def _list_files(temporary: Any) -> None:
     Orbax calls `finalize` on process 0 alone, when all hosts have written, and also once for each
     part of a checkpoint.
     """
-    if store := temporary._checkpoint_metadata_store:  # its last word comes before the hashes
+    # Orbax's `finalize` would write the time of the commit into a file that is hashed by then. So
+    # that is done here, and without its store Orbax does not do it again.
+    if store := temporary._checkpoint_metadata_store:
         await asyncio.to_thread(_tell_time, store, temporary.get() / _ORBAX_METADATA)
         temporary._checkpoint_metadata_store = None
     if temporary.get_final().name.isdigit():  # not a part, which has a name

@@ -39,14 +39,16 @@ class Window:
         self._steps: list[Metrics] = []
 
     def add(self, metrics: Metrics) -> None:
+        # Cut in half when full, so that a step costs no copy of the list.
         if len(self._steps) >= 2 * self._most:
             self._steps = self._steps[-self._most :]
         self._steps.append(metrics)
 
     def mean(self) -> dict[str, float]:
         """Returns averages over the window's good steps and how many were `skipped`; empties it."""
-        values = jax.device_get(self._steps)
+        values = jax.device_get(self._steps)  # the only place where the log waits for the devices
         self._steps = []
+        # The loss of a skipped step may be NaN, which would hide all others.
         good = [v for v in values if not v["skipped"]]
         means = {k: float(np.mean([np.float64(v[k]) for v in good])) for k in (good or [{}])[0]}
         return {**means, "skipped": float(len(values) - len(good))} if values else {}
@@ -71,8 +73,9 @@ class Reporter:
     """Writes reports on process 0; on the others every method does nothing."""
 
     def __init__(self, workdir: Path, start_step: int, start_batch: int, tensorboard: bool):
-        """Opens the reports of a run that resumes after `start_step`, with batch `start_batch`
-        next.
+        """Opens the reports of a run that resumes after `start_step`.
+
+        Its next batch is `start_batch`.
         """
         self._active = jax.process_index() == 0
         self._folder, self._clu = workdir, None
@@ -84,7 +87,7 @@ class Reporter:
         for folder in (workdir, workdir / "previews", workdir / "model"):
             remove_stale(folder, 0)  # the workdir's lock is held: nobody is writing them
         self._lines = _reopen(workdir / "metrics.jsonl", start_step, start_batch)
-        self._last_saved = last_saved(workdir)
+        self._last_saved = last_saved(workdir)  # of the lines that are left
         if tensorboard:
             from clu import metric_writers
 
@@ -105,8 +108,9 @@ class Reporter:
             self._tensorboard("close")
 
     def go_back(self, step: int, batch: int, event: Mapping[str, Any]) -> None:
-        """Reports as a killed run that resumes after `step`, at `batch` of the data; `event`
-        says why.
+        """Reports as a killed run that resumes after `step`, at `batch` of the data.
+
+        The lines of the path that was given up go away, and `event` takes their place.
         """
         self.restart_clock(step)
         if self._active:
@@ -155,7 +159,7 @@ class Reporter:
     def _line(self, values: Mapping[str, Any]) -> None:
         try:
             self._lines.write(json.dumps(values) + "\n")
-            self._lines.flush()
+            self._lines.flush()  # a kill costs no line, and a full disk shows at once
         except OSError as error:
             raise UserError(f"cannot write {self._lines.name}: {error.strerror}") from error
 
@@ -176,8 +180,9 @@ class Reporter:
             self._tensorboard("write_images", step, {name: image[None]})
 
     def _tensorboard(self, method: str, *arguments: Any) -> None:
-        """Calls clu's writer; if it fails training continues without, as metrics.jsonl has
-        everything.
+        """Calls clu's writer.
+
+        If it fails training continues without, as metrics.jsonl has all numbers.
         """
         try:
             if self._clu:
@@ -202,6 +207,7 @@ def _reopen(path: Path, start_step: int, start_batch: int) -> IO[str] | BucketLi
                 kept.append(line + b"\n")
         except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, no UTF-8, no object
             print(f"{path}: a broken line is dropped", file=sys.stderr)
+    # Broken lines are what a kill in the middle of a write leaves, or a user's editor.
     if paths.is_remote(path):
         BucketLines.replace(path, b"".join(kept))
         return BucketLines(path)

@@ -110,6 +110,7 @@ def make_optimizer(
             f"config.optimizer.mu_dtype={settings['mu_dtype']!r} is unknown; use one of {MU_DTYPES}"
         )
     schedule = make_schedule(settings, num_steps // accumulate)
+    # In this order: Adam sees the clipped gradient, and decay is not clipped.
     parts = []
     if settings["clip_norm"]:
         parts.append(optax.clip_by_global_norm(settings["clip_norm"]))
@@ -125,6 +126,7 @@ def make_optimizer(
         )
     )
     tx = optax.chain(*parts)
+    # Outermost, so that the mean gradient is clipped rather than those of the batches.
     if accumulate > 1:
         tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
     return Optimizer(tx, schedule, accumulate, trainable)

@@ -41,10 +41,12 @@ class Outputs:
         folder: Path,
         measured: Dataset,
     ):
-        """Args:
-        dataset: held-out data if there are any, else those of training.
-        folder: the model folder to write.
-        measured: the data of training.
+        """Prepares the jitted functions; nothing is compiled or read yet.
+
+        Args:
+            dataset: held-out data if there are any, else those of training.
+            folder: the model folder to write.
+            measured: the data of training.
         """
         self._config, self._task, self._frozen, self._mesh = config, task, frozen, mesh
         self._dataset, self._measured = dataset, measured
@@ -56,6 +58,7 @@ class Outputs:
     @functools.cached_property
     def _batches(self) -> list[Mapping[str, np.ndarray]]:
         """The first batches, read once: the same at every evaluation."""
+        # On the host: they would take the devices' memory between two evaluations.
         return list(itertools.islice(self._dataset(0), max(self._config.eval_batches, 1)))
 
     def metric_names(self, params: Params) -> list[str]:
@@ -76,6 +79,7 @@ class Outputs:
             if i == 0:
                 hosts.compile_together(self._eval_step, *args)
             metrics = self._eval_step(*args)
+            # Each batch has the same number of rows, so a mean of means is the mean.
             for name, value in jax.device_get(metrics).items():
                 total[f"eval/{name}"] = total.get(f"eval/{name}", 0.0) + float(value) / count
         return total
@@ -124,6 +128,7 @@ class Outputs:
 
     def export(self, params: Params) -> None:
         """Writes the averaged weights as a stage of the model folder."""
+        # On every host, not only the one that writes: both run collectives.
         measured = self.measure(params)
         entry, tensors = self._task.export(_gather(params))
         entry = {**entry, **measured}
@@ -156,4 +161,5 @@ def _gather(params: Params) -> Params:
         return jax.device_get(params)
     from jax.experimental import multihost_utils
 
+    # A collective: averages that wait in the host's memory come to the devices for it.
     return multihost_utils.process_allgather(on_device(params), tiled=True)

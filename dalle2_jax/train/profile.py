@@ -43,7 +43,7 @@ class Profile:
                 self._running = False
                 _warn(error)
         elif self._running and step == self._start + LAST:
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(metrics)  # dispatch is asynchronous: these steps still run
             self._stop()
 
     def _stop(self) -> None:

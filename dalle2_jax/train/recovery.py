@@ -28,7 +28,7 @@ from dalle2_jax.train.checkpoint import Checkpoints
 from dalle2_jax.train.state import TrainState
 from dalle2_jax.types import Metrics
 
-MAX_RETURNS = 3  # to a checkpoint, with none newer that is good
+MAX_RETURNS = 3  # rollbacks in succession, with no good checkpoint saved between them
 
 
 class Diverged(RuntimeError):
@@ -46,22 +46,27 @@ class Recovery:
         max_skips: int,
         lag: int,
     ):
-        """Args:
-        fresh: makes the state of step 0.
-        max_skips: bad steps in a row after which the run goes back.
-        lag: steps after which metrics are read, so that the host need not wait for the devices.
+        """Starts to watch a run.
+
+        Args:
+            fresh: makes the state of step 0.
+            max_skips: bad steps in a row after which the run goes back.
+            lag: steps after which metrics are read, so that the host need not wait for the devices.
         """
         self._checkpoints, self._template, self._fresh = checkpoints, template, fresh
         self._max_skips, self._lag = max_skips, lag
         self._returns = 0
         self._unread: collections.deque[tuple[int, Metrics]] = collections.deque()
-        self._in_a_row, self._passed_over, self._told = 0, 0, ""
+        # The host's own copies of the state's counters, as of the last metrics that were read.
+        self._in_a_row, self._passed_over = 0, 0
+        self._bad_numbers = ""  # of the newest bad step, for the message of Diverged
 
     def start(self) -> TrainState:
         """Returns the state to resume from: of the newest checkpoint, or of step 0."""
         return self._follow(self._checkpoints.restore_latest(self._template) or self._fresh())
 
     def _follow(self, state: TrainState) -> TrainState:
+        # Unread metrics are those of steps on the path that was given up.
         self._unread.clear()
         self._in_a_row = int(state.faults.in_a_row)
         self._passed_over = int(state.faults.passed_over)
@@ -79,14 +84,15 @@ class Recovery:
         """
         while len(self._unread) > (0 if read_all else self._lag):
             step, metrics = self._unread.popleft()
-            skipped = float(metrics["skipped"])
+            skipped = float(metrics["skipped"])  # waits for the device, if it is still at that step
             broken = not math.isfinite(float(metrics["param_norm"]))
             self._in_a_row = self._in_a_row + 1 if skipped else 0
             if skipped or broken:
                 names = ("loss", "grad_norm", "param_norm")
-                self._told = ", ".join(f"{name} {float(metrics[name]):.3g}" for name in names)
+                numbers = ", ".join(f"{name} {float(metrics[name]):.3g}" for name in names)
+                self._bad_numbers = numbers
                 how = "breaks the parameters" if broken else "is not applied"
-                logging.warning("step %d %s: %s", step, how, self._told)
+                logging.warning("step %d %s: %s", step, how, numbers)
             if broken or self._in_a_row >= self._max_skips:
                 return step
         return None
@@ -105,19 +111,23 @@ class Recovery:
         `state` is deleted first, as there may be no room for two. Raises Diverged after MAX_RETURNS
         in vain.
         """
+        # Position of the first batch after step `at`: `TrainState.position` of that step, which is
+        # no longer at hand, as the devices may be `lag` steps further.
         end = at + self._passed_over
         if self._returns == MAX_RETURNS:
             raise Diverged(
-                f"{self._told} at step {at}: no good gradients, and {MAX_RETURNS} returns to the "
-                "last good checkpoint did not help. It is kept; lower optimizer.learning_rate or "
-                "set optimizer.clip_norm and run the command again"
+                f"{self._bad_numbers} at step {at}: no good gradients, and {MAX_RETURNS} returns "
+                "to the last good checkpoint did not help. It is kept; lower "
+                "optimizer.learning_rate or set optimizer.clip_norm and run the command again"
             )
         self._returns += 1
         jax.tree.map(lambda x: x.delete(), state)
         state = self._checkpoints.restore_latest(self._template, good=True) or self._fresh()
         to, begin = int(state.step), int(state.position)
+        # A resumed run takes the newest checkpoint, which must not be one of the path given up.
         self._checkpoints.remove_after(to)
-        # arithmetic on the devices: with several hosts the number stays one array of all of them
+        # The position becomes `end`, with which the next step begins. Arithmetic on the devices:
+        # with several hosts the number stays one global array.
         faults = state.faults.replace(passed_over=state.faults.passed_over + (end - begin))
         event = {"event": "rollback", "from": at, "to": to, "skipped_batches": [begin, end]}
         logging.error("BACK from step %d to %d: batches %d to %d are left out", at, to, begin, end)

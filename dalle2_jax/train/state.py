@@ -17,7 +17,8 @@ from dalle2_jax.train.optimizer import Optimizer
 from dalle2_jax.types import Array, Params, PyTree, Task
 from dalle2_jax.validation.sections import check_keys
 
-# Steps count up from 0 and feed `fold_in`; these streams count down from the top.
+# Steps count up from 0 and feed `fold_in`; these streams count down from the top, so that no
+# initialisation, preview or evaluation ever shares a key with a step.
 INIT_STREAM = np.uint32(2**32 - 1)
 PREVIEW_STREAM = np.uint32(2**32 - 2)
 EVAL_STREAM = np.uint32(2**32 - 3)
@@ -37,17 +38,17 @@ class Faults(struct.PyTreeNode):
     """
 
     skipped: Array  # steps of this state whose update was left out
-    in_a_row: Array  # the newest of them: 0 after a good step
-    passed_over: Array  # batches that returns to a checkpoint left out
+    in_a_row: Array  # those since the last good step: 0 after a good one
+    passed_over: Array  # batches that rollbacks left out
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint holds."""
 
-    step: Array  # int32 scalar: batches trained on
+    step: Array  # int32 scalar: batches trained on, skipped ones included
     params: Params
-    ema_params: Params
-    opt_state: PyTree
+    ema_params: Params  # what is evaluated, previewed and exported
+    opt_state: PyTree  # of optax
     faults: Faults
 
     @property
@@ -86,13 +87,14 @@ def offloaded(names: str) -> dict[str, bool]:
 
     Args: `names` is config.offload. Raises UserError for an unknown name.
     """
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    check_keys(given, OFFLOADABLE, "config.offload")
-    return {name: name in given for name in OFFLOADABLE}
+    parts = [name.strip() for name in names.split(",") if name.strip()]
+    check_keys(parts, OFFLOADABLE, "config.offload")
+    return {name: name in parts for name in OFFLOADABLE}
 
 
 def is_on_host(x: Array) -> bool:
     """Returns whether `x` is in the host's memory."""
+    # By its type: while tracing there is no array, and so no sharding, to ask.
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
@@ -111,8 +113,9 @@ def on_device(tree: PyTree) -> PyTree:
 
 
 def _in_host_memory(places: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
-    """Returns shardings in pinned host memory; scalars, which control the step, stay on the
-    device.
+    """Returns shardings in pinned host memory.
+
+    Scalars, which control the step (optax's counters), stay on the device.
     """
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in [memory.kind for memory in device.addressable_memories()]:
@@ -142,6 +145,7 @@ def abstract_state(
     """
     to_host = offloaded(offload)
     shapes = jax.eval_shape(lambda: _create(task, optimizer, seed))
+    # The average lies as the parameters do: both feed one elementwise update.
     places = sharding.param_shardings(shapes.params, rules, mesh)
     everywhere = cast(Any, sharding.replicated(mesh))
     placed = TrainState(
@@ -179,13 +183,16 @@ def init_state(
     network would otherwise be loaded in part.
     """
     tensors = _read(init_from, task, template) if init_from else None
+    # With `out_shardings` each device computes its own slices only. A warm start makes this state,
+    # too: it needs the optimiser's, and `load` takes dtypes and shardings from the parameters.
     make = jax.jit(lambda: _create(task, optimizer, seed), out_shardings=shardings_of(template))
     state = make()
     if tensors is None:
         return state
 
-    def load(leaf: Array, given: Any) -> Array:
-        value = np.asarray(given, leaf.dtype)
+    def load(leaf: Array, tensor: Any) -> Array:
+        value = np.asarray(tensor, leaf.dtype)
+        # The callback hands every device of this host its slice; the whole stays in NumPy.
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
     def load_all(into: Params) -> Params:  # twice: the state is donated
@@ -201,7 +208,7 @@ def _read(init_from: str, task: Task, template: TrainState) -> Params:
         flat: dict[Any, Any] = traverse_util.flatten_dict(tensors)
         expected: dict[Any, Any] = traverse_util.flatten_dict(template.params)
         for path, leaf in expected.items():
-            if task.optional_layer in path:
+            if task.optional_layer in path:  # one of the path's parts
                 flat.setdefault(path, np.zeros(leaf.shape, np.float32))
         tensors = traverse_util.unflatten_dict(flat)
     try:

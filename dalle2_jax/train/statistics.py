@@ -52,18 +52,19 @@ def fresh_state(
     if config.init_from or not isinstance(task, FitsStatistics):
         return state
 
+    # Batches of training from position 0: the statistics are a function of the config and the data.
     def batches() -> Iterator[Batch]:
         return (global_batch(local, mesh) for local in dataset(0))
 
     with gathering_layers(mesh, config.sharding_rules, state.params, frozen):
-        found: Any = jax.tree.map(np.asarray, task.fit(state.params, frozen, batches))
+        fitted: Any = jax.tree.map(np.asarray, task.fit(state.params, frozen, batches))
 
     def put(params: Params) -> Params:  # each tree its own buffers: the state is donated
         def leaf(old: Array, new: np.ndarray) -> Array:
             new = new.astype(old.dtype)
             return jax.make_array_from_callback(old.shape, old.sharding, lambda i: new[i])
 
-        return {**params, STATISTICS: jax.tree.map(leaf, params[STATISTICS], found)}
+        return {**params, STATISTICS: jax.tree.map(leaf, params[STATISTICS], fitted)}
 
     return state.replace(params=put(state.params), ema_params=put(state.ema_params))
 

@@ -20,7 +20,10 @@ from dalle2_jax.train.state import Faults, TrainState, is_on_host, on_device, sh
 from dalle2_jax.types import Array, Batch, Metrics, Params, Task
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
-TURNS = 16  # in which what is offloaded is updated
+# Groups in which offloaded parts of the state are updated, so that about a sixteenth of them is on
+# the device at a time. More groups take less memory, but each is a branch with an update of its own
+# in the program.
+TURNS = 16
 FROZEN_RULES = ((".*", "fsdp"),)
 
 
@@ -33,6 +36,7 @@ def gathering_layers(
     `jax.sharding.get_abstract_mesh` finds the mesh within, for a loss that maps over shards itself.
     The shardings of jit's arguments are not visible while tracing, so the rules give them here.
     """
+    # One tree a network: paths are matched from a network's own root, as Flax knows them.
     trees = [*network_trees(sharding.with_shardings(params, rules, mesh))]
     trees += [sharding.with_shardings(tree, FROZEN_RULES, mesh) for tree in frozen.values()]
     with (
@@ -52,6 +56,7 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         parts = dict(zip(held, x.reshape(len(held), size, *x.shape[1:]), strict=True))
         shape = (shards * size, *x.shape[1:])
 
+        # `index` holds the global slices of one device; its first row says which shard that is.
         def part(index: Any) -> np.ndarray:
             return parts[index[0].indices(shape[0])[0] // size]
 
@@ -77,7 +82,8 @@ def place_frozen(frozen: Params, mesh: Mesh) -> Params:
 
 def keep_if_good(old: TrainState, new: TrainState, good: Array) -> TrainState:
     """Returns `new`, or `old` with its counters moved if the gradient was not good."""
-    # a choice leaf by leaf goes into the update's own loop; lax.cond would keep both in memory
+    # A choice leaf by leaf is fused into the update's own loops, which then work in place. A
+    # lax.cond over whole states would keep the old and the new one in memory.
     chosen = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     faults = Faults(
         skipped=old.faults.skipped + ~good,
@@ -102,31 +108,37 @@ def in_turns(
                 update them
                 send them back                before the next group is fetched
     """
-    given, tree = jax.tree_util.tree_flatten_with_path(state)
-    leaves = [x for _, x in given]
+    paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves = [x for _, x in paths_and_leaves]
     waiting = {i for i, x in enumerate(leaves) if is_on_host(x)}
+    # The whole update is traced, but only the leaves that no turn replaces below are used (counters
+    # and parameters that are on the device in full). XLA drops the rest as dead code.
     new = jax.tree.leaves(update(state))
-    for turn in _turns(given, state.params, waiting):
+    for turn in _turns(paths_and_leaves, state.params, waiting):
+        # `turn=turn` binds the present group: a closure would see the last one of the loop.
+        def change(group: list[Array], turn: list[int] = turn) -> tuple[list[Array], Array]:
+            now = dict(enumerate(leaves)) | dict(zip(turn, group, strict=True))
+            # Again the whole update, of which the branch returns this group's leaves alone.
+            updated = jax.tree.leaves(update(jax.tree.unflatten(tree, now.values())))
+            # A number that exists only when all leaves of the group have been computed.
+            first = jnp.stack([updated[i].ravel()[0].astype(jnp.float32) for i in turn]).sum()
+            return [to_host(updated[i]) if i in waiting else updated[i] for i in turn], first
 
-        def change(own: list[Array], turn: list[int] = turn) -> tuple[list[Array], Array]:
-            now = dict(enumerate(leaves)) | dict(zip(turn, own, strict=True))
-            found = jax.tree.leaves(update(jax.tree.unflatten(tree, now.values())))
-            first = jnp.stack([found[i].ravel()[0].astype(jnp.float32) for i in turn]).sum()
-            return [to_host(found[i]) if i in waiting else found[i] for i in turn], first
-
-        def keep(own: list[Array]) -> tuple[list[Array], Array]:
-            return own, jnp.float32(0)
+        def keep(group: list[Array]) -> tuple[list[Array], Array]:
+            return group, jnp.float32(0)
 
         done, first = jax.lax.cond(good, change, keep, [leaves[i] for i in turn])
-        # Unchanged in value. The data dependency keeps XLA from fetching the next group from host
-        # memory before this one has gone back.
+        # Unchanged in value, even if `first` is NaN. The data dependency keeps XLA from fetching
+        # the next group from host memory before this one has gone back.
         good &= (first == first) | good
         for i, leaf in zip(turn, done, strict=True):
             new[i] = leaf
     return jax.tree.unflatten(tree, new)
 
 
-def _turns(given: Sequence[Any], params: Params, waiting: Container[int]) -> list[list[int]]:
+def _turns(
+    paths_and_leaves: Sequence[Any], params: Params, waiting: Container[int]
+) -> list[list[int]]:
     """Groups the state's leaves, by index, for `in_turns`.
 
     Only parameters of which a leaf is `waiting` on the host are grouped: about TURNS groups of one
@@ -134,12 +146,15 @@ def _turns(given: Sequence[Any], params: Params, waiting: Container[int]) -> lis
     """
     names = sharding.flatten(params)
     owned: dict[str, list[int]] = {name: [] for name in names}
-    for i, (path, leaf) in enumerate(given):
+    for i, (path, leaf) in enumerate(paths_and_leaves):
+        # A leaf belongs to the parameter that its path ends in, as `0/mu/blocks/kernel` in
+        # `blocks/kernel`; the longest ending comes first.
         ends = (sharding.path_name(path[start:]) for start in range(len(path)))
         name = next((n for n in ends if n in names and names[n].shape == leaf.shape), None)
         if name:
             owned[name].append(i)
     owned = {name: places for name, places in owned.items() if any(i in waiting for i in places)}
+    # Filled in the order of the tree; a group is closed once it has its share of the elements.
     total = sum(names[name].size for name in owned)
     turns: list[list[int]] = []
     size = total
@@ -163,10 +178,12 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        # By the position, not the step, so that a batch keeps its noise after a rollback, too.
         key = jax.random.fold_in(jax.random.key(config.seed), state.position)
         grad = jax.value_and_grad(task.loss, has_aux=True)
         with gathering_layers(mesh, config.sharding_rules, state.params, frozen):
             (loss, metrics), grads = grad(state.params, frozen, batch, key, True)
+        # Before the norm, which is to tell of what is trained, and before clipping by it.
         grads = optimizer.without_untrained(grads)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -182,7 +199,7 @@ def make_train_step(
                 params,
                 config.ema_decay,
                 config.ema_warmup,
-                state.good_steps + 1,
+                state.good_steps + 1,  # this step, if it turns out good, included
                 optimizer,
             )
             new = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
@@ -193,6 +210,7 @@ def make_train_step(
             **metrics,
             "loss": loss,
             "grad_norm": grad_norm,
+            # Of the new parameters: it is not finite if this very update broke them (`recovery`).
             "param_norm": optax.tree.norm(new.params),
             "learning_rate": optimizer.schedule(optimizer.num_updates(state.good_steps)),
             "skipped": jnp.where(good, 0.0, 1.0),
@@ -202,9 +220,12 @@ def make_train_step(
     places = shardings_of(template)
     return jax.jit(
         train_step,
+        # None: frozen parameters come as `place_frozen` has placed them. The state leaves with the
+        # shardings that it came with: it is the next step's argument, and only an array of the same
+        # sharding can take over donated memory.
         in_shardings=(places, None, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=0,  # the new state takes the old one's memory: there may be no room for two
     )
 
 
@@ -243,9 +264,11 @@ def make_preview(
 def make_measure(
     task: Task, rules: sharding.Rules, mesh: Mesh
 ) -> Callable[[Params, Params, Batch, Array], dict[str, Array]] | None:
-    """Returns (params, frozen, batch, key) -> what the task measures of its network; None:
-    nothing.
+    """Returns (params, frozen, batch, key) -> measurements of the task's network, or None.
+
+    None stands for a task that measures nothing.
     """
+    # Not in the protocol `Task`, since only the diffusion prior measures something.
     task_measure = getattr(task, "measure", None)
     if task_measure is None:
         return None

@@ -59,8 +59,9 @@ class Stopper:
             # The preemption service hears SIGTERM alone.
             interrupt = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
             self._previous[signal.SIGINT] = interrupt
+        # After the handlers are set: it makes the present one a handler for one signal only.
         _only_once(signal.SIGTERM)
-        self.busy()
+        self.busy()  # restoring a checkpoint and compiling come next
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
@@ -86,10 +87,9 @@ class Stopper:
         self._watch(self._watchdog)
 
     def busy(self) -> None:
-        """Gives other work (compiling, reading, writing) `OTHER_WORK` seconds before the watchdog
-        acts.
+        """Allows other work (compiling, reading, writing) `OTHER_WORK` seconds.
 
-        Or `watchdog_seconds`, if that is longer.
+        Or `watchdog_seconds`, if that is longer. After that the watchdog acts.
         """
         self._watch(max(self._watchdog, OTHER_WORK))
 
@@ -110,6 +110,7 @@ class Stopper:
 
         if multihost_utils.reached_preemption_sync_point(self._calls):
             return "SIGTERM"
+        # Seldom: a broadcast makes every host wait for the slowest.
         look = self._deadline is not None and self._calls % 10 == 0
         if look and multihost_utils.broadcast_one_to_all(np.array(late)):
             return "max_minutes"
@@ -127,6 +128,7 @@ def _only_once(number: int) -> None:
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
         libc.sysv_signal.restype = ctypes.c_void_p
+        # signal() returns the handler that it replaces: it is read by setting the default.
         handler = ctypes.c_void_p(libc.signal(number, None))
         libc.sysv_signal(number, handler)
     except (OSError, AttributeError):  # not on a Linux with glibc
