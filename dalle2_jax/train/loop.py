@@ -91,8 +91,7 @@ def train(
         recovery = Recovery(
             checkpoints,
             template,
-            # Deferred: to make the first state may mean to fit statistics to the data, and after a
-            # rollback it is made only if no good checkpoint exists.
+            # Deferred: it may fit statistics to the data, and with a checkpoint it is not needed.
             lambda: fresh_state(config, task, optimizer, template, frozen, dataset, mesh),
             config.max_skips,
             lag=0 if on_cpu else 2,
@@ -114,8 +113,7 @@ def train(
             Profile(config.profile, workdir, start) as profile,
         ):
             report.parameters(template.params)
-            # The run before may have ended between the checkpoint and its line.
-            report.saved(start)
+            report.saved(start)  # the run before may have ended between a checkpoint and its line
             session = _Session(
                 config=config,
                 mesh=mesh,
