@@ -124,7 +124,9 @@ def test_settings_and_tensors(source, tmp_path):
 
 
 def test_it_draws_nothing_by_itself(source):
-    with pytest.raises(UserError, match="holds clip alone, from which nothing is drawn: import it"):
+    with pytest.raises(
+        UserError, match="holds clip alone, from which nothing is generated: import it"
+    ):
         DALLE2.from_pretrained(str(source[1]))
 
 

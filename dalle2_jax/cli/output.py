@@ -35,6 +35,7 @@ class Bars:
         """Moves the bar of a stage to `done` of `total` steps; makes one at its first step."""
         if stage not in self._bars:
             self._bars[stage] = tqdm(total=total, desc=f"{stage:>16}", unit="step", leave=True)
+        # tqdm counts increments, events count from the start.
         self._bars[stage].update(done - self._bars[stage].n)
         if done == total:  # the same stage may run again: an image is inverted, then decoded
             self._bars.pop(stage).close()
@@ -81,7 +82,9 @@ def _write_prompts(
         number = rank if only is None else one.index
         name = f"{one.row:03d}-{files.slug(one.label)}-s{request.seed}-{number}.png"
         file, metadata = out / name, one.metadata
+        # Written at once, so that Ctrl-C or a full disk loses one image and not all of them.
         files.save_png(file, one.image, metadata)
+        # Only thumbnails are held: a file of a thousand prompts must not fill the memory.
         thumbnails.append(crop_resize(one.image, min(len(one.image), _GRID_SIDE)))
     if only is not None:
         return file
@@ -104,6 +107,7 @@ def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, in
         inputs = _inputs(model, request, row)
         prefix = f"{request.mode}-s{request.seed}-{row:03d}"
         metadata = generated[0].metadata
+        # The inputs have the first numbers, so that a folder sorted by name tells the whole story.
         if only is None:
             for number, (label, image) in enumerate(inputs):
                 name = f"{prefix}-{number:02d}-{files.slug(label)}.png"

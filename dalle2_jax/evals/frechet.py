@@ -57,6 +57,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(
             f"kernel_distance: {len(a)} and {len(b)} rows; both sets need the same number"
         )
+    # One matrix of all four terms: its entry (i, j) is the summand of (2), its diagonal i = j is
+    # left out. a_i with b_i is left out with it, hence sets of one size.
     total = _kernel(a, a) + _kernel(b, b) - _kernel(a, b) - _kernel(b, a)
     return float((total.sum() - np.trace(total)) / (len(a) * (len(a) - 1)))
 
@@ -73,6 +75,7 @@ def _covariance(x: np.ndarray) -> np.ndarray:
 
 
 def _symmetric_root(cov: np.ndarray) -> np.ndarray:
+    # Rounding may turn an eigenvalue of 0 slightly negative.
     values, vectors = np.linalg.eigh(cov)
     return (vectors * np.sqrt(np.maximum(values, 0.0))[None]) @ vectors.T
 

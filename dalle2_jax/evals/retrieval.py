@@ -33,6 +33,8 @@ def ranks(z_img: np.ndarray, z_txt: np.ndarray) -> np.ndarray:
         z_img: [n, d].
         z_txt: [n, k, d]; candidate 0 is the target.
     """
+    # [n, k] cosines. A network that gives one embedding for everything ties all candidates; counted
+    # for the target it would come out as perfect.
     scores = np.einsum("nd,nkd->nk", z_img, z_txt)
     return np.sum(scores[:, 1:] >= scores[:, :1], axis=1)
 

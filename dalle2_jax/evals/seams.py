@@ -54,15 +54,19 @@ def measure(images: np.ndarray, edit_mask: np.ndarray) -> Steps:
     reach = max(1, edit_mask.shape[0] // 16)
     grown = ndimage.binary_dilation(edit_mask, iterations=reach)
     shrunk: Any = ndimage.binary_erosion(edit_mask, iterations=reach, border_value=1)
+    # A band of `reach` pixels on either side of the edge.
     near = grown & ~shrunk
     across, beside = [], []
     for axis in (0, 1):
+        # [h, w], less one along `axis`: the step from each pixel to the next, a mean over all
+        # images and colours.
         step = np.abs(np.diff(x, axis=axis + 1)).mean(axis=(0, -1))
         first, second = (
             np.take(edit_mask, range(start, edit_mask.shape[axis] - 1 + start), axis)
             for start in (0, 1)
         )
         close = np.take(near, range(edit_mask.shape[axis] - 1), axis)
+        # The mask changes between the two pixels of a pair that lies across its edge.
         across.append(step[first != second])
         beside.append(step[(first == second) & close])
     return Steps(float(np.concatenate(across).mean()), float(np.concatenate(beside).mean()))

@@ -51,6 +51,8 @@ def transitions(
         steps: the decoder's steps.
     """
     pairs, styles = list(group.pairs), list(STYLES)
+    # Each image's end: the next pair of the group, the same concept in the next style, and the next
+    # other concept in the same style (itself, if the group has one concept only).
     next_pairs = [*pairs[1:], pairs[0]]
     restyled = [(c, styles[(styles.index(s) + 1) % len(styles)]) for c, s in pairs]
     renamed = []
@@ -98,6 +100,7 @@ def to_markdown(
         and the percentage of images that are nearer to the end.
     """
     n, k = frames.shape[:2]
+    # All frames in one call, since the judge batches; then [n, k, dim] again.
     z = judge.embed_images(frames.reshape(n * k, *frames.shape[2:])).reshape(n, k, -1)
     start_scores, end_scores = (
         100 * np.einsum("nkd,nd->nk", z, judge.embed_pairs(pairs))

@@ -53,18 +53,22 @@ def load_cascade(
         """Builds samplers from config.json alone."""
         return {stage: load.sampler(folder, stage, clip, dtype) for stage in stages}
 
+    # Settings before tensors: what is wrong with them is reported before gigabytes are read.
     priors = samplers_of(stage for stage in NAMES.values() if stage in entries)
     (decoder,) = samplers_of(["decoder"]).values()
     upsamplers = samplers_of(load.upsampler_chain(entries, decoder.image_size))
     size = load.image_size(folder, size)
     sizes = [sampler.image_size for sampler in (decoder, *upsamplers.values())]
+    # Upsamplers beyond the size that is asked for are not loaded; all priors are, so that another
+    # can be chosen later without the folder.
     needed = list(upsamplers)[: load.num_upsamplers(size, sizes)]
     params = {
         stage: placement.cast(load.params(folder, stage), dtype)
         for stage in (*REQUIRED, *priors, *needed)
     }
     if offload is None:
-        stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+        # A CPU tells no limit: it is infinite, so nothing waits on the host that is the device.
+        stats = jax.local_devices()[0].memory_stats() or {}
         offload = placement.should_offload(params, stats.get("bytes_limit", math.inf))
     return Cascade(
         tokenizer=tokenizer_of(clip.text),

@@ -24,6 +24,7 @@ def cast(params: Params, dtype: Any) -> Params:
     `jax.ShapeDtypeStruct` in place of arrays.
     """
 
+    # Host arrays are cast on the host: the device never holds both copies of a large stage.
     def cast_one(x: Any) -> Any:
         if len(x.shape) < 2 or x.dtype == dtype:
             return x
@@ -70,6 +71,7 @@ def batches(total: int, batch_size: Any) -> Iterator[tuple[int, np.ndarray]]:
 
         (0, [0 1 2 3]), (4, [4 5 5 5])
     """
+    # Fewer rows than `batch_size` make one smaller batch rather than mostly repeated rows.
     size = min(limits.whole_number("batch_size", batch_size), total)
     size = -(-size // jax.device_count()) * jax.device_count()  # the next multiple
     for start in range(0, total, size):

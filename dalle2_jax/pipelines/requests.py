@@ -95,6 +95,7 @@ def run(
         events = _rank(model, request)
     else:
         events = _edit(model, request)
+    # A generator raises nothing before its first event, so that `only` is missed at the end alone.
     is_found = only is None
     steps_before: dict[str, int] = {}  # stage -> steps done at its last event
     for event in events:
@@ -169,6 +170,7 @@ def _rank(model: DALLE2, request: Request) -> Iterator[StageProgress | Generated
         request.seed,
         batch_size=request.batch_size,
     )
+    # Each list is a whole prompt's, in the order of the prompts, the best image first.
     row = 0
     for event in events:
         if not isinstance(event, list):
@@ -234,6 +236,7 @@ def _edit_events(model: DALLE2, request: Request) -> Iterator[Event]:
             batch_size=batch_size,
         )
     if request.mode == "interpolate":
+        # Two images, or an image and a text: `Request` has checked that they are two.
         a, b = [*images, *request.prompts]
         return edits.interpolate(
             cascade,

@@ -20,21 +20,21 @@ from dalle2_jax.version import __version__
 
 
 def model(name: str | os.PathLike[str]) -> Path:
-    """The model folder of a name, as `model_names.resolve` finds it.
+    """Returns the model folder of a name, as `model_names.resolve` finds it.
 
     Another program's model (`recognise.stages`) is imported into this machine's cache, the first
-    time. The licence that a folder tells of is shown, once. Raises UserError for what is no model,
-    or damaged, a hub out of reach, and a disk that is full.
+    time. The licence of a folder is shown, once. Raises UserError for what is no model, or damaged,
+    a hub out of reach, and a disk that is full.
     """
-    found = _folder(name)
-    if recognise.is_foreign(found):
-        found = _imported(found, Path(name).name)
-    licence.show_once(found)
-    return found
+    folder = _folder(name)
+    if recognise.is_foreign(folder):
+        folder = _imported(folder, Path(name).name)
+    licence.show_once(folder)
+    return folder
 
 
 def source(name: str | os.PathLike[str]) -> Path:
-    """The folder or file of a model, on this machine, another program's or ours.
+    """Returns the folder or file of a model on this machine, another program's or ours.
 
     Raises UserError as `model` does.
     """
@@ -51,7 +51,8 @@ def _folder(name: str | os.PathLike[str]) -> Path:
     folder = model_names.download(text, model_names.SETTINGS)
     if not recognise.is_foreign(folder):
         return model_names.resolve(text)
-    # Only of the networks that are read, and of these in one format.
+    # The settings that are here now say which networks are read. Only the tensors of these are
+    # fetched, and as safetensors if there are any: a pickle of the same is as large again.
     left = {part for stage in recognise.stages(folder) for part in stage.parts.values()}
     for suffix in SUFFIXES:
         wanted = {part: _patterns(part.relative_to(folder), suffix) for part in left}
@@ -63,7 +64,7 @@ def _folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _patterns(part: Path, suffix: str) -> list[str]:
-    """The files of a network's tensors: `part` is the folder they lie in, or OpenCLIP's one."""
+    """Returns patterns of a network's files; `part` is their folder, or OpenCLIP's one file."""
     if part.suffix:
         return [str(part.parent / name) for name in OPEN_CLIP_WEIGHTS if name.endswith(suffix)]
     return [str(part / f"{stem}{shard}.{suffix}") for stem in WEIGHTS for shard in ("", "-*")]
@@ -76,12 +77,19 @@ def _foreign_bucket(name: str) -> bool:
         return recognise.is_foreign(paths.to_path(name))
 
 
-def _imported(found: Path, name: str) -> Path:
-    stages = recognise.stages(found)
+def _imported(source: Path, name: str) -> Path:
+    """Returns the model folder in the cache that `source` was imported into, and imports it once.
+
+    Its name holds a hash of the files' sizes and times, the settings, the licence and this
+    program's version: if any of them changes, the model is imported anew.
+    """
+    stages = recognise.stages(source)
     entries = {stage.name: stage.entry for stage in stages}
     if "decoder" not in entries:
-        message = f"{found} holds {' and '.join(entries)} alone, from which nothing is drawn"
-        raise UserError(f"{message}: import it, and train the others on it")
+        raise UserError(
+            f"{source} holds {' and '.join(entries)} alone, from which nothing is generated: "
+            "import it, and train the others on it"
+        )
     files = [
         p for stage in stages for part in stage.parts.values() for p in (part, *part.glob("*"))
     ]
@@ -90,7 +98,7 @@ def _imported(found: Path, name: str) -> Path:
         for path in files
         if path.exists()
     }
-    terms = recognise.licence_of(found)
+    terms = recognise.licence_of(source)
     identity = json.dumps([__version__, entries, stats, terms], sort_keys=True, default=str)
     mark = hashlib.sha256(identity.encode()).hexdigest()[:16]
     out = cache.folder() / "imported" / f"{name}-{mark}"
@@ -98,8 +106,8 @@ def _imported(found: Path, name: str) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         with cache.locked(out):
             if not out.exists():
-                logging.info("importing %s into %s, once", found, out)
-                import_model(found, out)
+                logging.info("importing %s into %s, once", source, out)
+                import_model(source, out)
     except OSError as error:
-        raise UserError(f"cannot import {found} into {out}: {paths.reason(error)}") from error
+        raise UserError(f"cannot import {source} into {out}: {paths.reason(error)}") from error
     return out

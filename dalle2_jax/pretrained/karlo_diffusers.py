@@ -74,19 +74,21 @@ def tower(settings: Config) -> dict[str, Any]:
 
 
 def text_tower(settings: Config) -> dict[str, Any]:
+    """Returns our settings of CLIP's text tower from those of transformers."""
     lengths = {"context_length": settings.whole("max_position_embeddings", 77)}
     return {**tower(settings), **lengths, "vocab_size": settings.whole("vocab_size")}
 
 
 def image_tower(settings: Config, processor: Config) -> dict[str, Any]:
-    """With what CLIPImageProcessor does to an image."""
+    """Returns our settings of the image tower, and how CLIPImageProcessor prepares its images."""
     size = settings.whole("image_size")
     crop = processor.values.get("crop_size", size)
+    # A number in files of older versions, {"height": ..., "width": ...} in newer ones.
     crop = crop.get("height") if isinstance(crop, Mapping) else crop
     if crop != size:
         raise processor.error(f"images of {crop} px for a tower of {size} px")
     processor.expect(
-        resample=3,
+        resample=3,  # Pillow's number of bicubic
         do_center_crop=True,
         do_normalize=True,
         size=(size, {"shortest_edge": size}),
@@ -102,12 +104,14 @@ def image_tower(settings: Config, processor: Config) -> dict[str, Any]:
 
 
 def prior_stage(folder: Path, scheduler: str) -> Stage:
-    """The prior in a pipeline's folder, drawn as the folder `scheduler` says. UserError: it is
-    another network."""
+    """Returns the prior of a pipeline's folder, sampled as the folder `scheduler` says.
+
+    Raises UserError if it is another network.
+    """
     settings = _config(folder, "prior")
     heads, channels = settings.whole("num_attention_heads"), settings.whole("attention_head_dim")
     settings.expect(
-        additional_embeddings=4,
+        additional_embeddings=4,  # z_txt, time, x_t and the query, after the caption's tokens
         dropout=0.0,
         time_embed_act_fn="silu",
         norm_in_type=None,
@@ -125,15 +129,15 @@ def prior_stage(folder: Path, scheduler: str) -> Stage:
 
 
 def prior_entry(dim: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
-    """The prior's entry, but for how it is drawn."""
+    """Returns the prior's entry, but for how it is sampled."""
     model = {
         "dim": dim,
         "context_length": length,
         "width": width,
         "depth": depth,
         "heads": heads,
-        "learned_null": False,
-        "standardised": True,
+        "learned_null": False,  # without a caption it reads the empty one
+        "standardised": True,  # z_img less its mean, over its std, both saved with the weights
         "activation": "gelu",
     }
     return {"model": model, "candidates": 1}
@@ -143,7 +147,7 @@ def _decoder(folder: Path) -> Stage:
     settings, text = _config(folder, "decoder"), _config(folder, "text_proj")
     settings.expect(
         in_channels=3,
-        out_channels=6,
+        out_channels=6,  # eps and the interpolation of log variances (2102.09672, eq. 15)
         class_embed_type="identity",
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         addition_embed_type=None,
@@ -167,7 +171,7 @@ def _decoder(folder: Path) -> Stage:
 def decoder_entry(
     dim: int, length: int, unet: Mapping[str, Any], extra_tokens: int, width: int, size: int
 ) -> dict[str, Any]:
-    """The decoder's entry, but for how it is drawn."""
+    """Returns the decoder's entry, but for how it is sampled."""
     model = {
         "dim": dim,
         "context_length": length,
@@ -184,7 +188,7 @@ def decoder_entry(
 
 
 def _upsampler(folder: Path) -> Stage:
-    """The last of its steps is taken by a network of its own."""
+    """Returns the upsampler, whose last step is taken by a network of its own."""
     first, last = (_config(folder, f"super_res_{part}") for part in ("first", "last"))
     first.expect(in_channels=6, out_channels=3, add_attention=False, class_embed_type=None)
     unet = _unet(first)
@@ -201,7 +205,7 @@ def _upsampler(folder: Path) -> Stage:
 
 
 def upsampler_entry(unet: Mapping[str, Any], size: int, low_size: int) -> dict[str, Any]:
-    """The upsampler's entry, but for how it is drawn."""
+    """Returns the upsampler's entry, but for how it is sampled."""
     return {
         "model": {"unet": unet, "learned_variance": False},
         "image_size": size,
@@ -211,7 +215,7 @@ def upsampler_entry(unet: Mapping[str, Any], size: int, low_size: int) -> dict[s
 
 
 def _unet(settings: Config) -> dict[str, Any]:
-    """UNet2DConditionModel's or UNet2DModel's settings -> ours."""
+    """Returns our U-Net's settings from those of UNet2DConditionModel or UNet2DModel."""
     settings.expect(
         act_fn="silu",
         norm_eps=1e-5,
@@ -231,6 +235,7 @@ def _unet(settings: Config) -> dict[str, Any]:
     down, widths = settings.texts("down_block_types"), settings.wholes("block_out_channels")
     if unknown := set(down) - set(simple):
         raise settings.error(f"a block {sorted(unknown)[0]!r} is not read here")
+    # Our U-Net is symmetric and has one width a level, a multiple of the first.
     if down != [name.replace("Up", "Down") for name in reversed(settings.texts("up_block_types"))]:
         raise settings.error("up_block_types do not mirror down_block_types")
     if len(down) != len(widths) or any(width % widths[0] for width in widths):
@@ -251,10 +256,13 @@ def _unet(settings: Config) -> dict[str, Any]:
 def _schedule(
     folder: Path, prediction: str, learned_variance: bool, steps: int, cfg_scale: float
 ) -> dict[str, Any]:
-    """UnCLIPScheduler's settings as a stage's diffusion and sampling. UserError: they are of a
-    network that predicts something else."""
+    """Returns UnCLIPScheduler's settings as a stage's diffusion and sampling.
+
+    Raises UserError if they are of a network that predicts something else.
+    """
     settings = Config(folder / "scheduler_config.json")
     settings.expect(_class_name="UnCLIPScheduler", beta_schedule="squaredcos_cap_v2")
+    # A setting that is missing has the scheduler's own default, which need not be this network's.
     wanted = {
         "prediction_type": ("epsilon", {"eps": "epsilon", "x_0": "sample"}[prediction]),
         "variance_type": (
@@ -263,9 +271,9 @@ def _schedule(
         ),
     }
     for key, (default, value) in wanted.items():
-        if (found := settings.text(key, default)) != value:
+        if (setting := settings.text(key, default)) != value:
             raise settings.error(
-                f"{key} is {found!r}, but of this network {value!r}: copy it again"
+                f"{key} is {setting!r}, but of this network {value!r}: copy it again"
             )
     bound = settings.number("clip_sample_range", 1.0)
     return schedule(
@@ -286,8 +294,10 @@ def schedule(
     bound: float | None,
     num_timesteps: int = 1000,
 ) -> dict[str, Any]:
-    """A stage's diffusion and sampling, as Karlo's own code and diffusers' UnCLIPScheduler have it;
-    x_0 is kept within the `bound`."""
+    """Returns a stage's diffusion and sampling as Karlo and UnCLIPScheduler have them.
+
+    x_0 is kept within the `bound`.
+    """
     return {
         "diffusion": {
             "schedule": "cosine",

@@ -42,25 +42,28 @@ WEIGHTS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a file. UserError: it is missing or damaged."""
+    """Returns the settings in a file. Raises UserError if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the whole model again") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {paths.reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings: copy it again")
-    return found
+    return settings
 
 
 def network(path: Path) -> Tensors:
-    """The tensors of one network: of a file, or of a folder's files, of which safetensors go before
-    pickles. UserError: there is none, or a file is missing or damaged."""
+    """Returns the tensors of one network: of a file, or of the files of a folder.
+
+    Raises UserError if there is none, or a file is missing or damaged.
+    """
     if not path.is_dir():
         return tensors(path)
+    # All names as safetensors are tried before any pickle, which only torch can read.
     for suffix in SUFFIXES:
         for name in WEIGHTS:
             whole, index = path / f"{name}.{suffix}", path / f"{name}.{suffix}.index.json"
@@ -70,6 +73,7 @@ def network(path: Path) -> Tensors:
                 files = read_json(index).get("weight_map")
                 if not isinstance(files, Mapping) or not all(map(_is_name, files.values())):
                     raise UserError(f"{index} names no files of this folder: copy it again")
+                # Large networks are cut into several files; an index says which holds a tensor.
                 parts = [tensors(path / file) for file in sorted(set(files.values()))]
                 return {name: read for part in parts for name, read in part.items()}
     wanted = " or ".join(f"{name}.safetensors" for name in WEIGHTS[:2])
@@ -80,8 +84,10 @@ def network(path: Path) -> Tensors:
 
 
 def tensors(path: Path) -> Tensors:
-    """The tensors of a file of safetensors, or of torch's, of which no code is run; those of a list
-    are called by their places."""
+    """Returns the tensors of a file of safetensors, or of torch's, of which no code is run.
+
+    Those of a list are named by their places.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: copy the whole model again")
     if path.suffix == ".safetensors":
@@ -98,7 +104,9 @@ def _safetensors(path: Path) -> Tensors:
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            try:  # opened anew: of a file that stays open, all that was read stays in memory
+            # Opened anew for each tensor: pages of a mapped file count as the process's memory for
+            # as long as it is open, and a model may be larger than the memory.
+            try:
                 with safe_open(path, framework="np") as file:
                     return file.get_tensor(name)
             except Exception as error:  # types that numpy does not know, too
@@ -122,7 +130,8 @@ def _pickled(path: Path) -> Tensors:
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; before, it cannot be mapped
-        found = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        # `weights_only` refuses every class but tensors and containers: no code of the file runs.
+        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # pickles fail in as many ways as there are
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             message = (
@@ -132,17 +141,19 @@ def _pickled(path: Path) -> Tensors:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = message.partition(". ")[0]
         raise UserError(f"{path} is damaged or cut short ({message}): copy it again") from error
-    while isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
-    if isinstance(found, list | tuple):
-        found = {str(place): tensor for place, tensor in enumerate(found)}
-    if not isinstance(found, Mapping) or not all(torch.is_tensor(x) for x in found.values()):
+    # Trainers (Lightning among them) save the weights as one entry of what they save.
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if isinstance(content, list | tuple):
+        content = {str(place): tensor for place, tensor in enumerate(content)}
+    if not isinstance(content, Mapping) or not all(torch.is_tensor(x) for x in content.values()):
         raise UserError(f"{path} holds no tensors by name")
 
     def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             try:
-                if tensor.dtype == torch.bfloat16:  # which numpy does not know
+                # numpy does not know bfloat16, so its bits pass as integers.
+                if tensor.dtype == torch.bfloat16:
                     return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
                 return tensor.detach().numpy()
             except Exception as error:  # sparse, quantised, of a type that numpy does not know
@@ -150,7 +161,7 @@ def _pickled(path: Path) -> Tensors:
 
         return read
 
-    return {name: reader(tensor) for name, tensor in found.items()}
+    return {name: reader(tensor) for name, tensor in content.items()}
 
 
 @contextlib.contextmanager
@@ -171,8 +182,7 @@ class Config:
     """
 
     def __init__(self, path: Path, values: Mapping[str, Any] | None = None):
-        """UserError: the file is missing or damaged. `values` stand in its place, as a part of
-        it."""
+        """Reads the file, or takes `values`, a part of it. Raises UserError if it is damaged."""
         self.path = path
         self.values = read_json(path) if values is None else values
 
@@ -180,7 +190,11 @@ class Config:
         return UserError(f"{self.path}: {message}")
 
     def expect(self, **wanted: Any) -> None:
-        """UserError unless each setting is what is `wanted`, one value or several, or missing."""
+        """Raises UserError unless each setting is one of its `wanted` values, or missing.
+
+        Our networks have no such option: with another value they would compute something else from
+        the same weights, without an error.
+        """
         for key, value in wanted.items():
             values = value if isinstance(value, tuple) else (value,)
             if key in self.values and self.values[key] not in values:
@@ -188,6 +202,7 @@ class Config:
                 raise self.error(f"{key} is {self.values[key]!r}, but this reads {known} alone")
 
     def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        # null is the same as missing: programs write all their settings, also the unset ones.
         value = self.values.get(key)
         value = default if value is None else value
         if value is None:
@@ -216,6 +231,7 @@ class Config:
 
 
 def _is_name(value: Any) -> bool:
+    # A name with a folder in it could point anywhere on this machine.
     return isinstance(value, str) and Path(value).name == value
 
 

@@ -39,10 +39,14 @@ def is_archive(path: Path) -> bool:
 
 
 def tensors(path: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """{name: what reads the tensor}, named as in the module's state. UserError: it is damaged, or
-    holds what is neither a module nor a tensor."""
+    """Returns {name: a function that reads the tensor}, named as in the module's state.
+
+    Raises UserError if the archive is damaged, or holds what is neither a module nor a tensor.
+    """
     try:
         archive = zipfile.ZipFile(path)
+        # A zip of ROOT/data.pkl, the module with its tensors as references, and ROOT/data/KEY, the
+        # bytes of each storage. The program itself, ROOT/code, is not looked at.
         root = next(n for n in archive.namelist() if n.endswith("/constants.pkl")).split("/")[0]
         with archive.open(f"{root}/data.pkl") as file:
             module = _Unpickler(file, archive, root).load()
@@ -59,6 +63,8 @@ class _Module:
 
 
 class _Tensor:
+    """A tensor of the archive, read when it is called: a window into the bytes of a storage."""
+
     def __init__(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any):
         self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
 
@@ -69,6 +75,8 @@ class _Tensor:
         except Exception as error:
             message = f"{archive.filename} is damaged or cut short ({error}): copy it again"
             raise UserError(message) from error
+        # The shape and strides come from the file, so the last element is checked to lie inside;
+        # `as_strided` itself checks nothing.
         strides = [step * flat.itemsize for step in self.stride]
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         if min(self.shape, default=1) < 1 or min(strides, default=0) < 0 or last >= len(flat):
@@ -77,6 +85,8 @@ class _Tensor:
 
 
 class _Unpickler(pickle.Unpickler):
+    """Builds modules and tensors, and refuses to look up anything else, so that no code runs."""
+
     def __init__(self, file: Any, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
         self.archive, self.root = archive, root
