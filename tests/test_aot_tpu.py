@@ -13,8 +13,7 @@ import pytest
 import small_cascade
 
 from dalle2_jax import build
-from dalle2_jax.aot import chips, training
-from dalle2_jax.aot import sampling as fit_sampling
+from dalle2_jax.aot import chips, sampling, training
 from dalle2_jax.aot.report import TooLarge
 from dalle2_jax.errors import UserError
 
@@ -179,7 +178,7 @@ def test_the_largest_batch_is_compiled(clip, monkeypatch):
 
 
 def test_a_cascade_of_configs_needs_no_weights():
-    found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
+    found = sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     assert found.num_params > 1e6
     assert set(found.collectives) == set() and not found.from_host
     assert set(found.memory) > {"weights of clip", "weights of prior", "weights of decoder"}
@@ -187,7 +186,7 @@ def test_a_cascade_of_configs_needs_no_weights():
 
 def test_the_most_images_at_a_time_are_found(monkeypatch):
     """Of a chip with room for the activations of two images and a half."""
-    report = functools.partial(fit_sampling.report, "tiny", "v5e:1x1", 1, {"steps": 2})
+    report = functools.partial(sampling.report, "tiny", "v5e:1x1", 1, {"steps": 2})
     one = report().memory
     small = dataclasses.replace(chips.CHIPS["v5e"], hbm=one["total"] + 1.5 * one["activations"])
     monkeypatch.setitem(chips.CHIPS, "v5e", small)
@@ -198,15 +197,15 @@ def test_the_most_images_at_a_time_are_found(monkeypatch):
 
 def test_images_are_drawn_on_their_own_chips():
     """Also with guidance, which draws every row twice."""
-    found = fit_sampling.report("configs/tiny", "v5e:2x2", 4, {"steps": 2, "cfg_scale": 2.0})
+    found = sampling.report("configs/tiny", "v5e:2x2", 4, {"steps": 2, "cfg_scale": 2.0})
     assert found.batch_size == 4 and set(found.collectives) == set()
 
 
 def test_weights_beyond_half_a_chip_wait_on_the_host(monkeypatch):
     """Of the memory they then take their turns in, the report tells the fullest."""
-    whole = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
-    monkeypatch.setattr(fit_sampling, "waits", lambda params, memory: True)
-    found = fit_sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
+    whole = sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
+    monkeypatch.setattr(sampling, "should_offload", lambda params, memory: True)
+    found = sampling.report("configs/tiny", "v5e:1x1", 1, {"steps": 2})
     weights = {k: v for k, v in whole.memory.items() if k.startswith("weights of")}
     assert found.from_host == sum(weights.values())
     # the last upsampler's images are the largest by far
