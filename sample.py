@@ -29,7 +29,7 @@ MODES = [request.GENERATE, *edit_flags.MODE_NAMES]
 MODE = flags.DEFINE_enum(
     "mode", request.GENERATE, MODES, "What to do: generate, or edit images; see docs/editing.md."
 )
-AUTO_BATCH = topology.only_with_topology("auto_batch", "the most images at a time that fit.")
+AUTO_BATCH = topology.only_with_topology("auto_batch", "Find the largest --batch_size that fits.")
 
 
 def main() -> int:

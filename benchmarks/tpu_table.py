@@ -169,8 +169,8 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def _name(words: dict[str, str]) -> str:
-    """decoder:paper, or drawing, paper"""
-    name = Path(words.get("config", "drawing").replace(".py", "")).name
+    """Returns the name of a row: `decoder:paper`, or `generating, paper`."""
+    name = Path(words.get("config", "generating").replace(".py", "")).name
     return name + (f", {Path(words['weights']).name}" if "weights" in words else "")
 
 
@@ -188,7 +188,7 @@ def _line(name: str, row: dict) -> str:
     best = "optimal" if row["seconds"]["optimal"] else "roofline"
     rate = row["images_per_second"][best]
     days = bound = ""
-    if row["num_steps"]:  # of drawing's stages each has its own bound
+    if row["num_steps"]:  # when generating, each stage has its own bound
         days = f"{row['days'][best]:.1f}, {row['num_steps'] * row['batch_size'] / 1e6:,.0f}"
         chip = CHIPS[row["topology"].partition(":")[0]]
         within = max(row["compiled_flops"] / chip.flops, row["hbm_traffic"] / chip.bandwidth)

@@ -70,13 +70,13 @@ class Report:
     padding: float | None = None  # of the forward pass' FLOPs: products with zeros that fill tiles
     from_host: float = 0.0  # bytes that wait in the host's memory until a step uses them
     thorough: bool = False  # the compiler searched as it does for a run
-    # of drawing's stages, the compiler's own (or the roofline's where there is none)
+    # when generating, stage -> the compiler's time (the roofline's if the compiler gives none)
     stage_seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
     @property
     def _what(self) -> str:
         """The unit of the reported time: a step of training, or a generated batch."""
-        return "step" if self.num_steps else "batch drawn"
+        return "step" if self.num_steps else "generated batch"
 
     @property
     def _blind(self) -> bool:

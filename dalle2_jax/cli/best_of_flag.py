@@ -7,7 +7,7 @@ from absl import flags
 BEST_OF = flags.DEFINE_integer(
     "best_of",
     None,
-    "(generate) Generate so many images for each prompt and keep the --n nearest to it by CLIP. "
-    "Default: keep all.",
+    "(generate) Generate this many images for each prompt and keep the --n that CLIP finds nearest "
+    "to it. Default: generate --n and keep all.",
     1,
 )

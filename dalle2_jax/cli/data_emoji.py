@@ -1,7 +1,7 @@
 """Renders the emoji data set: dalle2 data emoji --out data/emoji --size 128
 
 Ten styles of 1,600 concepts, and two more to evaluate on, with captions, as a TFDS directory. It
-takes three minutes at 128 px, 36 MB of downloads and 100 MB of disk, and needs npm and the extra
+takes three minutes at 128 px, 37 MB of downloads and 99 MB of disk, and needs npm and the extra
 `train`.
 Exit status: 0 done, 2 a mistake in the input.
 """

@@ -1,15 +1,16 @@
 """Edits images: dalle2 edit --mode variations --image a.png --n 4 --out out
 
     --mode reconstruct  --image A             invert and decode again
-    --mode variations   --image A             what z_img holds stays, the rest is sampled again
+    --mode variations   --image A             keep what z_img holds, sample the rest again
     --mode interpolate  --image A --image B   from one to the other; or --image A --prompt "..."
-    --mode text_diff    --image A --prompt "..."          towards a text
-    --mode probe        --image A             from ever more of what z_img holds
-    --mode inpaint      --image A --mask M --prompt "..." regenerate a part
-    --mode outpaint     --image A --right 64 --prompt "..." extend beyond the sides
+    --mode text_diff    --image A --prompt "..."            turn it towards a text
+    --mode probe        --image A             decode 20, 40, ... principal directions of its z_img
+    --mode inpaint      --image A --mask M --prompt "..."   regenerate a part
+    --mode outpaint     --image A --right 64 --prompt "..." extend it beyond its sides
 
-Every image is written as a PNG that carries how it was generated; MODE.png shows all.
-docs/editing.md explains the modes. --like FILE.png repeats the edit of such a file.
+z_img is CLIP's embedding of an image. Every image is written as a PNG that carries how it was
+generated; MODE.png shows all. docs/editing.md explains the modes, and which flags each takes.
+--like FILE.png repeats the edit of such a file.
 Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
 
@@ -20,7 +21,7 @@ from absl import flags
 from dalle2_jax.cli import commands, edit_flags, generate_flags, request
 from dalle2_jax.errors import UserError
 
-MODE = flags.DEFINE_enum("mode", None, edit_flags.MODE_NAMES, "What to do; see docs/editing.md.")
+MODE = flags.DEFINE_enum("mode", None, edit_flags.MODE_NAMES, "The kind of edit; see above.")
 
 prepare = commands.stop_at_once
 

@@ -17,7 +17,7 @@ MODE_NAMES = (
 IMAGE = flags.DEFINE_multi_string(
     "image",
     [],
-    "(all modes but generate) The image to edit: a PNG, JPEG, WebP, GIF, BMP or TIFF of any size. "
+    "(all edits) The image to edit: a PNG, JPEG, WebP, GIF, BMP or TIFF of any size. "
     "interpolate takes two, reconstruct and variations any number: repeat the flag.",
 )
 MASK = flags.DEFINE_string(
@@ -34,8 +34,8 @@ PREVIEW_MASK = flags.DEFINE_bool(
 FEATHER = flags.DEFINE_integer(
     "feather",
     None,
-    "(inpaint, outpaint) Width in pixels, within the regenerated part, over which generated pixels "
-    "blend into kept ones. Default: a 16th of the side of the generated image.",
+    "(inpaint, outpaint) Width in pixels, inside the regenerated part, over which the colour step "
+    "at the edge of the mask fades out. Default: a 16th of the side of the generated image.",
     0,
 )
 SIDES = {
@@ -51,7 +51,7 @@ FRAMES = flags.DEFINE_integer(
     "frames", 7, "(interpolate, text_diff) Number of images from one end to the other.", 2
 )
 ETA = flags.DEFINE_float(
-    "eta", 0.6, "(variations) DDIM's noise, from 0, which changes the image least, to 1."
+    "eta", 0.6, "(variations) DDIM's noise: 0 changes the image least, 1 most."
 )
 THETA = flags.DEFINE_float(
     "theta",
@@ -61,7 +61,8 @@ THETA = flags.DEFINE_float(
 OLD_PROMPT = flags.DEFINE_string(
     "old_prompt",
     "a photo",
-    "(text_diff) A text that says what --image shows now. The image changes from it to --prompt.",
+    "(text_diff) A text that says what --image shows now. The edit goes in the direction of "
+    "--prompt minus --old_prompt.",
 )
 X_T = flags.DEFINE_enum(
     "x_t",

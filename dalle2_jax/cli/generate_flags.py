@@ -35,7 +35,8 @@ OUT = flags.DEFINE_string(
 WEIGHTS = flags.DEFINE_string(
     "weights",
     "tiny",
-    "The model: 'tiny' (in the package), a model folder, a folder of Karlo's, or a hub id.",
+    "The model: 'tiny' (in the package), a model folder, a folder that diffusers saved (Karlo), or "
+    "a hub id.",
 )
 SIZE = flags.DEFINE_integer(
     "size",
@@ -50,14 +51,13 @@ PRIOR = flags.DEFINE_enum(
     "decodes z_txt in its place. Default: the model's.",
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Images generated at a time: more take more memory."
+    "batch_size", 8, "Images generated at a time. More need more memory."
 )
 LIKE = flags.DEFINE_string(
     "like",
     None,
-    "A PNG that this program wrote: generate that image again. Other flags override what it says; "
-    "with one that changes how many images there are, such as --n or --prompt, all of them are "
-    "generated.",
+    "A PNG that this command wrote: repeat that image. Other flags override what the file says. "
+    "Those that change the number of images, such as --n or --prompt, repeat the whole run.",
 )
 
 

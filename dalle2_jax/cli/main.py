@@ -30,7 +30,7 @@ COMMANDS = {
     "generate": Command("dalle2_jax.cli.generate", "generate images from prompts"),
     "edit": Command("dalle2_jax.cli.edit", "vary, interpolate, inpaint or extend images"),
     "train": Command("dalle2_jax.cli.train", "train one stage"),
-    "topology": Command("dalle2_jax.cli.topology_command", "compile for a TPU slice, run nothing"),
+    "topology": Command("dalle2_jax.cli.topology_command", "compile for a TPU slice; run nothing"),
     "weights": Command("dalle2_jax.cli.weights", "import or export public weights"),
     "data emoji": Command("dalle2_jax.cli.data_emoji", "render the emoji data set"),
     "evals report": Command("dalle2_jax.cli.evals.report", "judge a model: retrieval, Frechet"),
@@ -39,7 +39,7 @@ COMMANDS = {
     "evals manipulations": Command("dalle2_jax.cli.evals.manipulations", "judge edited images"),
     "evals priors": Command("dalle2_jax.cli.evals.priors", "compare a folder's priors"),
     "evals solvers": Command("dalle2_jax.cli.evals.solvers", "compare solvers and steps"),
-    "evals upsampling": Command("dalle2_jax.cli.evals.upsampling", "what the upsamplers add"),
+    "evals upsampling": Command("dalle2_jax.cli.evals.upsampling", "measure the upsamplers"),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
@@ -83,7 +83,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`dalle2 COMMAND --help` shows the flags of a command.",
+            "`dalle2 COMMAND --help` shows a command's flags: `dalle2 evals report --help`.",
         ]
     )
 

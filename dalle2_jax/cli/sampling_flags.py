@@ -16,8 +16,8 @@ STEPS = flags.DEFINE_string(
     "steps",
     None,
     "Sampling steps: 50 for the decoder, or per stage as prior=16,decoder=50. 10:10:3:2:2 sets the "
-    "steps in each fifth of the schedule, from the cleanest to the noisiest. Default: the model's; "
-    "50 to invert and decode an image.",
+    "steps in each fifth of the schedule, from the cleanest to the noisiest. Default: the model's "
+    "steps; for edits that invert an image, 50.",
 )
 CFG_SCALE = flags.DEFINE_string(
     "cfg_scale",
@@ -33,18 +33,20 @@ SAMPLER = flags.DEFINE_string(
 CFG_INTERVAL = flags.DEFINE_string(
     "cfg_interval",
     None,
-    "LOW:HIGH, the noise levels sigma / alpha between which guidance acts; or STAGE=LOW:HIGH,... "
-    "Default: the model's.",
+    "Noise levels sigma / alpha of the decoder between which guidance acts, as LOW:HIGH; or "
+    "STAGE=LOW:HIGH,... Default: the model's.",
 )
 CFG_RESCALE = flags.DEFINE_string(
     "cfg_rescale",
     None,
-    "How far guidance keeps the contrast, 0 to 1; or STAGE=SHARE,... Default: the model's.",
+    "How far guidance of the decoder is rescaled to keep the contrast, 0 (not at all) to 1; or "
+    "STAGE=SHARE,... Default: the model's.",
 )
 VARIANCE = flags.DEFINE_string(
     "variance",
     None,
-    "Variance of ddpm's noise: small, large or analytic; or STAGE=NAME,... Default: the model's.",
+    "Variance of ddpm's noise in the decoder: small, large or analytic; or STAGE=NAME,... Default: "
+    "the model's.",
 )
 
 

@@ -1,4 +1,4 @@
-"""The flags of train.py and sample.py that ask the TPU compiler in place of running."""
+"""The flags that compile for a TPU slice instead of running, of all commands that have them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ if TYPE_CHECKING:  # mistakes in the flags are reported before jax is loaded
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "A TPU slice, as v5e:8x8 or v5e-64: compile for it and tell, run nothing. What says where and "
-    "how to run (a workdir, hosts, prompts) may stay beside it and does nothing.",
+    "A TPU slice, as v5e:8x8 or v5e-64: compile for it, report memory and speed, and run nothing. "
+    "Flags that only a run needs (--workdir, hosts, prompts) are ignored. `dalle2 topology` takes "
+    "the slice as its first word.",
 )
 _GO_WITH_IT: list[flags.FlagHolder[bool]] = []
 
 
 def only_with_topology(name: str, help_text: str) -> flags.FlagHolder[bool]:
-    """A flag that says nothing where something is run."""
-    _GO_WITH_IT.append(flags.DEFINE_bool(name, False, f"With --topology: {help_text}"))
+    """Defines a flag that is an error unless --topology is given."""
+    _GO_WITH_IT.append(flags.DEFINE_bool(name, False, f"(with a TPU slice) {help_text}"))
     return _GO_WITH_IT[-1]
 
 
-JSON = only_with_topology("json", "one JSON object in place of the table.")
-THOROUGH = only_with_topology("thorough", "all of the compiler's search, up to ten times as long.")
+JSON = only_with_topology("json", "Print one JSON object instead of the table.")
+THOROUGH = only_with_topology(
+    "thorough",
+    "Let the compiler search for a faster program, as in a run. Takes up to ten times as long.",
+)
 
 
 def check() -> None:
-    """To be called where something is to be run: UserError for a flag that would say nothing."""
+    """Raises UserError for a flag that needs --topology; called before anything is run."""
     for flag in _GO_WITH_IT:
         if flag.value:
             raise UserError(f"--{flag.name} goes with --topology: give a slice, as in v5e:8x8")

@@ -3,9 +3,9 @@
     dalle2 topology v5e:8x8 --config=configs/decoder.py:paper --config.batch_size=512
     dalle2 topology v5e:1x1 --weights=configs/paper --batch_size=8
 
-The first compiles a training step, the second generates with a cascade (a model folder, a hub id,
-or `configs/VARIANT` for the shapes of those configs). Nothing is run; no TPU is needed, but the
-extra `tpu` is. docs/tpu.md explains the report.
+The first compiles a training step. The second compiles generating with a cascade: a model folder, a
+hub id, or `configs/VARIANT` for the shapes of those configs. Nothing is run. No TPU is needed, but
+the extra `tpu` is. docs/tpu.md explains the report.
 Exit status: 0 it fits, 2 a mistake in the input, 3 it does not fit, 130 stopped by Ctrl-C.
 """
 

@@ -1,15 +1,15 @@
 """Trains one stage: dalle2 train --config=configs/decoder.py:tiny --workdir=W
 
 Configs: clip, prior, ar_prior, decoder, upsampler_256, upsampler_1024. The head of each file lists
-its variants: paper, tpu, mostly karlo, and tiny. --config.batch_size=32 changes a setting; the
-settings are listed in the config's file, in `defaults` of dalle2_jax/build.py and in
-dalle2_jax/data/config.py. The same command resumes the run where the last one ended.
+its variants: paper, tpu and tiny, and others such as karlo or inpaint. --config.batch_size=32
+changes a setting; --show_config lists all settings, and docs/training.md and docs/data.md explain
+them. The same command resumes the run where the last one ended.
 
 Exit status: 0 done, or stopped by SIGTERM with everything saved, as the last line says (a scheduler
 that preempts a run starts it again by itself); 1 training diverged, or a step took longer than
-watchdog_seconds; 2 a mistake in the input, or data or disk failed; 75 not all hosts came, or the
-run stopped at max_minutes with everything saved; 130 stopped by SIGINT with everything saved (by a
-second SIGINT at once).
+watchdog_seconds; 2 a mistake in the input, or data or disk failed; 75 not all hosts started within
+--wait_seconds, or the run stopped at max_minutes with everything saved; 130 stopped by Ctrl-C
+(SIGINT) with everything saved (a second Ctrl-C ends the run at once).
 
 --topology=v5e:8x8 compiles the step for that TPU slice, without a TPU and without a workdir, and
 reports what it needs and how fast it could be (docs/tpu.md); status 3 if it does not fit.
@@ -29,21 +29,29 @@ from dalle2_jax.cli.config_flag import ConfigParser
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import hosts
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py:VARIANT")
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config: configs/STAGE.py:VARIANT.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints, metrics and the exported model; gs:// works too."
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and the exported model; or gs://BUCKET/FOLDER.",
 )
-TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Also write TensorBoard's files.")
+TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Also write the metrics for TensorBoard.")
 SHOW_CONFIG = flags.DEFINE_bool(
     "show_config", False, "Print the complete config, each value with its origin; do nothing else."
 )
-AUTO_BATCH = topology.only_with_topology("auto_batch", "find the largest batch that fits.")
+AUTO_BATCH = topology.only_with_topology("auto_batch", "Find the largest batch that fits.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "This is one of several hosts that JAX can find by itself."
+    "distributed", False, "Run as one of several hosts, which JAX finds by itself on TPUs."
 )
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of hosts.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this host, from 0.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, on machines without TPUs."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of hosts, on machines without TPUs."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Index of this host from 0, on machines without TPUs."
+)
 WAIT_SECONDS = flags.DEFINE_float(
     "wait_seconds", 600.0, "How long the hosts wait for each other to start.", 1.0, 1e6
 )

@@ -1,18 +1,20 @@
-"""Public weights: dalle2 weights import SOURCE --out FOLDER
+"""Imports or exports public weights.
 
-SOURCE is a folder, a folder in a bucket or a hub id of what diffusers has saved: UnCLIPPipeline or
-UnCLIPImageVariationPipeline (Karlo), or the prior's pipeline of Kandinsky 2.1 or 2.2 (a CLIP and a
-prior, to train a decoder on). Or it is a folder of Karlo's own checkpoints (prior*.ckpt,
-decoder*.ckpt, improved-sr*.ckpt, ViT-L-14_stats.th), with CLIP beside them: OpenAI's ViT-L-14.pt,
-or text_encoder as transformers saves it. Or it is a CLIP alone, to train on: a folder of
-transformers or OpenCLIP, or OpenAI's file, ViT-*.pt. docs/weights.md tells more.
+    dalle2 weights import SOURCE --out FOLDER       public weights to a model folder
+    dalle2 weights export FOLDER --out PIPELINE     a model folder to a pipeline of diffusers
 
-What comes out is a model folder for sample.py --weights, which also takes SOURCE itself and keeps
-what it makes of it in the user's cache. --dtype=bfloat16 stores it in half the space of float32:
-TPUs compute in it anyway.
+SOURCE is a hub id, a folder or gs://BUCKET/FOLDER, with one of
 
-dalle2 weights export FOLDER --out PIPELINE is the way back, for a model folder of
-such networks.
+    a pipeline that diffusers saved     UnCLIPPipeline or UnCLIPImageVariationPipeline (Karlo), or
+                                        the prior of Kandinsky 2.1 or 2.2
+    Karlo's own checkpoints             prior*.ckpt, decoder*.ckpt, improved-sr*.ckpt and
+                                        ViT-L-14_stats.th, with CLIP beside them: OpenAI's
+                                        ViT-L-14.pt, or text_encoder as transformers saves it
+    a CLIP alone, to train on           of transformers or OpenCLIP; or OpenAI's file ViT-*.pt
+
+`dalle2 generate --weights FOLDER` uses the imported folder. It also takes SOURCE itself, and then
+imports it into the user's cache. export takes a folder whose networks diffusers has: an imported
+one, or one that was fine-tuned from it. docs/weights.md has the details.
 
 Exit status: 0 done, 2 a mistake in the input, 130 stopped by Ctrl-C.
 """
@@ -30,9 +32,13 @@ from dalle2_jax.storage import paths
 
 WORDS = ("VERB", "SOURCE")
 
-OUT = flags.DEFINE_string("out", None, "The folder to write; it must not be there yet.")
+OUT = flags.DEFINE_string("out", None, "The folder to write. It must not exist yet.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "To import as; by default as it is there."
+    "dtype",
+    None,
+    ["float32", "float16", "bfloat16"],
+    "(import) Type to store the weights in; bfloat16 takes half the space of float32. Default: as "
+    "in SOURCE.",
 )
 
 
