@@ -31,8 +31,9 @@ TRAINING = (*GENERATING, "dalle2_jax.build", "dalle2_jax.data.pipeline", "dalle2
 
 def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` in the project's folder: a script, or `*MAIN` and a command."""
-    script = arguments[len(MAIN)] if arguments[: len(MAIN)] == MAIN else arguments[0]
-    imports = GENERATING if script in ("sample.py", "generate", "edit") else TRAINING
+    is_dalle2 = arguments[: len(MAIN)] == MAIN
+    name = next(iter(arguments[len(MAIN) :] if is_dalle2 else arguments), "")
+    imports = GENERATING if name in ("sample.py", "generate", "edit") else TRAINING
     with tempfile.TemporaryDirectory() as folder:
         streams = [f"{folder}/stdout", f"{folder}/stderr"]
         request = [arguments, dict(os.environ if env is None else env), streams]
