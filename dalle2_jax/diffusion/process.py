@@ -9,13 +9,22 @@ from dalle2_jax.diffusion import gaussian, losses, schedules
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """The noise process of a stage and the prediction of its network (unCLIP, Table 3)."""
+    """The noise process of a stage and the prediction of its network (unCLIP, Table 3).
+
+    Attributes:
+        schedule: the noise schedule, "cosine" or "linear".
+        num_timesteps: steps of training; sampling takes some of them.
+        prediction: what the network predicts: "eps", "x_0" or "v".
+        learned_variance: whether the network also predicts the variance of p(x_{t-1} | x_t).
+        weighting: of the loss over t: "none", "min_snr_<gamma>" or "min_v_<gamma>", see
+            `losses.loss_weight`.
+    """
 
     schedule: str = "cosine"
     num_timesteps: int = 1000
-    prediction: str = "eps"  # or "x_0", "v"
+    prediction: str = "eps"
     learned_variance: bool = False
-    weighting: str = "none"  # or "min_snr_<gamma>", "min_v_<gamma>"
+    weighting: str = "none"
 
     def __post_init__(self) -> None:
         # Both raise on bad values: a config fails when it is read, not at the first step.

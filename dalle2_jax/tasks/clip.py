@@ -27,12 +27,22 @@ from dalle2_jax.validation.sections import (
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTask:
+    """Trains CLIP by its contrastive loss over the global batch, with SAM if `sam_rho` is set.
+
+    Attributes:
+        max_shift: images are shifted at random by up to this many pixels, with edges repeated.
+        sam_rho: how far SAM moves the weights before the gradient is taken; 0 is off.
+        sam_replica_batch: pairs of a replica, for which SAM moves the weights together; those of
+            one chip.
+        sam_recompute: recomputes moved weights instead of keeping them, see `sam`.
+    """
+
     network: CLIP
     model: Mapping[str, Any]
-    max_shift: int = 0  # images are moved at random by up to so many pixels, edges repeated
-    sam_rho: float = 0.0  # how far SAM moves the weights before a gradient is taken; 0: off
-    sam_replica_batch: int = 64  # pairs that it moves them for together, those of one chip
-    sam_recompute: bool = False  # keeps no moved weights, see `sam`
+    max_shift: int = 0
+    sam_rho: float = 0.0
+    sam_replica_batch: int = 64
+    sam_recompute: bool = False
     stage: str = dataclasses.field(default="clip", init=False)
     optional_layer: str = dataclasses.field(default="", init=False)
 
