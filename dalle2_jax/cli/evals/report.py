@@ -25,7 +25,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images generated at a time."
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps of the decoder.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale of the decoder; 1 is off.")
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun."
+    "sampler", None, "Solver of all stages: ddpm, ddim, dpm++, dpm++3m, dpm++sde, unipc or heun."
 )
 RECONSTRUCT = flags.DEFINE_bool(
     "reconstruct", False, "Also decode the true images' z_img: shows what the decoder alone loses."
