@@ -11,9 +11,9 @@ paper  batch 4096, 1M steps. For a v5e-256: 1,420 chip-days, 5.5 days (by FLOPs 
        sequence is 77 + 2 + 319 tokens (the last code is not read), where Table 3 has 384.
 tpu    the same with 13 heads of 128 channels, which fill the TPU's lanes, for 26 of 64
 tiny   1.1M parameters; 64 directions keep 99.3 % of the variance (192 there are). 64 buckets, not
-       1,024: 3,000 images would leave most of them empty, and a bucket is 0.14 deviations or
-       less, which costs 0.2 % of the variance. Images so few are soon known by heart, so z_img
-       moves a little every time it is seen (noise) and the run is short. 2 CPU cores, 25 minutes
+       1,024: 3,000 images would leave most of them empty. A bucket is at most 0.14 standard
+       deviations wide, which costs 0.2 % of the variance. So few images are soon memorised, so
+       z_img is disturbed a little each time (noise) and the run is short. 2 CPU cores, 25 minutes
 """
 
 from ml_collections import ConfigDict

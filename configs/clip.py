@@ -1,4 +1,4 @@
-"""CLIP, on which the prior and the decoder stand (unCLIP, appendix C; CLIP 2103.00020).
+"""CLIP, which the prior and the decoder are trained with (unCLIP, appendix C; CLIP 2103.00020).
 
 python train.py --config=configs/clip.py:VARIANT --workdir=W
 
@@ -7,13 +7,13 @@ paper  H/16 at 256 px of the unCLIP paper, with its SAM (which doubles the cost)
 tpu    the same with heads of 128 channels, which fill the TPU's lanes, for 80 and 64
 tiny   64 px emoji, 3.2M parameters; 2 CPU cores, twenty minutes; then 97 % of 128 images find
        their caption
-judge  tiny's shape, other data: all splits; it scores images and never draws
+judge  the shape of tiny, trained on all splits; it only scores images, for evaluations
 b32    the original CLIP's ViT-B/32 (2103.00020, tables 18 to 20), 151M parameters, 32 epochs of
        400M pairs. For a v5e-64: 83 chip-days, 1.3 days
 b16    its ViT-B/16, 150M. For a v5e-64: 230 chip-days, 3.6 days
 l14    its ViT-L/14, 428M. For a v5e-256: 990 chip-days, 3.9 days
-karlo  the same as Karlo reads it: embeddings keep their length, no temperature is learned. Its
-       weights come by import (dalle2_jax.pretrained); this tells their shapes
+karlo  l14 as Karlo uses it: embeddings keep their length, no temperature is learned. Its weights
+       are imported (docs/weights.md); this variant gives their shapes
 
 Times are estimates by FLOPs (analytic, 3 x forward) at 40 % of the chip's bfloat16 peak, not
 measured.

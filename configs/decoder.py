@@ -5,11 +5,11 @@ python train.py --config=configs/decoder.py:VARIANT --workdir=W --config.clip_fr
 paper  3.5B parameters at 64 px, batch 2048, 800K steps. For a v5e-256: 1,600 chip-days, a week
        (by FLOPs at 40 % of the chip's peak, CLIP included, not measured)
 tpu    the same: 512 channels and heads of 64 suit the TPU already
-karlo  the decoder of kakaobrain/karlo-v1-alpha, 893M, drawn with as there; its training here is
-       fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
-inpaint  `paper` taught to draw parts of images, where random regions are erased (GLIDE 2.3); goes
-       on from a trained one: --config.init_from=MODEL
-tiny   5.6M parameters at 32 px, taught to inpaint too; 2 CPU cores, three and a half hours;
+karlo  the decoder of kakaobrain/karlo-v1-alpha, 893M, sampled as there. For fine-tuning:
+       --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
+inpaint  `paper`, trained to regenerate erased regions of images (GLIDE 2.3). Starts from a trained
+       decoder: --config.init_from=MODEL
+tiny   5.6M parameters at 32 px, trained to inpaint too; 2 CPU cores, three and a half hours;
        loss 0.026
 """
 

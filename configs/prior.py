@@ -8,8 +8,8 @@ paper  batch 4096, 600K steps. 24 blocks of width 2048 make 1.23B parameters; Ta
        Table 3 gives 256 tokens of context; captions are read through CLIP's text tower here, and
        that has 77.
 tpu    the same with 16 heads of 128 channels, which fill the TPU's lanes, for 32 of 64
-karlo  the prior of kakaobrain/karlo-v1-alpha, 1.02B, drawn with as there; its training here is
-       fine-tuning: --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
+karlo  the prior of kakaobrain/karlo-v1-alpha, 1.02B, sampled as there. For fine-tuning:
+       --config.init_from=KARLO_FOLDER, and a Karlo with an image tower as CLIP_FOLDER
 tiny   1.4M parameters; 2 CPU cores, an hour and a half; loss 0.015
 """
 

@@ -3,14 +3,14 @@
 python train.py --config=configs/upsampler_256.py:VARIANT --workdir=W
 
 paper  700M parameters, trained on 64 px crops, batch 1024, 1M steps. The small image's blur is
-       drawn from next to none up to the paper's sigma of 0.6. For a v5e-64: 230 chip-days, four
+       sampled from next to none up to the paper's sigma of 0.6. For a v5e-64: 230 chip-days, four
        days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 384 channels for 320: a multiple of the TPU's 128 lanes
-karlo  the upsampler of kakaobrain/karlo-v1-alpha, two networks of 692M, drawn with as there; its
-       training here is fine-tuning of the first: --config.init_from=KARLO_FOLDER
-inpaint  `paper` told what is known of the large image, where random regions of it are erased
-       (GLIDE 2.3); goes on from a trained one: --config.init_from=MODEL
-tiny   32 -> 128 px, 1.8M parameters, trained on 64 px crops, taught to inpaint too; 2 CPU cores,
+karlo  the upsampler of kakaobrain/karlo-v1-alpha, two networks of 692M, sampled as there. For
+       fine-tuning of the first network: --config.init_from=KARLO_FOLDER
+inpaint  `paper`, trained to regenerate erased regions of the large image (GLIDE 2.3). Starts from a
+       trained upsampler: --config.init_from=MODEL
+tiny   32 -> 128 px, 1.8M parameters, trained on 64 px crops and to inpaint; 2 CPU cores,
        half an hour; loss 0.012
 """
 
