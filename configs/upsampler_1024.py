@@ -7,8 +7,8 @@ paper  300M parameters, trained on 256 px crops, batch 512, 1M steps, the small 
        gentler one).
        For a v5e-64: 280 chip-days, four days (by FLOPs at 40 % of the chip's peak, not measured)
 tpu    the same with 256 channels for 192: a multiple of the TPU's 128 lanes
-inpaint  `paper`, trained to regenerate erased regions, as in upsampler_256.py. Starts from a trained
-       upsampler: --config.init_from=MODEL
+inpaint  `paper`, trained to regenerate erased regions, as in upsampler_256.py. Starts from a
+       trained upsampler: --config.init_from=MODEL
 tiny   128 -> 1024 px, 1.7M parameters, trained on 256 px crops; 2 CPU cores, half an hour; loss
        0.006, 2.6 dB better than bicubic
 """

@@ -119,7 +119,7 @@ def padding(function: Any, *args: Any) -> float:
 
 
 def _traced(function: Any, *args: Any) -> Any:
-    jax.clear_caches()  # of a program that was traced with kernels, whose FLOPs no jaxpr tells
+    jax.clear_caches()  # programs traced with kernels, whose FLOPs are in no jaxpr
     with only_einsum():
         jaxpr = jax.make_jaxpr(function)(*args)
     jax.clear_caches()  # nor is this one to be run

@@ -16,7 +16,7 @@ from dalle2_jax.nets.attention import without_kernels
 
 # No search for a faster program or a tighter one, which takes two to ten times as long and seldom
 # finds a smaller one. Without it nothing is asynchronous, and the tiles are such that the cycles
-# come out eight to nine times too long; with it the compiler tells no `optimal_seconds`.
+# come out six to nine times too long; with it the compiler gives no `optimal_seconds`.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 METHODS = ("optimal", "cycles", "roofline")
 _SIZES = re.compile(r"\(?([\d.]+)([KMGTPE])\)? (?:exceeds|of) .*?([\d.]+)([KMGTPE])")

@@ -212,7 +212,7 @@ def _programs(
 
 
 def _not_compiled() -> NoReturn:
-    # Its codes are drawn in one scan, whose body the compiler counts once.
+    # Its codes are sampled in one scan, whose body the compiler counts once.
     raise UserError("--topology: sampling by the autoregressive prior is not reported: set --prior")
 
 

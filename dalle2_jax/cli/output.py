@@ -107,7 +107,7 @@ def _write_edits(model: DALLE2, request: Request, out: Path, only: tuple[int, in
         inputs = _inputs(model, request, row)
         prefix = f"{request.mode}-s{request.seed}-{row:03d}"
         metadata = generated[0].metadata
-        # The inputs have the first numbers, so that a folder sorted by name tells the whole story.
+        # Inputs have the first numbers: a folder sorted by name shows them before the results.
         if only is None:
             for number, (label, image) in enumerate(inputs):
                 name = f"{prefix}-{number:02d}-{files.slug(label)}.png"

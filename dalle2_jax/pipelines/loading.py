@@ -67,7 +67,7 @@ def load_cascade(
         for stage in (*REQUIRED, *priors, *needed)
     }
     if offload is None:
-        # A CPU tells no limit: it is infinite, so nothing waits on the host that is the device.
+        # A CPU reports no limit: taken as infinite, as its host is the device already.
         stats = jax.local_devices()[0].memory_stats() or {}
         offload = placement.should_offload(params, stats.get("bytes_limit", math.inf))
     return Cascade(

@@ -89,7 +89,7 @@ def _write(folder: Path, stage: sources.Stage, expected: Params) -> None:
             raise UserError(f"{source} is damaged: {message}")
         return tensor
 
-    ours = tensors.keys() - {"logit_scale"}  # images are drawn without
+    ours = tensors.keys() - {"logit_scale"}  # generating does not use it
     if stage.name == "clip" and _image_tower(stage) is None:
         ours = {name for name in ours if not name.startswith("image_tower.")}
     # Names begin with the folder of their network, and the rules keep those of one together.
@@ -114,7 +114,7 @@ def _image_tower(clip: sources.Stage) -> Any:
 
 
 def _check_same(where: str, ours: Mapping[str, Any], stage: sources.Stage) -> None:
-    """UserError unless both entries say the same of the network and of how it is drawn with."""
+    """Raises UserError unless both entries describe the same network and the same sampling."""
     network = load.network_class(stage.name)
     for section, cls in (("model", network), ("diffusion", Process), ("sampling", Settings)):
         if section in stage.entry:

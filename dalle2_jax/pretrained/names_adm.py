@@ -25,7 +25,7 @@ from dalle2_jax.pretrained.names import (
     without,
 )
 
-HEAD_CHANNELS = 64  # of every network here; no tensor tells
+HEAD_CHANNELS = 64  # of every network here; no tensor's shape shows it
 GROUPS = 32
 
 RESBLOCK = [
