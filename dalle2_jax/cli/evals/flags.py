@@ -17,18 +17,27 @@ if TYPE_CHECKING:
     from dalle2_jax.evals.judge import Judge
     from dalle2_jax.pipelines.dalle2 import DALLE2
 
-WEIGHTS = flags.DEFINE_string("weights", "tiny", "'tiny', a model folder, or a hub id.")
-JUDGE = flags.DEFINE_string(
-    "judge", "runs/judge/model", "Model folder of a CLIP that only judges (configs/clip.py:judge)."
+WEIGHTS = flags.DEFINE_string(
+    "weights", "tiny", "The model to evaluate: 'tiny', a model folder, or a hub id."
 )
-DATA = flags.DEFINE_string("data", "data/emoji", "The emoji data set, as `make data` writes it.")
+JUDGE = flags.DEFINE_string(
+    "judge",
+    "runs/judge/model",
+    "Model folder of the judge, a CLIP that takes no part in generating; `make evals` trains it "
+    "(configs/clip.py:judge).",
+)
+DATA = flags.DEFINE_string(
+    "data", "data/emoji", "Folder of the emoji data set, as `make data` writes it."
+)
 SUBSET = flags.DEFINE_string(
     "subset",
     "concrete,group=animals-nature|food-drink|objects|smileys-emotion",
     "Records to use; name those that the model was trained on. Empty: all records.",
 )
-SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels. Default: the folder's.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the pairs and of all noise.", 0, 2**32 - 1)
+SIZE = flags.DEFINE_integer("size", None, "Side of the images in pixels. Default: the model's.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the choice of pairs and of all noise.", 0, 2**32 - 1
+)
 
 
 def load_model() -> DALLE2:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dalle2_jax.pipelines.dalle2 import DALLE2
 
 OUT = flags.DEFINE_string("out", "out/evals_inpainting", "Folder for the grid of images.")
-NUM = flags.DEFINE_integer("num", 64, "Held-out pairs.", 1)
+NUM = flags.DEFINE_integer("num", 64, "Number of held-out pairs.", 1)
 _GRID_ROWS = 12
 
 prepare = commands.stop_at_once

@@ -13,14 +13,14 @@ from tqdm import tqdm
 from dalle2_jax.cli import commands
 from dalle2_jax.cli.evals import flags as shared
 
-NUM = flags.DEFINE_integer("num", 32, "Images.", 1)
+NUM = flags.DEFINE_integer("num", 32, "Number of images.", 1)
 STEPS = flags.DEFINE_multi_integer(
     "steps", [250, 100, 50, 25], "Decoder steps, to invert and to decode; may be repeated."
 )
 ITERATIONS = flags.DEFINE_multi_integer(
     "iterations", [1, 2], "Network evaluations in each step of the inversion; may be repeated."
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images inverted at a time.", 1)
 
 prepare = commands.stop_at_once
 

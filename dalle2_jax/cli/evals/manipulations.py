@@ -32,10 +32,12 @@ NUM_TRANSITIONS = flags.DEFINE_integer(
 ETA = flags.DEFINE_multi_float(
     "eta", [0.3, 0.6, 1.0], "DDIM's noise in variations; may be repeated.", 0, 1
 )
-FRAMES = flags.DEFINE_integer("frames", 7, "Images in an interpolation or a text diff.", 2)
+FRAMES = flags.DEFINE_integer(
+    "frames", 7, "Number of images of an interpolation or a text diff.", 2
+)
 THETA = flags.DEFINE_float("theta", 0.5, "Share of the angle that text diffs turn.", 0, 1)
 STEPS = flags.DEFINE_integer("steps", 50, "Sampling steps of the decoder.", 1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Images at a time.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Images generated at a time.", 1)
 
 _FROM_CAPTION = "generated from the caption"
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from dalle2_jax.evals.groups import Group
     from dalle2_jax.pipelines.dalle2 import DALLE2
 
-STAGES = flags.DEFINE_list("stages", [], "Stages to compare. Default: all that denoise.")
+STAGES = flags.DEFINE_list(
+    "stages", [], "Stages to sample by each solver. Default: all diffusion stages."
+)
 SOLVERS = flags.DEFINE_list("solvers", [], "Solvers to compare. Default: all.")
 STEPS = flags.DEFINE_multi_integer(
     "steps", [5, 8, 12, 20], "Sampling steps of each solver; may be repeated.", 1

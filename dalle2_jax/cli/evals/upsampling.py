@@ -18,10 +18,10 @@ from dalle2_jax.cli import commands
 from dalle2_jax.cli.evals import flags as shared
 from dalle2_jax.errors import UserError
 
-NUM = flags.DEFINE_integer("num", 64, "Images.", 1)
+NUM = flags.DEFINE_integer("num", 64, "Number of images.", 1)
 flags.set_default(shared.DATA, "data/emoji_1024")
 flags.set_default(shared.SIZE, 1024)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images at a time.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images generated at a time.", 1)
 
 prepare = commands.stop_at_once
 
