@@ -1,4 +1,4 @@
-"""What stands beside the pixels of an image file: tags, profiles, comments, absent or damaged."""
+"""Tags, profiles, comments and chunks of an image file: absent, odd, damaged or large."""
 
 import io
 import struct

@@ -95,7 +95,7 @@ def run(
         events = _rank(model, request)
     else:
         events = _edit(model, request)
-    # A generator raises nothing before its first event, so that `only` is missed at the end alone.
+    # Whether the request has an image `only` shows when all events have passed.
     is_found = only is None
     steps_before: dict[str, int] = {}  # stage -> steps done at its last event
     for event in events:
